@@ -1,0 +1,1 @@
+"""Ways to emit and run a Program."""

@@ -1,0 +1,1 @@
+"""Operators of turbocompile: one file an op, with its reference, its kernel and its registration."""

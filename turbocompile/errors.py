@@ -1,0 +1,25 @@
+"""The few errors turbocompile raises on purpose. Each message is one sentence: what is wrong, where, and what to do."""
+
+
+class TurbocompileError(Exception):
+    """Base of all errors raised on purpose; the CLI prints its message alone, without a traceback."""
+
+
+class RecipeError(TurbocompileError):
+    """The recipe, or an option on the command line, is not usable as written."""
+
+
+class CaptureError(TurbocompileError):
+    """The model cannot be captured as a graph, or a call does not fit what was captured."""
+
+
+class EngineError(TurbocompileError):
+    """An engine folder, or a checkpoint, is damaged, hostile, newer than this version, or does not hold what is asked of it."""
+
+
+class UnsupportedError(TurbocompileError):
+    """What is asked for is valid, but this machine, this backend or this installation cannot do it."""
+
+
+class VerificationError(TurbocompileError):
+    """A rewrite changed the numbers by more than its kind allows."""

@@ -1,0 +1,1 @@
+"""Samplers: rCM and the flow-matching ODE."""

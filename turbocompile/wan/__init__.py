@@ -1,0 +1,1 @@
+"""Wan: configurations, checkpoints, and the models around the transformer."""
