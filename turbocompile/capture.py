@@ -1,0 +1,327 @@
+"""Capture: a module and one example call become a Program.
+
+The module is copied with parameters that have a shape but no memory, exported once (`torch.export`, non-strict), turned
+into a graph whose weights are named tensors of the checkpoint, and cut into a shell and its repeated blocks. The source
+module is never run and never changed: helper objects that cache tensors at their first call would otherwise be left
+holding fake ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import io
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from turbocompile import signature as sig
+from turbocompile.cut import cut
+from turbocompile.errors import CaptureError
+from turbocompile.program import SHELL, Program, Subgraph
+from turbocompile.weights import Constant, Load
+
+aten = torch.ops.aten
+
+
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    text_tokens: int | None = None,
+) -> Program:
+    """The Program of `model` at the shapes of the example call.
+
+    model: any module; its parameters may be on the meta device. args, kwargs: as the model is called; tensors may be on
+    any device, meta included, their values are not read. text_tokens: see `signature.check_image_tokens`.
+
+    Raises CaptureError where the model cannot be exported, with the module and the line at fault.
+    """
+    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+        raise CaptureError(
+            "capture was called under torch.autocast, which a graph does not record; "
+            "cast the model instead (model.to(torch.bfloat16)) and call it outside autocast"
+        )
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    signature, tensors = sig.describe(model, args, dict(kwargs or {}))
+    twin = fake_copy(model, mode)
+    signature, exported, recorder = _export(model, twin, signature, tensors, mode)
+    state = set(model.state_dict(keep_vars=True))
+    program = _program(exported, signature, state, mode)
+    signature_out = recorder.output
+    program.signature = sig.with_output(program.signature, signature_out)
+    lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    return cut(program, lists)
+
+
+def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A deep copy whose parameters are fake CPU tensors (no memory) and whose buffers are real CPU tensors.
+
+    Buffers keep their values because those that are not persistent are in no checkpoint.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None and id(p) not in memo:
+                with mode:
+                    fake = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="cpu")
+                memo[id(p)] = nn.Parameter(fake, requires_grad=False)
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type == "meta":
+                with mode:  # a buffer of the checkpoint that was not loaded: shape and dtype are enough
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+            elif buffer is not None and buffer.device.type != "cpu":
+                module._buffers[name] = buffer.cpu()
+        # Another attention backend than SDPA would export as an opaque operator and lose the site.
+        processor = getattr(module, "processor", None)
+        if getattr(processor, "_attention_backend", None) is not None:
+            processor._attention_backend = None  # type: ignore[union-attr]
+    return twin.requires_grad_(False).eval() if not model.training else twin.requires_grad_(False)
+
+
+class _Flat(nn.Module):
+    """Calls the model with flat tensors and returns flat tensors, recording the tree of what it returned."""
+
+    def __init__(self, model: nn.Module, signature: sig.Signature) -> None:
+        super().__init__()
+        self.model = model
+        self.signature = signature
+        self.output: dict[str, Any] = {}
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        args, kwargs = sig.rebuild(self.signature, tensors)
+        flat: list[torch.Tensor] = []
+        self.output = sig.describe_output(self.model(*args, **kwargs), flat)
+        if not flat:
+            raise CaptureError(f"{type(self.model).__name__} returned no tensor, so there is nothing to compile")
+        return tuple(flat)
+
+
+def _export(
+    model: nn.Module, twin: nn.Module, signature: sig.Signature, tensors: list[torch.Tensor], mode: FakeTensorMode
+) -> tuple[sig.Signature, torch.export.ExportedProgram, _Flat]:
+    """Exports; integer timesteps are first tried as float32, since samplers give either."""
+    attempts = [sig.float_timesteps(signature)]
+    if attempts[0] != signature:
+        attempts.append(signature)
+    for number, attempt in enumerate(attempts):
+        with mode:
+            fakes = tuple(
+                torch.empty_strided(t.shape, t.stride(), dtype=i.dtype, device="cpu")
+                for t, i in zip(tensors, attempt.inputs, strict=True)
+            )
+        flat = _Flat(twin, attempt)
+        try:
+            with _quiet(), _native_attention(), torch.no_grad():
+                exported = torch.export.export(flat, fakes, strict=False)
+            if any(isinstance(n.target, torch._ops.HigherOrderOperator) for n in exported.graph.nodes):
+                exported = exported.run_decompositions({})  # inlines no_grad and autocast regions
+            return attempt, exported, flat
+        except CaptureError:
+            raise
+        except Exception as error:  # export raises anything; it is re-raised as one sentence below
+            if number == len(attempts) - 1:
+                raise CaptureError(_explain(model, error)) from error
+    raise AssertionError("unreachable")
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    """One sentence that names the module and the line of the user's code at which export gave up."""
+    here = str(Path(__file__).resolve().parent)
+    where = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        filename = frame.f_code.co_filename
+        if "/torch/" in filename or filename.startswith((here, "<")) or filename == __file__:
+            continue
+        module = frame.f_locals.get("self")
+        where = (filename, line, type(module).__name__ if isinstance(module, nn.Module) else frame.f_code.co_name)
+    name = type(model).__name__
+    reason = str(error).strip().split("\n")[0][:300]
+    kind = type(error).__name__
+    if "DataDependent" in kind or "data-dependent" in reason or "data dependent" in reason:
+        reason = "Python there decides by a tensor's value, which a graph cannot; decide by shape, or use torch.where"
+    place = f"{where[2]}, {where[0]}:{where[1]}" if where else "no line of the model's own code"
+    return f"{name} cannot be captured: {kind} at {place}: {reason}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Export logs the partial graph of a failure, and warns of what it does on its own; the sentence is enough."""
+    loggers = [logging.getLogger(n) for n in ("torch", "torch.export", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
+    stderr = sys.stderr
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)
+            sys.stderr = io.StringIO()
+            yield
+        finally:
+            sys.stderr = stderr
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _native_attention() -> contextlib.AbstractContextManager[Any]:
+    """diffusers chooses attention kernels process-wide; SDPA is the form that the passes know."""
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    if dispatch is None:
+        return contextlib.nullcontext()
+    return dispatch.attention_backend(dispatch.AttentionBackendName.NATIVE)
+
+
+def _program(
+    exported: torch.export.ExportedProgram, signature: sig.Signature, state: set[str], mode: FakeTensorMode
+) -> Program:
+    """The flat Program: lifted parameters, buffers and constants become get_attr nodes with an expression each."""
+    _refuse_symbols(exported.graph)
+    kinds = torch.export.graph_signature.InputKind
+    specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    shell = Subgraph(fx.Graph())
+    program = Program({SHELL: shell}, signature, fake_mode=mode)
+    env: dict[fx.Node, fx.Node] = {}
+    inputs = 0
+    for node in exported.graph.nodes:
+        spec = specs.get(node.name) if node.op == "placeholder" else None
+        if node.op == "placeholder" and spec is not None and spec.kind == kinds.USER_INPUT:
+            made = shell.graph.create_node("placeholder", f"input_{inputs}", name=f"input_{inputs}")
+            inputs += 1
+        elif node.op == "placeholder":
+            made = _weight(program, exported, spec, node, state)
+        elif node.op == "get_attr":
+            raise CaptureError(f"the graph reads {node.target!r} in a way that turbocompile does not know")
+        elif node.op == "output":
+            made = shell.graph.output(tuple(env[n] for n in _user_outputs(exported, node)))
+        else:
+            made = _operation(shell.graph, node, env)
+            if made is None or made.meta:  # an assertion, or a cast that changes nothing
+                if made is not None:
+                    env[node] = made
+                continue
+        made.meta.update({k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")})
+        made.meta["nn_module_stack"] = _strip(made.meta.get("nn_module_stack"))
+        if "val" in node.meta:
+            made.meta["val"] = node.meta["val"]
+        env[node] = made
+    _drop_unused_weights(shell)
+    return program
+
+
+def _user_outputs(exported: torch.export.ExportedProgram, node: fx.Node) -> list[fx.Node]:
+    """The model's own results; what export adds for mutated buffers or inputs is refused."""
+    kinds = torch.export.graph_signature.OutputKind
+    specs = exported.graph_signature.output_specs
+    for spec in specs:
+        if spec.kind != kinds.USER_OUTPUT:
+            raise CaptureError(
+                f"the model changes {spec.target!r} while it runs, so two calls would not be alike; "
+                "compile a model whose forward leaves its buffers and inputs alone"
+            )
+    return list(node.args[0])  # type: ignore[arg-type]
+
+
+def _strip(stack: Any) -> dict[str, tuple[str, str]]:
+    """nn_module_stack without the wrapper's level, as plain strings: {key: (path, class name)}."""
+    found = {}
+    for key, (path, kind) in (stack or {}).items():
+        path = path.removeprefix("L['self'].")
+        if path == "model" or path.startswith("model."):
+            name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+            found[key] = (path.removeprefix("model").removeprefix("."), name)
+    return found
+
+
+def _weight(program: Program, exported: Any, spec: Any, node: fx.Node, state: set[str]) -> fx.Node:
+    """A lifted tensor as a get_attr: by name where a checkpoint has it, by value where none does."""
+    value = node.meta.get("val")
+    if spec is None or not isinstance(value, torch.Tensor):
+        raise CaptureError(f"the graph has an input {node.name!r} that is neither a tensor of the call nor a weight")
+    target = spec.target or node.name
+    name = target.removeprefix("model.")
+    shape, dtype = tuple(value.shape), value.dtype
+    if name in state:
+        program.shell.weights[name] = Load(name, shape, dtype)
+    else:
+        tensor = exported.constants.get(target)
+        if tensor is None:
+            tensor = exported.state_dict.get(target)
+        if tensor is None or isinstance(tensor, FakeTensor):
+            raise CaptureError(
+                f"the model computes the tensor {name!r} outside its graph while it is captured; "
+                "register it as a buffer in __init__"
+            )
+        tensor = tensor.detach().cpu()
+        if spec.kind == torch.export.graph_signature.InputKind.CONSTANT_TENSOR:
+            name = "lifted." + hashlib.sha256(_bytes(tensor)).hexdigest()[:16]
+        program.shell.weights[name] = Constant(name, shape, dtype)
+        program.constants[name] = tensor
+    made = program.shell.graph.create_node("get_attr", name)
+    return made
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+    return head + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _operation(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    """A copy of an operation without device literals: the device is the engine's, chosen when it is loaded."""
+    target, args, kwargs = node.target, node.args, dict(node.kwargs)
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        raise CaptureError(
+            f"the model uses {target}, which has no graph form here; "
+            "use torch.nn.functional.scaled_dot_product_attention instead of flex attention"
+        )
+    if isinstance(target, torch._ops.OpOverload):
+        if target is aten._assert_tensor_metadata.default or target.overloadpacket in (
+            aten.sym_constrain_range,
+            aten.sym_constrain_range_for_size,
+            aten._assert_scalar,
+        ):
+            return None
+        kwargs.pop("device", None)
+        kwargs.pop("pin_memory", None)
+        if target.overloadpacket in (aten.to, aten.type_as, aten._to_copy) and not (
+            kwargs.get("copy") or kwargs.get("memory_format")
+        ):
+            # One cast form; a cast to the tensor's own dtype is the tensor itself (export records it as a new node, and
+            # later reads of the tensor then seem to come from wherever it was last "cast").
+            source, cast = args[0], node.meta["val"].dtype
+            if source.meta["val"].dtype == cast and target.overloadpacket is not aten._to_copy:
+                return env[source]
+            target, args, kwargs = aten.to.dtype, (source, cast), {}
+    args = fx.map_arg(args, env.__getitem__)
+    kwargs = fx.map_arg(kwargs, env.__getitem__)
+    return graph.create_node(node.op, target, args, kwargs, name=node.name)
+
+
+def _refuse_symbols(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            trace = node.meta.get("stack_trace", "").strip().split("\n")
+            line = next((t.strip() for t in reversed(trace) if 'File "' in t), "an unknown line")
+            raise CaptureError(
+                f"a size in the model depends on a tensor's value ({node.target}) at {line}; "
+                "a Program has fixed shapes, so compute it from shapes"
+            )
+
+
+def _drop_unused_weights(sub: Subgraph) -> None:
+    for node in list(sub.graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            sub.weights.pop(str(node.target))
+            sub.graph.erase_node(node)

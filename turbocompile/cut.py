@@ -1,0 +1,351 @@
+"""Cuts the repeated blocks out of a flat graph.
+
+Nodes are grouped by the first `X.<index>` of their module path. A group that can be taken out whole (nothing leaves it
+and comes back) becomes a piece; pieces that are alike in every operation, shape and weight suffix share one graph. What a
+piece reads that is computed from constants alone (RoPE tables) moves into it, so that passes on the block see it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from turbocompile.program import SHELL, Program, Subgraph, call
+from turbocompile.weights import RELATIVE, Expr, Load
+
+MIN_NODES = 8  # a smaller repeated piece (a linear, an activation) is not worth a call
+ATTENTION = ("scaled_dot_product_attention", "softmax", "_softmax")
+
+
+@dataclass
+class Piece:
+    """The nodes of one block of the flat graph. `nodes` includes the constant computations it takes with it."""
+
+    prefix: str
+    list_path: str
+    nodes: list[fx.Node]
+    inputs: list[fx.Node] = field(default_factory=list)
+    outputs: list[fx.Node] = field(default_factory=list)
+    key: Any = None
+
+
+def block_key(path: str, depth: int) -> tuple[str, int] | None:
+    """(list path, index) of the `depth`-th `X.<index>` in a module path; None where there is none."""
+    parts = path.split(".")
+    places = [i for i, part in enumerate(parts) if part.isdigit() and i]
+    if len(places) < depth:
+        return None
+    i = places[depth - 1]
+    return ".".join(parts[:i]), int(parts[i])
+
+
+def cut(program: Program, lists: set[str]) -> Program:
+    """The same model as a shell, one graph per kind of block, and calls; unchanged where nothing repeats.
+
+    lists: paths of the model's ModuleLists; an attention block that is alone in such a list is cut too.
+    """
+    constant = _constants(program.shell.graph)
+    for depth in (1, 2):
+        pieces = _pieces(program.shell, depth, constant)
+        chosen = _alike(pieces, lists)
+        if chosen:
+            return _assemble(program, chosen)
+    return program
+
+
+def _schema(node: fx.Node) -> Any:
+    return node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = _schema(node)
+    return schema is not None and schema.is_mutable
+
+
+def _constants(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that depend on weights that are no parameter of a block and on nothing else, and that nobody writes to."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "call_function":
+            random = (
+                isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+            )
+            pure = not _mutates(node) and not random and not any(_mutates(u) for u in node.users)
+            if pure and all(n in found or n.op == "get_attr" for n in node.all_input_nodes):
+                found.add(node)
+    return found
+
+
+def _path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack")
+    return list(stack.values())[-1][0] if stack else ""
+
+
+def _pieces(sub: Subgraph, depth: int, constant: set[fx.Node]) -> list[Piece]:
+    groups: dict[tuple[str, int], list[fx.Node]] = defaultdict(list)
+    for node in sub.graph.nodes:
+        key = block_key(_path(node), depth) if node.op == "call_function" else None
+        if key is not None:
+            groups[key].append(node)
+    order = {node: i for i, node in enumerate(sub.graph.nodes)}
+    pieces = []
+    for (list_path, index), nodes in groups.items():
+        piece = Piece(f"{list_path}.{index}.", list_path, nodes)
+        if _complete(piece, sub, order, constant):
+            pieces.append(piece)
+    return pieces
+
+
+def _complete(piece: Piece, sub: Subgraph, order: dict[fx.Node, int], constant: set[fx.Node]) -> bool:
+    """Fills in the piece's inputs and outputs; False where it cannot be taken out whole."""
+    inside = set(piece.nodes)
+    taken: set[fx.Node] = set()
+    todo = [n for node in piece.nodes for n in node.all_input_nodes if n in constant and n not in inside]
+    while todo:  # the constants it reads come along, copied
+        node = todo.pop()
+        if node not in taken:
+            taken.add(node)
+            todo += [n for n in node.all_input_nodes if n in constant and n not in inside]
+    piece.nodes = sorted(inside | taken, key=order.__getitem__)
+    members = set(piece.nodes)
+    seen: dict[fx.Node, None] = {}
+    for node in piece.nodes:
+        for n in node.all_input_nodes:
+            if n not in members and n.op != "get_attr":
+                seen[n] = None
+    piece.inputs = list(seen)
+    piece.outputs = [n for n in piece.nodes if n in inside and any(u not in members for u in n.users)]
+    if not piece.outputs or not piece.inputs:
+        return False
+    if any(not isinstance(n.meta.get("val"), torch.Tensor) for n in piece.inputs + piece.outputs):
+        return False
+    return _convex(piece, inside, order) and not _writes_outside(piece, members)
+
+
+def _convex(piece: Piece, inside: set[fx.Node], order: dict[fx.Node, int]) -> bool:
+    """Whether no value leaves the piece and comes back into it."""
+    last = max(order[n] for n in inside)
+    reached: set[fx.Node] = set()
+    todo = [u for n in piece.outputs for u in n.users if u not in inside]
+    while todo:
+        node = todo.pop()
+        if node in reached or order[node] > last:
+            continue
+        reached.add(node)
+        for user in node.users:
+            if user in inside:
+                return False
+            todo.append(user)
+    return True
+
+
+def _writes_outside(piece: Piece, members: set[fx.Node]) -> bool:
+    """Whether an in-place operation may reach a tensor that the piece did not make."""
+    owned: set[fx.Node] = set()
+    for node in piece.nodes:
+        schema = _schema(node)
+        aliases = schema is not None and any(a.alias_info is not None for a in schema.arguments)
+        base = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        if schema is None:  # getitem
+            if base in owned:
+                owned.add(node)
+        elif not aliases or base in owned:
+            owned.add(node)
+        if _mutates(node) and base not in owned:
+            return True
+    return False
+
+
+def _alike(pieces: list[Piece], lists: set[str]) -> list[Piece]:
+    """The pieces worth a call: alike at least twice, or a lone attention block of a ModuleList."""
+    for piece in pieces:
+        piece.key = _structure(piece)
+    counts: dict[Any, int] = defaultdict(int)
+    for piece in pieces:
+        counts[piece.key] += 1
+    chosen = []
+    for piece in pieces:
+        attention = any(getattr(n.target, "_opname", "") in ATTENTION for n in piece.nodes)
+        big = len(piece.nodes) >= MIN_NODES
+        if big and (counts[piece.key] > 1 or (attention and piece.list_path in lists)):
+            chosen.append(piece)
+    return chosen
+
+
+def _structure(piece: Piece) -> Any:
+    """What two pieces must share to be one graph: operations, arguments, shapes, weights by their names after the prefix."""
+    number = {n: f"in{i}" for i, n in enumerate(piece.inputs)}
+    number |= {n: f"n{i}" for i, n in enumerate(piece.nodes)}
+
+    def name(node: fx.Node) -> str:
+        if node.op == "get_attr":
+            return "w:" + str(node.target).removeprefix(piece.prefix) + _spec(node)
+        return number[node]
+
+    lines = [f"{number[n]}{_spec(n)}" for n in piece.inputs]
+    for node in piece.nodes:
+        args = fx.map_arg(node.args, lambda n: _Name(name(n)))
+        kwargs = fx.map_arg(node.kwargs, lambda n: _Name(name(n)))
+        lines.append(f"{node.target}{args}{kwargs}{_spec(node)}")
+    lines.append(",".join(number[n] for n in piece.outputs))
+    return (piece.list_path, "\n".join(lines))
+
+
+class _Name:
+    """Prints as a bare name within an argument list."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _spec(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    return f":{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else ""
+
+
+def _assemble(program: Program, pieces: list[Piece]) -> Program:
+    names: dict[Any, str] = {}
+    graphs: dict[str, Subgraph] = {}
+    for piece in pieces:
+        if piece.key not in names:
+            base = piece.list_path.replace(".", "_")
+            name = base if base not in graphs and base != SHELL else f"{base}_{len(graphs)}"
+            names[piece.key] = name
+            graphs[name] = _extract(piece, program.shell)
+    shell = _shell(program.shell, pieces, names)
+    used = {expr.key for sub in (shell, *graphs.values()) for expr in sub.weights.values() if hasattr(expr, "key")}
+    constants = {k: v for k, v in program.constants.items() if k in used}
+    return Program({SHELL: shell, **graphs}, program.signature, constants, program.fake_mode)
+
+
+def _local(name: str, expr: Expr, prefix: str) -> tuple[str, Expr]:
+    """The block's own name of a weight, and its expression relative to the call."""
+    if isinstance(expr, Load) and name.startswith(prefix):
+        local = name.removeprefix(prefix)
+        return local, Load(RELATIVE + local, expr.shape, expr.dtype)
+    return name, expr
+
+
+def _extract(piece: Piece, shell: Subgraph) -> Subgraph:
+    block = Subgraph(fx.Graph())
+    env: dict[fx.Node, fx.Node] = {}
+    for i, node in enumerate(piece.inputs):
+        made = block.graph.create_node("placeholder", f"input_{i}", name=f"input_{i}")
+        made.meta = {"val": node.meta["val"]}
+        env[node] = made
+
+    def value(node: fx.Node) -> fx.Node:
+        if node not in env:  # a weight, read where it is first used
+            local, expr = _local(str(node.target), shell.weights[str(node.target)], piece.prefix)
+            block.weights[local] = expr
+            env[node] = block.graph.create_node("get_attr", local)
+            env[node].meta = dict(node.meta)
+        return env[node]
+
+    for node in piece.nodes:
+        args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+        made = block.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
+        made.meta = dict(node.meta)
+        made.meta["nn_module_stack"] = _relative(node.meta.get("nn_module_stack"), piece.prefix)
+        env[node] = made
+    block.graph.output(tuple(env[n] for n in piece.outputs))
+    return block
+
+
+def _relative(stack: Any, prefix: str) -> dict[str, tuple[str, str]]:
+    """Module paths below the block; what was made outside it (constants) keeps its own."""
+    found = {}
+    for key, (path, kind) in (stack or {}).items():
+        if path + "." == prefix:
+            found[key] = ("", kind)
+        elif path.startswith(prefix):
+            found[key] = (path.removeprefix(prefix), kind)
+        elif not prefix.startswith(path + ".") and path:
+            found[key] = (path, kind)
+    return found
+
+
+def _shell(flat: Subgraph, pieces: list[Piece], names: dict[Any, str]) -> Subgraph:
+    """The flat graph with a call in place of each piece, emitted as soon as its inputs are there."""
+    owner = {}
+    for piece in pieces:
+        for node in piece.nodes:
+            if _path(node).startswith(piece.prefix.rstrip(".")) or node in piece.outputs:
+                owner[node] = piece
+    last = {id(piece): next(n for n in reversed(piece.nodes) if owner.get(n) is piece) for piece in pieces}
+    shell = Subgraph(fx.Graph())
+    env: dict[fx.Node, fx.Node] = {}
+
+    def emit(node: fx.Node) -> None:
+        """Emits a node after what it reads (a stray between a block's nodes may read that block)."""
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            piece = owner.get(top)
+            needs = piece.inputs if piece else top.all_input_nodes
+            waiting = [n for n in needs if n not in env]
+            if top in env:
+                stack.pop()
+            elif waiting:
+                stack += waiting
+            else:
+                stack.pop()
+                if piece:
+                    _call(shell.graph, piece, names[piece.key], env)
+                else:
+                    env[top] = _copy(shell, flat, top, env)
+
+    for node in flat.graph.nodes:
+        piece = owner.get(node)
+        if piece is None and any(owner.get(n) and n not in env for n in node.all_input_nodes):
+            continue  # emitted on demand, after the block that it reads
+        if piece is None or node is last[id(piece)]:
+            emit(node)
+    for node in flat.graph.nodes:
+        if node not in env and node not in owner and (node.op == "output" or _mutates(node)):
+            emit(node)
+    for node in reversed(list(shell.graph.nodes)):
+        unused = not node.users and node.op in ("get_attr", "call_function") and not _mutates(node)
+        if unused and node.target is not call:
+            if node.op == "get_attr":
+                shell.weights.pop(str(node.target))
+            shell.graph.erase_node(node)
+    return shell
+
+
+def _copy(shell: Subgraph, flat: Subgraph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
+    if node.op == "get_attr":
+        shell.weights[str(node.target)] = flat.weights[str(node.target)]
+    if node.op == "output":
+        made = shell.graph.output(fx.map_arg(node.args[0], env.__getitem__))
+    else:
+        args, kwargs = fx.map_arg(node.args, env.__getitem__), fx.map_arg(node.kwargs, env.__getitem__)
+        made = shell.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
+    made.meta = dict(node.meta)
+    return made
+
+
+def _call(graph: fx.Graph, piece: Piece, name: str, env: dict[fx.Node, fx.Node]) -> None:
+    label = "call_" + piece.prefix.rstrip(".").replace(".", "_")
+    made = graph.create_node(
+        "call_function", call, (name, piece.prefix, "step", *(env[n] for n in piece.inputs)), name=label
+    )
+    values = tuple(n.meta["val"] for n in piece.outputs)
+    made.meta["val"] = values[0] if len(values) == 1 else values
+    if len(values) == 1:
+        env[piece.outputs[0]] = made
+    else:
+        for i, node in enumerate(piece.outputs):
+            item = graph.create_node("call_function", operator.getitem, (made, i), name=f"{label}_{i}")
+            item.meta["val"] = node.meta["val"]
+            env[node] = item
+    for node in piece.nodes:
+        env.setdefault(node, made)
