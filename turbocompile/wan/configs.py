@@ -1,0 +1,226 @@
+"""The Wan models by name: the configurations that their published diffusers folders hold, and tiny ones.
+
+A preset is everything that is needed to build a model without any file: with seeded weights it is a model to try,
+test and plan with. Tiny presets have every part of a real pipeline at a size that a CPU runs in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+TEXT_TOKENS = 512  # Wan pads or cuts every prompt to this many tokens
+
+# What diffusers' WanTransformer3DModel takes; here so that recipes are checked without importing diffusers.
+TRANSFORMER_FIELDS = (
+    "patch_size",
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "out_channels",
+    "text_dim",
+    "freq_dim",
+    "ffn_dim",
+    "num_layers",
+    "cross_attn_norm",
+    "qk_norm",
+    "eps",
+    "image_dim",
+    "added_kv_proj_dim",
+    "rope_max_seq_len",
+    "pos_embed_seq_len",
+)
+
+# Of each latent channel over the training videos: z = (mu - mean) / std. The VAE's own configuration holds them too.
+LATENTS_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+LATENTS_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One model: the configurations of its parts.
+
+    transformer, vae, text_encoder, image_encoder: keyword arguments of diffusers' WanTransformer3DModel and
+        AutoencoderKLWan and of transformers' UMT5Config and CLIPVisionConfig. The text and image encoders of a
+        full-size preset are small ones with the true widths at their outputs: they serve synthetic weights alone.
+    experts: 2 where a second transformer takes over below `boundary_ratio` (Wan2.2).
+    flow_shift: of the scheduler. hub_id: where the weights are published, in diffusers' form, and download their size.
+    """
+
+    name: str
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    text_encoder: Mapping[str, Any]
+    image_encoder: Mapping[str, Any] | None = None
+    experts: int = 1
+    boundary_ratio: float | None = None
+    flow_shift: float = 3.0
+    hub_id: str | None = None
+    download: str = ""
+    height: int = 480
+    width: int = 832
+    num_frames: int = 81
+
+    @property
+    def task(self) -> str:
+        """ "t2v" or "i2v"."""
+        return task_of(self.transformer)
+
+    @property
+    def pipeline(self) -> str:
+        """The diffusers pipeline class."""
+        return "WanImageToVideoPipeline" if self.task == "i2v" else "WanPipeline"
+
+
+def task_of(transformer: Mapping[str, Any]) -> str:
+    """ "i2v" where the transformer takes an image's latent and mask beside the noise, else "t2v"."""
+    return "i2v" if transformer["in_channels"] > transformer["out_channels"] else "t2v"
+
+
+def _transformer(heads: int, head_dim: int, ffn_dim: int, layers: int, **more: Any) -> Mapping[str, Any]:
+    config: dict[str, Any] = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": heads,
+        "attention_head_dim": head_dim,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 4096,
+        "freq_dim": 256,
+        "ffn_dim": ffn_dim,
+        "num_layers": layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": 1e-6,
+        "image_dim": None,
+        "added_kv_proj_dim": None,
+        "rope_max_seq_len": 1024,
+        "pos_embed_seq_len": None,
+    }
+    return MappingProxyType(config | more)
+
+
+def _vae(base_dim: int) -> Mapping[str, Any]:
+    return MappingProxyType(
+        {
+            "base_dim": base_dim,
+            "z_dim": 16,
+            "dim_mult": [1, 2, 4, 4],
+            "num_res_blocks": 2,
+            "attn_scales": [],
+            "temperal_downsample": [False, True, True],
+            "dropout": 0.0,
+            "latents_mean": list(LATENTS_MEAN),
+            "latents_std": list(LATENTS_STD),
+        }
+    )
+
+
+def _text_encoder(width: int) -> Mapping[str, Any]:
+    """A small umT5 encoder of the given output width; its vocabulary is the local tokenizer's."""
+    return MappingProxyType(
+        {
+            "d_model": width,
+            "d_kv": 32,
+            "d_ff": 128,
+            "num_layers": 2,
+            "num_heads": 4,
+            "relative_attention_num_buckets": 32,
+            "relative_attention_max_distance": 128,
+            "feed_forward_proj": "gated-gelu",
+            "layer_norm_epsilon": 1e-6,
+            "dropout_rate": 0.0,
+            "tie_word_embeddings": True,
+        }
+    )
+
+
+def _image_encoder(width: int, image_size: int, patch_size: int) -> Mapping[str, Any]:
+    """A small CLIP vision tower of the given width; its tokens are the patches and one for the class."""
+    return MappingProxyType(
+        {
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_hidden_layers": 2,
+            "num_attention_heads": width // 16,
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "hidden_act": "gelu",
+        }
+    )
+
+
+def _tiny(variant: str, head_dim: int) -> Preset:
+    """A tiny pipeline: 2 blocks of 256 channels, so that all linears are multiples of 128 (int8_block needs that)."""
+    more: dict[str, Any] = {"text_dim": 64}
+    if variant != "t2v":
+        more["in_channels"] = 36
+    if variant == "i2v-image":
+        more |= {"image_dim": 32, "added_kv_proj_dim": 256}
+    experts = 2 if variant == "i2v-experts" else 1
+    return Preset(
+        name="wan-tiny" + variant.removeprefix("t2v").replace("i2v", "-i2v") + ("-128" if head_dim == 128 else ""),
+        transformer=_transformer(256 // head_dim, head_dim, 512, 2, **more),
+        vae=_vae(8),
+        text_encoder=_text_encoder(64),
+        image_encoder=_image_encoder(32, 32, 8) if variant == "i2v-image" else None,
+        experts=experts,
+        boundary_ratio=0.9 if experts == 2 else None,
+        height=256,
+        width=256,
+        num_frames=17,
+    )
+
+
+# variant of a tiny pipeline -> what it is
+VARIANTS: Mapping[str, str] = MappingProxyType(
+    {
+        "t2v": "text to video (as Wan2.1 T2V)",
+        "i2v": "image to video by 36 input channels",
+        "i2v-image": "image to video by 36 input channels and CLIP tokens (as Wan2.1 I2V)",
+        "i2v-experts": "image to video with a high-noise and a low-noise transformer (as Wan2.2 I2V A14B)",
+    }
+)
+
+
+def tiny_preset(variant: str = "t2v", head_dim: int = 64) -> Preset:
+    """The tiny preset of a variant (see VARIANTS) and head dimension (64 or 128); KeyError where there is none."""
+    return PRESETS[_tiny(variant, head_dim).name]
+
+
+def _full(name: str, hub: str, download: str, transformer: Mapping[str, Any], **more: Any) -> Preset:
+    return Preset(name, transformer, _vae(96), _text_encoder(4096), hub_id=f"Wan-AI/{hub}", download=download, **more)
+
+
+_PRESETS = (
+    *(_tiny(variant, head_dim) for variant in VARIANTS for head_dim in (64, 128)),
+    _full("wan2.1-t2v-1.3b", "Wan2.1-T2V-1.3B-Diffusers", "29 GB", _transformer(12, 128, 8960, 30)),
+    _full("wan2.1-t2v-14b", "Wan2.1-T2V-14B-Diffusers", "80 GB", _transformer(40, 128, 13824, 40)),
+    _full(
+        "wan2.1-i2v-14b",
+        "Wan2.1-I2V-14B-480P-Diffusers",
+        "91 GB",
+        _transformer(40, 128, 13824, 40, in_channels=36, image_dim=1280, added_kv_proj_dim=5120),
+        image_encoder=_image_encoder(1280, 224, 14),
+    ),
+    _full(
+        "wan2.2-i2v-a14b",
+        "Wan2.2-I2V-A14B-Diffusers",
+        "126 GB",
+        _transformer(40, 128, 13824, 40, in_channels=36),
+        experts=2,
+        boundary_ratio=0.9,
+        height=720,
+        width=1280,
+    ),
+)
+
+PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in _PRESETS})
+HUB_PRESETS: Mapping[str, Preset] = MappingProxyType({p.hub_id: p for p in _PRESETS if p.hub_id})
