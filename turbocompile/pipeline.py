@@ -1,0 +1,312 @@
+"""The story of a compilation: the passes in order, and the driver that runs one."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import networkx as nx
+import torch
+from torch import fx
+
+from turbocompile.errors import TurbocompileError
+from turbocompile.match import Match, Outcome, Pass, is_cast
+from turbocompile.normalize import clean
+from turbocompile.program import Program, module_path
+
+aten = torch.ops.aten
+
+# One module of turbocompile.passes each, with its PASS, in the order they run: norms are one op before anyone looks at
+# what multiplies them, rotary before gated residuals (x * cos + ... looks like one), attention before what feeds it.
+PASSES = (
+    "norms",
+    "rope",
+    "attention",
+    "fuse_qkv",
+    "w8a8",
+    "qk_norm_rope",
+    "adaln",
+    "residual_norm",
+    "gelu_quant",
+)
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A site that was rewritten: for each old node, the new node that gives the same value (both by name)."""
+
+    graph: str
+    site: str
+    replaced: tuple[tuple[str, str], ...]
+
+
+@dataclass
+class PassResult:
+    """What a pass did. Counts are over the whole model: a site in a block that is called n times counts n.
+
+    skipped: (site, reason, count). error and error_output are filled by a verifier; error_reason says why they are not.
+    """
+
+    name: str
+    kind: str
+    sites: int = 0
+    rewritten: int = 0
+    skipped: list[tuple[str, str, int]] = field(default_factory=list)
+    rewrites: list[Rewrite] = field(default_factory=list)
+    seconds: float = 0.0
+    error: Any = None
+    error_output: Any = None
+    error_reason: str | None = None
+
+
+class Verifier(Protocol):
+    """Judges each pass by numbers."""
+
+    def before(self, program: Program, pass_: Pass) -> None:
+        """Called before a pass runs (again)."""
+
+    def after(self, program: Program, before: Program, result: PassResult) -> Mapping[str, str]:
+        """Records the pass's errors, in `result` if it likes, and returns the sites to leave alone with the reasons."""
+
+
+def load_pass(name: str) -> Pass:
+    """The pass of turbocompile/passes/<name>.py."""
+    return importlib.import_module(f"turbocompile.passes.{name}").PASS
+
+
+def ordered(passes: Sequence[Pass], extra: Sequence[Pass] = ()) -> list[Pass]:
+    """The passes in their order, with third-party passes placed by what they need and provide.
+
+    An extra pass runs as late as those that need it allow, and after all built-in passes where nobody does.
+    """
+    everything = [*passes, *extra]
+    index = {p.name: i for i, p in enumerate(everything)}
+    if len(index) != len(everything):
+        names = [p.name for p in everything]
+        twice = next(n for n in names if names.count(n) > 1)
+        raise TurbocompileError(f"two passes are named {twice!r}; give one of them another name")
+    providers: dict[str, list[str]] = {}
+    for p in everything:
+        for what in (p.name, *p.provides):
+            providers.setdefault(what, []).append(p.name)
+    order = nx.DiGraph()
+    order.add_nodes_from(index)
+    order.add_edges_from(zip([p.name for p in passes], [p.name for p in passes][1:], strict=False))
+    for p in everything:
+        for what in p.needs:
+            if what not in providers:
+                raise TurbocompileError(f"pass {p.name!r} needs {what!r}, which no pass provides")
+            order.add_edges_from((provider, p.name) for provider in providers[what] if provider != p.name)
+    try:
+        names = list(nx.lexicographical_topological_sort(order, key=index.__getitem__))
+    except nx.NetworkXUnfeasible:
+        cycle = " -> ".join(a for a, _ in nx.find_cycle(order))
+        raise TurbocompileError(f"the passes need each other in a circle: {cycle}") from None
+    return [everything[index[n]] for n in names]
+
+
+def run_passes(
+    program: Program,
+    options: Mapping[str, Mapping[str, Any]],
+    target: str,
+    verifier: Verifier | None = None,
+    passes: Sequence[Pass] | None = None,
+    extra: Sequence[Pass] = (),
+) -> list[PassResult]:
+    """Runs all passes on a normalized program, in place.
+
+    options: pass name -> its recipe options; `enabled: false` switches a pass off. target: "cpu", "sm80", ...
+    passes: instead of the built-in ones. extra: third-party passes, placed by what they need and provide.
+    """
+    results = []
+    for pass_ in ordered([load_pass(n) for n in PASSES] if passes is None else passes, extra):
+        given = {**options.get(pass_.name, {}), "target": target}
+        veto: dict[str, str] = {}
+        while True:
+            before = program.copy()
+            if verifier is not None:
+                verifier.before(program, pass_)
+            result = run_pass(program, pass_, given, veto)
+            bad = verifier.after(program, before, result) if verifier is not None and result.rewrites else {}
+            if not bad:
+                break
+            if set(bad) <= set(veto):
+                raise TurbocompileError(f"pass {pass_.name!r}: sites {sorted(bad)} were vetoed and rewritten again")
+            veto.update(bad)
+            program.graphs, program.constants = before.graphs, before.constants
+        results.append(result)
+    return results
+
+
+def run_pass(
+    program: Program, pass_: Pass, options: Mapping[str, Any], veto: Mapping[str, str] | None = None
+) -> PassResult:
+    """Runs one pass over all graphs, in place. veto: sites to leave alone -> why."""
+    started = time.perf_counter()
+    result = PassResult(pass_.name, pass_.kind)
+    for graph, sub in program.graphs.items():
+        rewrites = _run_on_graph(program, graph, pass_, options, veto or {}, result)
+        if rewrites:
+            moved = clean(sub, program.fake_mode)
+            result.rewrites += [_followed(r, moved, sub.graph) for r in rewrites]
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def _run_on_graph(
+    program: Program, graph: str, pass_: Pass, options: Mapping[str, Any], veto: Mapping[str, str], result: PassResult
+) -> list[Rewrite]:
+    sub, calls = program.graphs[graph], program.count(graph)
+    sites = _Sites(graph)
+    done: set[str] = set()
+    refused: dict[str, tuple[list[str], int]] = {}
+    rewrites: list[Rewrite] = []
+    for rule in pass_.rules:
+        for root in list(rule.candidates(sub)):
+            if root._erased:  # an earlier rewrite took it in
+                continue
+            site = sites.name(root)
+            if site in done:
+                continue
+            count = rule.count(root) * calls
+            match, outcome = _attempt(program, graph, site, root, rule, options, veto)
+            if isinstance(outcome, str):
+                _undo(match, sub.graph)
+                reasons, _ = refused.setdefault(site, ([], count))
+                reasons += [outcome] if outcome not in reasons else []
+                continue
+            done.add(site)
+            refused.pop(site, None)
+            rewrites.append(Rewrite(graph, site, tuple(_replace(match, outcome))))
+            old = [root, *(outcome if isinstance(outcome, dict) else ())]
+            _erase_dead(sub.graph, old)
+            result.rewritten += count
+    if rewrites:
+        sort(sub.graph)
+    result.skipped += [(site, "; ".join(reasons), count) for site, (reasons, count) in refused.items()]
+    result.sites = result.rewritten + sum(count for _, _, count in result.skipped)
+    return rewrites
+
+
+class _Sites:
+    """Names sites by module path: `block:attn1`, `block:attn1#2`. The same graph gives the same names at any shape."""
+
+    def __init__(self, graph: str) -> None:
+        self.graph = graph
+        self.names: dict[str, str] = {}
+        self.seen: dict[str, int] = {}
+
+    def name(self, node: fx.Node) -> str:
+        if node.name not in self.names:
+            path = module_path(node)
+            k = self.seen[path] = self.seen.get(path, 0) + 1
+            self.names[node.name] = f"{self.graph}:{path}" + (f"#{k}" if k > 1 else "")
+        return self.names[node.name]
+
+
+def _attempt(
+    program: Program,
+    graph: str,
+    site: str,
+    root: fx.Node,
+    rule: Any,
+    options: Mapping[str, Any],
+    veto: Mapping[str, str],
+) -> tuple[Match, Outcome]:
+    made: list[fx.Node] = []  # shared by the attempts at one site, so that what a refused one made is taken away
+
+    def make(bound: dict[str, Any]) -> Match:
+        return Match(root, graph, site, program, options, bound, made)
+
+    if options.get("enabled", True) is False:
+        return make({}), "switched off in the recipe (enabled: false)"
+    if site in veto:
+        return make({}), veto[site]
+    return rule.apply(make, root)
+
+
+def _undo(match: Match, graph: fx.Graph) -> None:
+    """Takes away what a rule made before it refused."""
+    for node in reversed(match.made):
+        if not node.users:
+            if node.op == "get_attr":
+                match.sub.weights.pop(str(node.target), None)
+            graph.erase_node(node)
+
+
+def _replace(match: Match, outcome: fx.Node | dict[fx.Node, fx.Node]) -> Iterable[tuple[str, str]]:
+    """Puts the new nodes in the place of the old ones; gives (old name, new name) of equal values."""
+    pairs = outcome.items() if isinstance(outcome, dict) else [(match.root, outcome)]
+    made = set(match.made)
+    for old, new in pairs:
+        if old is new:
+            continue
+        was, now = old.meta["val"], new.meta["val"]
+        if not isinstance(was, torch.Tensor) or was.dtype == now.dtype:
+            _same_shape(match, old, new)
+            old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in made)
+            yield old.name, new.name
+            continue
+        # Another dtype: where all users cast to it anyway the casts go, else a cast keeps the old dtype.
+        _same_shape(match, old, new)
+        users = [u for u in old.users if u not in made]
+        if all(is_cast(u) and u.meta["val"].dtype == now.dtype for u in users):
+            for user in users:
+                user.replace_all_uses_with(new)
+                _erase_dead(match.sub.graph, [user])
+                yield user.name, new.name
+        else:
+            cast = match.op(aten.to.dtype, new, was.dtype)
+            made.add(cast)
+            old.replace_all_uses_with(cast, delete_user_cb=lambda user: user not in made)
+            yield old.name, cast.name
+
+
+def _erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
+    """Erases those of the nodes that nobody reads, and what is read by them alone; weights and inputs stay."""
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node.op == "call_function" and not node.users and not node._erased:
+            inputs = node.all_input_nodes
+            graph.erase_node(node)
+            stack += inputs
+
+
+def _same_shape(match: Match, old: fx.Node, new: fx.Node) -> None:
+    was, now = old.meta["val"], new.meta["val"]
+    if isinstance(was, torch.Tensor) and tuple(was.shape) != tuple(now.shape):
+        raise TurbocompileError(
+            f"{match.site}: the rewrite of {old.name} ({old.target}) has shape {tuple(now.shape)} "
+            f"instead of {tuple(was.shape)}; the pass that made it is wrong"
+        )
+
+
+def _followed(rewrite: Rewrite, moved: Mapping[str, str], graph: fx.Graph) -> Rewrite:
+    """The rewrite with its new nodes by the names that they have after clean-up; those that are gone are left out."""
+    alive = {n.name for n in graph.nodes}
+    pairs = []
+    for old, new in rewrite.replaced:
+        while new not in alive and new in moved:
+            new = moved[new]
+        if new in alive:
+            pairs.append((old, new))
+    return Rewrite(rewrite.graph, rewrite.site, tuple(pairs))
+
+
+def sort(graph: fx.Graph) -> None:
+    """Puts the nodes in an order in which each follows its inputs, changing the order as little as that needs."""
+    place = {n: i for i, n in enumerate(graph.nodes)}
+    if all(place[a] < i for n, i in place.items() for a in n.all_input_nodes):
+        return
+    order = nx.DiGraph()
+    order.add_nodes_from(place)
+    order.add_edges_from((a, n) for n in place for a in n.all_input_nodes)
+    last = None
+    for node in nx.lexicographical_topological_sort(order, key=place.__getitem__):
+        if last is not None:
+            last.append(node)
+        last = node
