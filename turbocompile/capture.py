@@ -58,8 +58,7 @@ def capture(
     signature, exported, recorder = _export(model, twin, signature, tensors, mode)
     state = set(model.state_dict(keep_vars=True))
     program = _program(exported, signature, state, mode)
-    signature_out = recorder.output
-    program.signature = sig.with_output(program.signature, signature_out)
+    program.signature = sig.with_output(program.signature, recorder.record.output)
     lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     return cut(program, lists)
 
@@ -91,6 +90,12 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     return twin.requires_grad_(False).eval() if not model.training else twin.requires_grad_(False)
 
 
+class _Record:
+    """Holds what the model returned; export undoes changes to a module's own attributes."""
+
+    output: dict[str, Any]
+
+
 class _Flat(nn.Module):
     """Calls the model with flat tensors and returns flat tensors, recording the tree of what it returned."""
 
@@ -98,12 +103,12 @@ class _Flat(nn.Module):
         super().__init__()
         self.model = model
         self.signature = signature
-        self.output: dict[str, Any] = {}
+        self.record = _Record()
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, kwargs = sig.rebuild(self.signature, tensors)
         flat: list[torch.Tensor] = []
-        self.output = sig.describe_output(self.model(*args, **kwargs), flat)
+        self.record.output = sig.describe_output(self.model(*args, **kwargs), flat)
         if not flat:
             raise CaptureError(f"{type(self.model).__name__} returned no tensor, so there is nothing to compile")
         return tuple(flat)

@@ -7,15 +7,20 @@ safetensors shards in bounded memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from safetensors.torch import save_file
+
+from turbocompile.errors import EngineError
 
 
 FORMATS: dict[str, torch.dtype] = {"int8": torch.int8, "int8_block": torch.int8, "fp8": torch.float8_e4m3fn}
 BLOCK = 128  # rows and columns of an int8_block tile
+SHARD_BYTES = 1 << 30  # one shard is in memory while it is made
 RELATIVE = "."  # a Load name that starts with it is relative to the prefix of the call
 
 
@@ -248,3 +253,159 @@ def is_relative(expr: Expr) -> bool:
 def nbytes(expr: Expr) -> int:
     """Bytes of the emitted tensor."""
     return torch.Size(expr.shape).numel() * expr.dtype.itemsize
+
+
+def emitted_name(graph_is_shell: bool, graph: str, local: str, expr: Expr, prefix: str) -> str:
+    """The name under which a weight is stored: prefix + local name; shared by all calls where no leaf is relative."""
+    if isinstance(expr, Constant):
+        return f"constants.{expr.key}"
+    if graph_is_shell or is_relative(expr):
+        return prefix + local
+    return expr.name if isinstance(expr, Load) else f"shared.{graph}.{local}"
+
+
+@dataclass(frozen=True)
+class Emission:
+    """One tensor to write: its expression, and the prefix that relative names take."""
+
+    expr: Expr
+    prefix: str
+
+
+class Evaluator:
+    """Computes expressions from a source. Values are read and freed one at a time.
+
+    The operand of the last quantization is kept, because its data and its scale are asked for one after the other.
+    """
+
+    def __init__(self, source: TensorSource, constants: Mapping[str, torch.Tensor]) -> None:
+        self.source = source
+        self.constants = constants
+        self._last: tuple[Any, torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, expr: Expr, prefix: str = "") -> torch.Tensor:
+        """The values of `expr`, on the CPU, contiguous. Raises EngineError where the source differs from the graph."""
+        value = self._value(expr, prefix)
+        if tuple(value.shape) != expr.shape or value.dtype != expr.dtype:
+            raise EngineError(
+                f"a weight is {list(value.shape)} {value.dtype} where the graph expects {list(expr.shape)} {expr.dtype}; "
+                "the checkpoint is of another model"
+            )
+        return value.contiguous()
+
+    def _value(self, expr: Expr, prefix: str) -> torch.Tensor:
+        def of(e: Expr) -> torch.Tensor:
+            return self._value(e, prefix)
+
+        match expr:
+            case Load():
+                return self._load(expr, prefix)
+            case Constant():
+                return self.constants[expr.key]
+            case Zeros():
+                return torch.zeros(expr.shape, dtype=expr.dtype)
+            case Reshape():
+                return of(expr.of).reshape(expr.shape)
+            case Cast():
+                return of(expr.of).to(expr.dtype)
+            case Permute():
+                return of(expr.of).permute(expr.dims)
+            case Slice():
+                return of(expr.of).narrow(expr.dim, expr.start, expr.stop - expr.start)
+            case Cat():
+                return torch.cat([of(e) for e in expr.of], expr.dim)
+            case Mul():
+                value = of(expr.of)
+                by = of(expr.by).float() if isinstance(expr.by, Expr) else expr.by
+                return (value.float() * by).to(value.dtype)
+            case AddLora():
+                value = of(expr.of)
+                return (value.float() + expr.scale * (of(expr.b).float() @ of(expr.a).float())).to(value.dtype)
+            case Dequantize():
+                from turbocompile.kernels.quantize import dequantize
+
+                return dequantize(of(expr.data), of(expr.scale), expr.format, expr.dtype)
+            case Quantize():
+                return self._quantize(expr, prefix)
+        raise EngineError(f"a weight is a {type(expr).__name__}, which is no weight expression")
+
+    def _load(self, expr: Load, prefix: str) -> torch.Tensor:
+        name = prefix + expr.name.removeprefix(RELATIVE) if expr.name.startswith(RELATIVE) else expr.name
+        try:
+            value = self.source.get(name)
+        except KeyError:
+            raise EngineError(f"the checkpoint has no tensor {name!r}; it is of another model, or incomplete") from None
+        if tuple(value.shape) != expr.shape:
+            raise EngineError(
+                f"the checkpoint's {name!r} has shape {list(value.shape)}, and the model's {list(expr.shape)}; "
+                "it is of another model"
+            )
+        return value.to(expr.dtype)
+
+    def _quantize(self, expr: Quantize, prefix: str) -> torch.Tensor:
+        key = (expr.of, expr.format, prefix)
+        if self._last is None or self._last[0] != key:
+            from turbocompile.kernels.quantize import quantize
+
+            data, scale = quantize(self._value(expr.of, prefix), expr.format)
+            self._last = (key, data, scale)
+        return self._last[1] if expr.part == "data" else self._last[2]
+
+
+class ModuleTensors:
+    """A module's parameters and buffers as a TensorSource."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._state = module.state_dict(keep_vars=True)
+
+    def keys(self) -> Iterable[str]:
+        return self._state.keys()
+
+    def spec(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        return tuple(self._state[name].shape), self._state[name].dtype
+
+    def get(self, name: str) -> torch.Tensor:
+        tensor = self._state[name].detach()
+        if tensor.device.type == "meta":
+            raise EngineError(
+                f"the parameter {name!r} is on the meta device, so it has no values; load the weights first"
+            )
+        return tensor.cpu()
+
+
+def write_shards(
+    plan: Mapping[str, Emission],
+    evaluate: Evaluator,
+    folder: Path,
+    stem: str,
+    progress: Callable[[int, int], None] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> list[str]:
+    """Evaluates the plan tensor by tensor and writes `stem-00001.safetensors`, ...; the file names, in order.
+
+    At most one shard and one tensor's operands are in memory. progress(done, total) is called with bytes.
+    """
+    names: list[str] = []
+    shard: dict[str, torch.Tensor] = {}
+    size = done = 0
+    total = sum(nbytes(e.expr) for e in plan.values())
+    for name, emission in plan.items():
+        shard[name] = evaluate(emission.expr, emission.prefix)
+        grown = nbytes(emission.expr)
+        size, done = size + grown, done + grown
+        if size >= shard_bytes:
+            names.append(_write_shard(shard, folder, stem, len(names) + 1))
+            shard, size = {}, 0
+        if progress is not None:
+            progress(done, total)
+    if shard:
+        names.append(_write_shard(shard, folder, stem, len(names) + 1))
+    return names
+
+
+def _write_shard(shard: dict[str, torch.Tensor], folder: Path, stem: str, number: int) -> str:
+    name = f"{stem}-{number:05d}.safetensors"
+    # Tensors that share memory (a slice of one weight twice) are stored each on its own.
+    unique = {k: (v.clone() if v._is_view() else v) for k, v in shard.items()}
+    save_file(unique, folder / name)
+    return name

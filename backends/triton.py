@@ -1,0 +1,170 @@
+"""The backend that runs a Program as it is: generated Python over ATen and turbocompile's operators.
+
+A block's graph is compiled once and called with the weights of each of its places. What depends on constants alone (RoPE
+tables) is computed once for a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from turbocompile.errors import EngineError
+from turbocompile.program import SHELL, Program, Subgraph, call
+from turbocompile.weights import emitted_name, is_relative
+
+
+def check(target: str) -> None:
+    """Every target can be built for: the code is generated when the engine is loaded."""
+
+
+def emit(program: Program, weights: Mapping[str, torch.Tensor], folder: Path, name: str, target: str) -> list[str]:
+    """Nothing beside the program and the weights is needed."""
+    return []
+
+
+def compile_program(
+    program: Program,
+    weights: Mapping[str, torch.Tensor],
+    device: torch.device,
+    folder: Path | None = None,
+    files: tuple[str, ...] = (),
+) -> Runner:
+    """A callable over flat tensors. weights: stored name -> tensor, all on `device`."""
+    return Runner(program, weights, device)
+
+
+class Runner:
+    """Runs a Program: `runner(*tensors) -> tuple of tensors`."""
+
+    def __init__(self, program: Program, weights: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        self.blocks = {
+            name: _Compiled(sub, name, device, weights) for name, sub in program.graphs.items() if name != SHELL
+        }
+        calls = {c.node.name: self.blocks[c.graph].bound(c.prefix, weights) for c in program.calls()}
+        self.shell = _Compiled(program.shell, SHELL, device, weights, calls).bound("", weights)
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            return self.shell.run(tensors)
+
+
+class _Bound(nn.Module):
+    """A compiled graph with the weights of one call."""
+
+    def __init__(self, code: fx.GraphModule, operands: Sequence[torch.Tensor], single: bool) -> None:
+        super().__init__()
+        object.__setattr__(self, "code", code)  # shared by all calls, so it is not a child of each
+        self.operands = list(operands)
+        self.single = single
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return self.code.forward(*self.operands, *tensors)  # type: ignore[attr-defined]
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        out = self.run(tensors)
+        return out[0] if self.single else out
+
+
+class _Compiled:
+    """One graph as generated code: weights and folded constants first, then the activations."""
+
+    def __init__(
+        self,
+        sub: Subgraph,
+        name: str,
+        device: torch.device,
+        weights: Mapping[str, torch.Tensor],
+        calls: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        self.sub, self.name = sub, name
+        self.single = len(sub.outputs()) == 1
+        folded = foldable(sub)
+        kept = [n for n in folded if any(u not in folded for u in n.users)]
+        self.locals = [n for n in sub.graph.nodes if n.op == "get_attr" and any(u not in folded for u in n.users)]
+        self.constants = _evaluate(sub, folded, kept, device, lambda n: self._weight(n, "", weights))
+        root, graph = nn.Module(), fx.Graph()
+        env: dict[fx.Node, fx.Node] = {}
+        for i, node in enumerate([*self.locals, *kept]):
+            env[node] = graph.placeholder(f"w{i}")
+        for node in sub.graph.nodes:
+            if node in env or node in folded or (node.op == "get_attr"):
+                continue
+            args = fx.map_arg(node.args, env.__getitem__)
+            kwargs = fx.map_arg(dict(node.kwargs), env.__getitem__)
+            if node.target is call and node.op == "call_function":
+                root.add_module(node.name, (calls or {})[node.name])
+                env[node] = graph.call_module(node.name, tuple(args[3:]))
+            else:
+                env[node] = graph.create_node(node.op, node.target, args, place(node, kwargs, device), name=node.name)
+        self.code = fx.GraphModule(root, graph)
+
+    def _weight(self, node: fx.Node, prefix: str, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        local = str(node.target)
+        key = emitted_name(self.name == SHELL, self.name, local, self.sub.weights[local], prefix)
+        if key not in weights:
+            raise EngineError(f"the engine lacks the weight {key!r}; it is damaged, build it again")
+        return weights[key]
+
+    def bound(self, prefix: str, weights: Mapping[str, torch.Tensor]) -> _Bound:
+        operands = [self._weight(n, prefix, weights) for n in self.locals]
+        return _Bound(self.code, [*operands, *self.constants], self.single)
+
+
+def place(node: fx.Node, kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Keyword arguments with the device for operators that make a tensor out of nothing."""
+    if not node.all_input_nodes and isinstance(node.target, torch._ops.OpOverload):
+        if any(a.name == "device" for a in node.target._schema.arguments):
+            return {**kwargs, "device": device}
+    return kwargs
+
+
+def foldable(sub: Subgraph) -> set[fx.Node]:
+    """Operations whose value is the same in every call: they read only weights that no call has of its own.
+
+    A graph that writes in place is left alone, since a folded tensor could be written to.
+    """
+    operations = [n for n in sub.graph.nodes if n.op == "call_function"]
+    schemas = [n.target._schema for n in operations if isinstance(n.target, torch._ops.OpOverload)]
+    if any(s.is_mutable for s in schemas):
+        return set()
+    found: set[fx.Node] = set()
+    for node in operations:
+        if node.target is call:
+            continue
+        seeded = getattr(node.target, "tags", ())
+        if torch.Tag.nondeterministic_seeded in seeded:
+            continue
+        fixed = [
+            n in found or (n.op == "get_attr" and not is_relative(sub.weights[str(n.target)]))
+            for n in node.all_input_nodes
+        ]
+        if all(fixed):
+            found.add(node)
+    return found
+
+
+def _evaluate(sub: Subgraph, folded: set[fx.Node], kept: list[fx.Node], device: torch.device, weight: Any) -> list[Any]:
+    """The values of the kept nodes, computed in order; intermediates are freed at the end."""
+    env: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for node in sub.graph.nodes:
+            if node in folded:
+                for n in node.all_input_nodes:
+                    if n not in env:
+                        env[n] = weight(n)
+                args = fx.map_arg(node.args, env.__getitem__)
+                kwargs = place(node, fx.map_arg(dict(node.kwargs), env.__getitem__), device)
+                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return [_own(env[n]) for n in kept]
+
+
+def _own(value: Any) -> Any:
+    """A small slice of a large table on its own, so that the table need not stay; anything else as it is."""
+    if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() > 2 * value.nbytes:
+        return value.clone()
+    return value

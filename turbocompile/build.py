@@ -1,0 +1,516 @@
+"""From a recipe, or a module, to an engine: capture, normalize, rewrite, verify, emit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from turbocompile.backends import get_backend
+from turbocompile.capture import capture
+from turbocompile.engine import Engine, canonical, module_entry, new_folder, seal, weight_plan
+from turbocompile.errors import EngineError, VerificationError
+from turbocompile.normalize import normalize
+from turbocompile.pipeline import PASSES, PassResult, run_passes
+from turbocompile.printer import print_program
+from turbocompile.program import Program, is_op
+from turbocompile.recipe import Recipe, Shape
+from turbocompile.report import Report
+from turbocompile.serialize import to_json
+from turbocompile.verify import Verifier
+from turbocompile.weights import Emission, Evaluator, TensorSource, nbytes, write_shards
+from turbocompile.wan.source import Source, TransformerSource, open_source
+
+VERIFY_TOKENS = 4096  # a larger call is verified at a smaller shape, or not at all
+TWIN = Shape(height=128, width=128, num_frames=9)  # 192 tokens: some blocks of every kernel, and ragged
+Progress = Callable[[str, float], None]
+
+
+@dataclass
+class Compiled:
+    """One module, compiled: Programs by shape name, what the passes did, and the printed graph after each pass."""
+
+    name: str
+    programs: dict[str, Program]
+    results: list[PassResult]
+    printed: dict[str, str]
+    plan: dict[str, Emission]
+    constants: dict[str, torch.Tensor]
+    warnings: list[str] = field(default_factory=list)
+
+
+class Stages:
+    """Times the stages of a build and tells whoever watches. progress(stage, fraction) gets 0 at a start and 1 at an end."""
+
+    def __init__(self, progress: Progress | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self.progress = progress or (lambda stage, fraction: None)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        self.progress(name, 0.0)
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        self.progress(name, 1.0)
+
+
+class _Recorder:
+    """Prints the graph after each pass, and applies the vetoes that verification of the twin gave."""
+
+    def __init__(self, vetoes: Mapping[str, Mapping[str, str]], printed: dict[str, str]) -> None:
+        self.vetoes, self.printed = vetoes, printed
+
+    def before(self, program: Program, pass_: Any) -> None:
+        """Nothing: only what comes out is printed."""
+
+    def after(self, program: Program, before: Program, result: PassResult) -> dict[str, str]:
+        veto = self.vetoes.get(result.name, {})
+        bad = {r.site: veto[r.site] for r in result.rewrites if r.site in veto}
+        if not bad:
+            self.printed[result.name] = print_program(program)
+        return bad
+
+
+class _Vetoes(Verifier):
+    """A Verifier that remembers which sites it refused, for the Programs at other shapes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.refused: dict[str, dict[str, str]] = {}
+
+    def after(self, program: Program, before: Program, result: PassResult) -> dict[str, str]:
+        bad = super().after(program, before, result)
+        self.refused.setdefault(result.name, {}).update(bad)
+        return bad
+
+
+def compile_programs(
+    name: str,
+    captured: Mapping[str, Callable[[], Program]],
+    source: TensorSource,
+    options: Mapping[str, Mapping[str, Any]],
+    target: str,
+    *,
+    rewrite: bool = True,
+    twin: Callable[[], Program] | None = None,
+    stages: Stages | None = None,
+) -> Compiled:
+    """Captures and rewrites the Programs of one module.
+
+    captured: shape name -> a function that captures it. rewrite: False leaves the graphs as captured. twin: captures the
+    small shape at which rewrites are measured; None measures nothing. Raises VerificationError where the shapes end with
+    different rewrites.
+    """
+    stages = stages or Stages()
+    options = {k: {**v, "checkpoint_keys": frozenset(source.keys())} for k, v in options.items()}
+    programs: dict[str, Program] = {}
+    printed: dict[str, str] = {}
+    results: list[PassResult] = []
+    judged: list[PassResult] | None = None
+    verifier: _Vetoes | None = None
+    if rewrite and twin is not None:
+        with stages("capture"):
+            small = twin()
+        with stages("verify"):
+            captured_small = small.copy()
+            normalize(small)
+            verifier = _Vetoes(small, Evaluator(source, small.constants), options)
+            verifier.check_captured(captured_small)
+            judged = run_passes(small, options, target, verifier)
+    for shape, make in captured.items():
+        with stages("capture"):
+            program = make()
+        if rewrite:
+            with stages("normalize"):
+                normalize(program)
+            first = not programs
+            if first:
+                printed["normalize"] = print_program(program)
+            with stages("rewrite"):
+                recorder = _Recorder(verifier.refused if verifier else {}, printed if first else {})
+                found = run_passes(program, options, target, recorder)
+            _must_agree(name, judged or results, found)
+            results = results or found
+        else:
+            printed["capture"] = printed.get("capture") or print_program(program)
+        programs[shape] = program
+    for result, measured in zip(results, judged or [], strict=False):
+        result.error, result.error_output = measured.error, measured.error_output
+        result.error_reason = measured.error_reason
+    plan = weight_plan(programs)
+    return Compiled(name, programs, results, printed, plan, merged_constants(programs))
+
+
+def merged_constants(programs: Mapping[str, Program]) -> dict[str, torch.Tensor]:
+    """The constants of all shapes. Raises EngineError where one name holds different values."""
+    found: dict[str, torch.Tensor] = {}
+    for program in programs.values():
+        for key, tensor in program.constants.items():
+            known = found.setdefault(key, tensor)
+            if known is not tensor and not torch.equal(known, tensor):
+                raise EngineError(
+                    f"the constant {key!r} differs between the shapes of the engine; build one engine a shape"
+                )
+    return found
+
+
+def _must_agree(name: str, one: Sequence[PassResult], other: Sequence[PassResult]) -> None:
+    """Every shape must end with the same rewrites, else what was measured says nothing about what was built."""
+    for a, b in zip(one, other, strict=bool(one)):
+        mine, theirs = ({r.site for r in x.rewrites} for x in (a, b))
+        if mine != theirs:
+            site = sorted(mine ^ theirs)[0]
+            raise VerificationError(
+                f"the pass {a.name!r} rewrote {site} of {name} at one shape and not at another; "
+                f"switch it off with passes.{a.name}.enabled: false and report it"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------- from a recipe
+
+
+def optimize_recipe(
+    recipe: Recipe, out: Path | None, *, dry_run: bool = False, progress: Progress | None = None
+) -> Report:
+    """Builds the engine of a recipe in the new folder `out`. Nothing is left there when it fails.
+
+    dry_run: captures, rewrites and plans, reads no weights and writes nothing (rewrites are measured with synthetic
+    ones). progress(stage, fraction). Raises TurbocompileError.
+    """
+    stages = Stages(progress)
+    get_backend(recipe.backend).check(recipe.target)
+    if out is not None and not dry_run and (out.exists() or out.is_symlink()):
+        raise EngineError(
+            f"{out} exists already, and an engine is never written over; name another folder or remove it"
+        )
+    with stages("open"):
+        source = open_source(recipe)
+    compiled: dict[str, Compiled] = {}
+    for name, transformer in source.transformers.items():
+        tensors = source.synthetic(name) if dry_run else transformer.tensors
+        compiled[name] = _compile_transformer(name, transformer, tensors, recipe, stages)
+    report = make_report(compiled, recipe, stages, weights="synthetic" if dry_run else recipe.model.weights)
+    if dry_run or out is None:
+        return report
+    with new_folder(out) as folder:
+        modules: dict[str, Any] = {}
+        for name, item in compiled.items():
+            evaluate = Evaluator(source.transformers[name].tensors, item.constants)
+            modules[name] = emit_module(item, evaluate, recipe, source.transformers[name].config, folder, stages)
+        with stages("components"):
+            components = source.components.save(folder / "components")
+        report = make_report(compiled, recipe, stages, weights=recipe.model.weights, folder=folder)
+        finish(folder, report, compiled, modules, components, recipe)
+    return report
+
+
+def _compile_transformer(
+    name: str, transformer: TransformerSource, tensors: TensorSource, recipe: Recipe, stages: Stages
+) -> Compiled:
+    def capturing(shape: Shape) -> Callable[[], Program]:
+        def make() -> Program:
+            args, kwargs = transformer.example_inputs(shape)
+            return capture(transformer.build(), args, kwargs)
+
+        return make
+
+    captured = {shape.name: capturing(shape) for shape in recipe.shapes}
+    smallest = min((*recipe.shapes, replace(TWIN, batch=recipe.shapes[0].batch)), key=lambda s: s.tokens)
+    twin = capturing(smallest) if recipe.verify == "numeric" else None
+    return compile_programs(
+        name, captured, tensors, recipe.pass_options(), recipe.target,
+        rewrite=recipe.passes.enabled, twin=twin, stages=stages,
+    )  # fmt: skip
+
+
+def emit_module(
+    item: Compiled, evaluate: Evaluator, recipe: Recipe, config: Mapping[str, Any], folder: Path, stages: Stages
+) -> dict[str, Any]:
+    """Writes one module's programs, weights and backend files; its entry of the manifest."""
+    programs = write_programs(item.name, item.programs, folder)
+    with stages("weights"):
+        shards = write_shards(item.plan, evaluate, folder, f"weights-{item.name}")
+    engine = Engine(
+        item.programs, {}, name=item.name, config=json_config(config), dtype=recipe.torch_dtype, backend=recipe.backend
+    )
+    if recipe.backend != "triton":
+        with stages(recipe.backend):
+            weights = {k: evaluate(e.expr, e.prefix) for k, e in item.plan.items()}
+            for shape, program in item.programs.items():
+                engine.files[shape] = get_backend(recipe.backend).emit(
+                    program, weights, folder, f"{item.name}-{shape}", recipe.target
+                )
+    return module_entry(engine, programs, shards)
+
+
+def write_programs(module: str, programs: Mapping[str, Program], folder: Path) -> dict[str, str]:
+    """Writes `programs/<module>-<shape>.json`; shape name -> file name."""
+    (folder / "programs").mkdir(exist_ok=True)
+    names = {}
+    for shape, program in programs.items():
+        names[shape] = f"programs/{module}-{shape}.json"
+        text = json.dumps(to_json(program), separators=(",", ":"), ensure_ascii=False)
+        (folder / names[shape]).write_text(text, encoding="utf-8")
+    return names
+
+
+def finish(
+    folder: Path,
+    report: Report,
+    compiled: Mapping[str, Compiled],
+    modules: Mapping[str, Any],
+    components: Mapping[str, Any],
+    recipe: Recipe,
+) -> None:
+    """Writes the report, the printed graphs and the manifest. The report's engine size is of everything beside them."""
+    for item in compiled.values():
+        (folder / "graphs").mkdir(exist_ok=True)
+        for stage, text in item.printed.items():
+            (folder / "graphs" / f"{item.name}-{stage}.txt").write_text(text, encoding="utf-8")
+    report.save(folder / "report.json")
+    (folder / "report.html").write_text(report.to_html(), encoding="utf-8")
+    seal(folder, {
+        "recipe": recipe.to_dict(), "target": recipe.target, "versions": versions(), "modules": dict(modules),
+        "components": dict(components), "sampler": recipe.to_dict()["sampler"],
+        "weights": recipe.model.weights,
+    })  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """What was installed when the engine was built."""
+    found = {}
+    for name in ("turbocompile", "torch", "triton", "diffusers", "transformers", "safetensors"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def json_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's entries that JSON can hold (diffusers adds private ones)."""
+    return json.loads(json.dumps({k: v for k, v in config.items() if not str(k).startswith("_")}, default=str))
+
+
+# ---------------------------------------------------------------------------------------------------- from a module
+
+
+def optimize(
+    model: nn.Module,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    backend: str = "triton",
+    target: str | None = None,
+    verify_args: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Compiles a module into an Engine that is called the same way.
+
+    model: any module; it is left as it was. args, kwargs: an example call, or several (a list of (args, kwargs) pairs
+    given as `args`), one Program each. Without an example the returned module captures at its first call.
+    recipe: what the passes do: a Recipe, its fields as a mapping (`{"passes": {"w8a8": "int8"}}`), or a file; its model,
+    shapes and dtype are not looked at. target: "cpu", "sm90", ...; by default what the model's device is.
+    verify_args: a smaller example call to measure rewrites on, for calls of over 4,096 tokens.
+
+    Raises CaptureError, VerificationError, UnsupportedError, RecipeError.
+    """
+    options = module_recipe(model, recipe, backend, target)
+    get_backend(options.backend).check(options.target)
+    if args is None and kwargs is None:
+        return LazyEngine(model, options, verify_args, progress)
+    calls = _calls(args, kwargs)
+    stages = Stages(progress)
+    source = ModuleTensors(model)
+    captured = {f"call-{i}" if i else "call": _capturing(model, *call) for i, call in enumerate(calls)}
+    twin, unverified = _module_twin(model, calls, verify_args, options)
+    item = compile_programs(
+        "transformer", captured, source, options.pass_options(), options.target,
+        rewrite=options.passes.enabled, twin=twin, stages=stages,
+    )  # fmt: skip
+    if unverified:
+        item.warnings.append(unverified)
+        for result in item.results:
+            result.error_reason = unverified
+    evaluate = Evaluator(source, item.constants)
+    with stages("weights"):
+        weights = {name: evaluate(e.expr, e.prefix) for name, e in item.plan.items()}
+    report = make_report({"transformer": item}, options, stages, weights="the module's")
+    engine = Engine(
+        item.programs, weights, name=type(model).__name__, config=getattr(model, "config", None) or {},
+        dtype=_module_dtype(model), report=report, backend=options.backend,
+    )  # fmt: skip
+    engine.build = EngineBuild(options, item)
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    return engine.to(device)
+
+
+@dataclass(frozen=True)
+class EngineBuild:
+    """What `Engine.save` needs beside the engine: how it was built."""
+
+    recipe: Recipe
+    compiled: Compiled
+
+
+class LazyEngine(nn.Module):
+    """A module that compiles itself at its first call, for that call's shapes; later calls of other shapes add theirs."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, verify_args: Any, progress: Progress | None) -> None:
+        super().__init__()
+        object.__setattr__(self, "model", model)
+        self.recipe, self.verify_args, self.progress = recipe, verify_args, progress
+        self.calls: list[tuple[Any, Any]] = []
+        self.engine: Engine | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.engine is None or not self.engine.accepts(args, kwargs):
+            example = [*self.calls, (args, kwargs)]
+            self.engine = optimize(
+                self.model, example, recipe=self.recipe, backend=self.recipe.backend, target=self.recipe.target,
+                verify_args=self.verify_args, progress=self.progress,
+            )  # fmt: skip
+            self.calls = [(_to_meta(a), _to_meta(k)) for a, k in example]
+        return self.engine(*args, **kwargs)
+
+    @property
+    def report(self) -> Report | None:
+        """The report of the last compilation; None before the first call."""
+        return self.engine.report if self.engine is not None else None
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes the engine folder. Raises EngineError before the first call."""
+        if self.engine is None:
+            raise EngineError("nothing was captured yet; call the module once, or give optimize() an example call")
+        return self.engine.save(folder)
+
+
+def module_recipe(model: nn.Module, recipe: Any, backend: str, target: str | None) -> Recipe:
+    """The recipe that a module is compiled by: the given passes, the module's dtype, the target its device has."""
+    if isinstance(recipe, (str, Path)):
+        recipe = load_recipe(recipe)
+    if isinstance(recipe, Recipe):
+        fields: dict[str, Any] = recipe.to_dict()
+    else:
+        fields = dict(recipe or {})
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    fields.setdefault("backend", backend)
+    if target is not None:
+        fields["target"] = target
+    fields.setdefault("target", "host" if device == "cuda" else "cpu")
+    fields["model"] = {"preset": "wan-tiny"}  # a recipe has a model; here it is the module, and this one is not read
+    dtype = str(_module_dtype(model)).removeprefix("torch.")
+    fields["dtype"] = dtype if dtype in ("float32", "bfloat16", "float16") else "float32"
+    return Recipe.from_dict(fields, "optimize(recipe=...)")
+
+
+def _module_dtype(model: nn.Module) -> torch.dtype:
+    """The module's own word for its dtype, else that of most of its floating parameters."""
+    own = getattr(model, "dtype", None)
+    if isinstance(own, torch.dtype):
+        return own
+    sizes: dict[torch.dtype, int] = {}
+    for p in model.parameters():
+        if p.is_floating_point():
+            sizes[p.dtype] = sizes.get(p.dtype, 0) + p.numel()
+    return max(sizes, key=lambda d: sizes[d], default=torch.float32)
+
+
+def _calls(args: Any, kwargs: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    several = isinstance(args, list) and args and all(isinstance(c, tuple) and len(c) == 2 for c in args)
+    if several and kwargs is None and all(isinstance(c[1], Mapping) for c in args):
+        return [(tuple(a), dict(k)) for a, k in args]
+    given = args if isinstance(args, (tuple, list)) else (args,) if args is not None else ()
+    return [(tuple(given), dict(kwargs or {}))]
+
+
+def _capturing(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Program]:
+    return lambda: capture(model, args, kwargs)
+
+
+def _module_twin(
+    model: nn.Module, calls: Sequence[tuple[Any, Any]], verify_args: Any, recipe: Recipe
+) -> tuple[Callable[[], Program] | None, str]:
+    """How to capture the Program that rewrites are measured on, or None and why nothing is measured."""
+    if recipe.verify != "numeric":
+        return None, f"not measured: the recipe says verify: {recipe.verify}"
+    if any(p.device.type == "meta" for p in model.parameters()):
+        return None, "not measured: the parameters are on the meta device, so there are no numbers"
+    if verify_args is not None:
+        return _capturing(model, tuple(verify_args[0]), dict(verify_args[1])), ""
+    smallest = min(calls, key=lambda c: sum(t.numel() for t in _tensors(c)))
+    make = _capturing(model, *smallest)
+    program = make()
+    tokens = max_tokens(program)
+    if tokens > VERIFY_TOKENS:
+        return None, (
+            f"not measured: the call has {tokens} tokens, more than {VERIFY_TOKENS}; "
+            "give optimize() a smaller call as verify_args=(args, kwargs)"
+        )
+    return make, ""
+
+
+def max_tokens(program: Program) -> int:
+    """The largest number of rows that a linear of the Program sees in one sample."""
+    sizes = [1]
+    for sub in program.graphs.values():
+        for node in sub.graph.nodes:
+            if is_op(node, torch.ops.aten.linear) and node.meta["val"].dim() > 2:
+                sizes.append(node.meta["val"].shape[-2])
+    return max(sizes)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return [t for item in items for t in _tensors(item)]
+
+
+def _to_meta(value: Any) -> Any:
+    """The call with tensors that have no memory, so that a module that recompiles keeps no activations."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty_like(value, device="meta")
+    if isinstance(value, dict):
+        return {k: _to_meta(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_to_meta(v) for v in value)
+    return value
+
+
+def write_engine(engine: Engine, folder: Path) -> None:
+    """Writes a compiled module's engine into the empty `folder`."""
+    build = getattr(engine, "build", None)
+    if build is None:
+        raise EngineError("this engine was not built here, so there is nothing to write; copy its folder instead")
+    item, recipe = build.compiled, build.recipe
+    programs = write_programs(item.name, engine.programs, folder)
+    names = list(item.plan)
+    shards = write_shards(item.plan, _Stored(engine.weights, names), folder, f"weights-{item.name}")
+    for shape, program in engine.programs.items():
+        weights = {k: v.cpu() for k, v in engine.weights.items()}
+        files = get_backend(engine.backend).emit(program, weights, folder, f"{item.name}-{shape}", recipe.target)
+        if files:
+            engine.files[shape] = files
+    entry = module_entry(engine, programs, shards)
+    entry["config"] = json_config(engine.config)
+    assert engine.report is not None
+    finish(folder, engine.report, {item.name: item}, {item.name: entry}, {}, recipe)
+
+
+class _Stored:
+    """Hands the evaluated weights of an engine to `write_shards`, in the order of the plan."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], names: Sequence[str]) -> None:
+        self.weights, self.names = weights, iter(names)
+
+    def __call__(self, expr: Any, prefix: str = "") -> torch.Tensor:
+        return self.weights[next(self.names)].cpu().contiguous()

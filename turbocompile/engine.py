@@ -1,0 +1,423 @@
+"""An engine: compiled Programs and their weights, called like the model they came from; and the folder that holds them.
+
+Loading executes nothing from the folder. File names are plain relative names without links; JSON size and depth are
+capped; hashes are compared; programs are checked operator by operator and shape by shape (serialize.py). Hashes show
+damage, not origin: load engines only from where you would load weights from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from turbocompile import signature as sig
+from turbocompile.backends import get_backend
+from turbocompile.errors import CaptureError, EngineError, UnsupportedError
+from turbocompile.program import SHELL, Program
+from turbocompile.report import Report
+from turbocompile.serialize import dtype_name, from_json, parse_dtype
+from turbocompile.version import __version__
+from turbocompile.weights import Emission, emitted_name
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+CHUNK = 64 << 20  # bytes of a weights file that share one hash, so that files can be checked in parallel
+MAX_JSON = 256 << 20
+MAX_DEPTH = 96
+_PLAIN_NAME = re.compile(r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$")
+
+
+class Config(dict[str, Any]):
+    """The model's configuration: a dictionary whose keys are attributes too, as diffusers' configurations are."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the model's configuration has no {name!r}") from None
+
+
+def weight_plan(programs: Mapping[str, Program]) -> dict[str, Emission]:
+    """Every tensor that the Programs read, once, by its stored name.
+
+    Programs of several shapes share what is equal. Raises EngineError where two would store different values under one
+    name.
+    """
+    plan: dict[str, Emission] = {}
+    for program in programs.values():
+        for graph, sub in program.graphs.items():
+            used = {str(n.target) for n in sub.graph.nodes if n.op == "get_attr"}
+            for prefix in program.prefixes(graph):
+                for local in sorted(used):
+                    expr = sub.weights[local]
+                    name = emitted_name(graph == SHELL, graph, local, expr, prefix)
+                    known = plan.setdefault(name, Emission(expr, prefix))
+                    if known.expr != expr:
+                        raise EngineError(
+                            f"two shapes of the engine need different values of {name!r}; build two engines"
+                        )
+    # A quantized weight's data and scale come from one evaluation when they follow each other.
+    return dict(sorted(plan.items(), key=lambda item: item[0]))
+
+
+class Engine(nn.Module):
+    """A compiled model, at one or several shapes, with its weights.
+
+    Called like the model it came from. `.to(device)` moves the weights; no `.to(dtype)` changes them. `experts` maps the
+    names of all modules in the same folder ("transformer", "transformer_2") to their engines.
+    """
+
+    def __init__(
+        self,
+        programs: Mapping[str, Program],
+        weights: Mapping[str, torch.Tensor],
+        *,
+        name: str = "the engine",
+        config: Mapping[str, Any] | None = None,
+        dtype: torch.dtype = torch.float32,
+        report: Report | None = None,
+        manifest: Mapping[str, Any] | None = None,
+        folder: Path | None = None,
+        backend: str = "triton",
+        files: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.programs = dict(programs)
+        self.weights = dict(weights)
+        self.model_name = name
+        self.config = Config(config or {})
+        self._dtype = dtype
+        self._device = torch.device("cpu")
+        self._device = next((t.device for t in self.weights.values()), self._device)
+        self._runners: dict[str, Any] = {}
+        self.report = report
+        self.manifest = dict(manifest or {})
+        self.folder = folder
+        self.backend = backend
+        self.files = {k: list(v) for k, v in (files or {}).items()}
+        object.__setattr__(self, "experts", {"transformer": self})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the activations."""
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def shapes(self) -> list[dict[str, Any]]:
+        """The input shapes that the engine has, in the order they were built."""
+        return [{i.path: list(i.shape) for i in p.signature.inputs} for p in self.programs.values()]
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """What diffusers' pipelines enter around each call; an engine keeps nothing between calls."""
+        yield
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the Program whose shapes the call has. Raises CaptureError where there is none, or an argument differs."""
+        first = next(iter(self.programs.values()))
+        tensors, wrapped = sig.bind(first.signature, args, kwargs, self.model_name)
+        for name, program in self.programs.items():
+            if sig.fits(program.signature, tensors):
+                tensors = sig.cast(program.signature, tensors, self.model_name)
+                flat = self._runner(name)(*(t.to(self._device) for t in tensors))
+                return sig.wrap_output(program.signature, flat, wrapped)
+        given = {i.path: list(t.shape) for i, t in zip(first.signature.inputs, tensors, strict=True)}
+        raise CaptureError(f"{self.model_name} has no program for the shapes {given}; it has {self.shapes}")
+
+    def _runner(self, name: str) -> Any:
+        if name not in self._runners:
+            backend = get_backend(self.backend)
+            files = tuple(self.files.get(name, ()))
+            self._runners[name] = backend.compile_program(
+                self.programs[name], self.weights, self._device, self.folder, files
+            )
+        return self._runners[name]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Engine:
+        """Moves the weights to the device that `fn` moves tensors to; dtype changes do not reach them."""
+        probe = fn(torch.empty(0, dtype=torch.int8, device=self._device if self._device.type != "meta" else "cpu"))
+        self.move(probe.device)
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Engine:
+        """Moves the engine to a device; a dtype is ignored, since the weights' formats are the engine's own."""
+        device, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if device is not None:
+            self.move(device)
+        return self
+
+    def move(self, device: torch.device) -> None:
+        """Puts the weights on `device`. Compiled code is dropped, since it holds tensors of the old one."""
+        if device != self._device:
+            self.weights = {k: v.to(device) for k, v in self.weights.items()}
+            self._device = device
+            self._runners.clear()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        """The weights by stored name. They are the engine's, not the model's: fused, quantized."""
+        return dict(self.weights)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The weights, for tools that look at devices and sizes; none is trainable."""
+        for tensor in self.weights.values():
+            yield nn.Parameter(tensor, requires_grad=False)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Writes the engine folder into a diffusers pipeline folder; it opens with `turbocompile.load`."""
+        self.save(save_directory, force=True)
+
+    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Writes the engine folder, atomically. force: an empty folder may stand there already.
+
+        Raises EngineError where something is there, UnsupportedError for an engine opened from a folder that is gone.
+        """
+        target = Path(folder)
+        if force and target.is_dir() and not any(target.iterdir()):
+            target.rmdir()
+        with new_folder(target) as temporary:
+            if self.folder is not None:
+                shutil.copytree(self.folder, temporary, dirs_exist_ok=True)
+            else:
+                from turbocompile.build import write_engine
+
+                write_engine(self, temporary)
+        return target
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary sibling of `target` that becomes it when the body ends well, and disappears when it does not."""
+    if target.exists() or target.is_symlink():
+        raise EngineError(
+            f"{target} exists already, and an engine is never written over; name another folder or remove it"
+        )
+    if not target.parent.is_dir():
+        target.parent.mkdir(parents=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def canonical(manifest: Mapping[str, Any]) -> bytes:
+    """The bytes that the digest is of: sorted keys, no spaces, UTF-8, without the digest itself."""
+    body = {k: v for k, v in manifest.items() if k != "digest"}
+    return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+
+
+def seal(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Adds the hashes of every file and the digest, and writes the manifest last."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    files = {name: file_entry(folder / name) for name in names if name != MANIFEST}
+    manifest = {**manifest, "schema": SCHEMA, "version": __version__, "files": files}
+    manifest["digest"] = hashlib.sha256(canonical(manifest)).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return manifest
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, per 64 MiB."""
+    return {"size": path.stat().st_size, "sha256": _hashes(path)}
+
+
+def _hashes(path: Path) -> list[str]:
+    def digest(start: int) -> str:
+        h = hashlib.sha256()
+        with path.open("rb") as file:
+            file.seek(start)
+            left = CHUNK
+            while left and (data := file.read(min(left, 1 << 20))):
+                h.update(data)
+                left -= len(data)
+        return h.hexdigest()
+
+    starts = range(0, max(1, path.stat().st_size), CHUNK)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(digest, starts))
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON of bounded size and depth. Raises EngineError."""
+    if path.stat().st_size > MAX_JSON:
+        raise EngineError(f"{path.name} is {path.stat().st_size >> 20} MiB, more than any engine needs; build it again")
+    text = path.read_bytes()
+    depth = deepest = 0
+    in_string = escaped = False
+    for byte in text:
+        if in_string:
+            if escaped:
+                escaped = False
+            elif byte == 0x5C:
+                escaped = True
+            elif byte == 0x22:
+                in_string = False
+        elif byte == 0x22:
+            in_string = True
+        elif byte in (0x5B, 0x7B):
+            depth += 1
+            deepest = max(deepest, depth)
+            if deepest > MAX_DEPTH:
+                raise EngineError(f"{path.name} is nested more than {MAX_DEPTH} deep, so it is no engine file")
+        elif byte in (0x5D, 0x7D):
+            depth -= 1
+    try:
+        return json.loads(text)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise EngineError(f"{path.name} is not valid JSON ({error}); the engine is damaged, build it again") from error
+
+
+def inside(folder: Path, name: Any) -> Path:
+    """The path of a file of the engine; EngineError for a name that leads out, a link, or a missing file."""
+    if not isinstance(name, str) or not _PLAIN_NAME.match(name) or any(part in (".", "..") for part in name.split("/")):
+        raise EngineError(f"the engine names a file {str(name)[:60]!r}, which is no plain relative name")
+    path = folder
+    for part in name.split("/"):
+        path = path / part
+        if path.is_symlink():
+            raise EngineError(f"{name} in the engine is a link, and an engine holds plain files only")
+    if not path.is_file():
+        raise EngineError(f"the engine lacks the file {name}; copy it again or build it again")
+    return path
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, with its digest checked."""
+    if not folder.is_dir():
+        raise EngineError(f"{folder} is no folder; `turbocompile optimize RECIPE -o {folder}` makes one")
+    if not (folder / MANIFEST).is_file():
+        raise EngineError(f"{folder} has no {MANIFEST}, so it is no engine; `turbocompile optimize` makes one")
+    manifest = read_json(inside(folder, MANIFEST))
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int):
+        raise EngineError(f"{folder / MANIFEST} is no manifest of an engine; build it again")
+    if manifest["schema"] > SCHEMA:
+        raise EngineError(
+            f"the engine was built by turbocompile {manifest.get('version')} (schema {manifest['schema']}), and this "
+            f"version reads schema {SCHEMA}; upgrade turbocompile"
+        )
+    if manifest.get("digest") != hashlib.sha256(canonical(manifest)).hexdigest():
+        raise EngineError(f"the manifest of {folder} was altered after the build (its digest differs); build it again")
+    missing = [k for k in ("files", "modules", "components") if not isinstance(manifest.get(k), dict)]
+    if missing:
+        raise EngineError(f"the manifest of {folder} lacks {missing[0]!r}; build it again")
+    return manifest
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any], names: Sequence[str] | None = None) -> None:
+    """Compares size and hashes of the named files (all of them by default) with the manifest. Raises EngineError."""
+    for name in names if names is not None else manifest["files"]:
+        entry = manifest["files"].get(name)
+        path = inside(folder, name)
+        if not isinstance(entry, dict):
+            raise EngineError(f"the engine's {name} is not in its manifest; build it again")
+        if path.stat().st_size != entry.get("size"):
+            raise EngineError(
+                f"the engine's {name} has {path.stat().st_size} bytes and should have {entry.get('size')}; copy it again"
+            )
+        if _hashes(path) != entry.get("sha256"):
+            raise EngineError(f"the engine's {name} was altered (its hash differs); copy it again or build it again")
+
+
+def load(folder: str | Path, *, device: torch.device | str | None = None, check: bool = True) -> Engine:
+    """Opens an engine folder. Weights are mapped, not copied, until they are moved to a device.
+
+    device: where to run; the CPU where nothing is said. check: compare the hashes of all files read (turn off only for
+    a folder that was checked before).
+
+    Raises EngineError in one sentence where the folder is damaged, altered, newer than this version, or hostile.
+    """
+    root = Path(folder)
+    manifest = read_manifest(root)
+    report_name = "report.json"
+    report = None
+    if report_name in manifest["files"]:
+        check_files(root, manifest, [report_name])
+        report = Report.from_dict(read_json(inside(root, report_name)))
+    engines: dict[str, Engine] = {}
+    for module, entry in manifest["modules"].items():
+        engines[module] = _load_module(root, manifest, module, entry, report, check)
+    if not engines:
+        raise EngineError(f"the engine {root} holds no module; build it again")
+    for engine in engines.values():
+        object.__setattr__(engine, "experts", engines)
+        if device is not None:
+            engine.move(torch.device(device))
+    return engines.get("transformer") or next(iter(engines.values()))
+
+
+def _load_module(
+    root: Path, manifest: Mapping[str, Any], module: str, entry: Any, report: Report | None, check: bool
+) -> Engine:
+    try:
+        names = list(entry["programs"].values())
+        shards = list(entry["weights"])
+        dtype = parse_dtype(entry["dtype"])
+        files = {str(k): [str(f) for f in v] for k, v in entry["files"].items()}
+        get_backend(str(entry["backend"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise EngineError(f"the manifest's entry of {module!r} lacks {error}; build the engine again") from error
+    except UnsupportedError as error:
+        raise EngineError(str(error)) from error
+    if check:
+        check_files(root, manifest, [*names, *shards, *(f for group in files.values() for f in group)])
+    programs = {str(k): from_json(read_json(inside(root, v))) for k, v in entry["programs"].items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in shards:
+        path = inside(root, shard)
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for key in file.keys():  # noqa: SIM118 (not a dictionary)
+                    tensors[key] = file.get_tensor(key)
+        except SafetensorError as error:
+            raise EngineError(f"the engine's {shard} is no safetensors file ({error}); copy it again") from error
+    for name, emission in weight_plan(programs).items():
+        found = tensors.get(name)
+        if found is None:
+            raise EngineError(f"the engine lacks the weight {name!r}; it is damaged, build it again")
+        if tuple(found.shape) != tuple(emission.expr.shape) or found.dtype != emission.expr.dtype:
+            raise EngineError(
+                f"the engine's weight {name!r} is {list(found.shape)} {found.dtype}, and its program reads "
+                f"{list(emission.expr.shape)} {emission.expr.dtype}; build it again"
+            )
+    config = entry.get("config", {})
+    return Engine(
+        programs, tensors, name=str(entry.get("name", module)), config=config if isinstance(config, dict) else {},
+        dtype=dtype, report=report, manifest=manifest, folder=root, backend=str(entry["backend"]), files=files,
+    )  # fmt: skip
+
+
+def module_entry(engine: Engine, programs: Mapping[str, str], shards: Sequence[str]) -> dict[str, Any]:
+    """The manifest's entry of a module."""
+    return {
+        "name": engine.model_name,
+        "backend": engine.backend,
+        "dtype": dtype_name(engine.dtype),
+        "programs": dict(programs),
+        "weights": list(shards),
+        "files": {name: list(files) for name, files in engine.files.items()},
+        "config": dict(engine.config),
+    }

@@ -1,0 +1,393 @@
+"""Verification: numbers, not shapes, say whether a rewrite is right.
+
+Truth is the captured graph's normal form in float64 (the graph as captured is compared with it first). After each pass every site is computed anew from the true values of what it reads,
+in the dtype that the engine uses, and compared with the true value of what it replaced; the block's output, run as a
+whole, is a second figure. Exact passes may move by a rounding, quantizing ones have a budget, and a site over it is left
+alone. A semantic pass (another function, meant so) sets a new truth: the graph after it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from turbocompile.backends.triton import place
+from turbocompile.errors import VerificationError
+from turbocompile.program import SHELL, Program, Subgraph, call, is_op
+from turbocompile.weights import Constant, Evaluator
+
+aten = torch.ops.aten
+EXACT = 1e-5  # of the largest true value, in float32: a few dozen roundings of 2^-24
+# Relative L1 at the worst site; the measured values of these formats on N(0,1) inputs are 0.012 (int8, int8_block),
+# 0.037 (fp8), 0.013 (sage, FP16 PV) and 0.038 (sage, FP8 PV).
+BUDGETS = {"int8": 0.02, "int8_block": 0.02, "fp8": 0.05, "sage_fp16": 0.02, "sage_fp8": 0.04}
+
+
+@dataclass(frozen=True)
+class Error:
+    """How far numbers are from the truth: cosine, relative L1 (sum|a-b| / sum|b|), and max|a-b| / max|b|."""
+
+    cosine: float
+    rel_l1: float
+    max_abs: float
+    max_rel: float
+
+    def to_dict(self) -> dict[str, float]:
+        return {"cosine": self.cosine, "rel_l1": self.rel_l1, "max_abs": self.max_abs}
+
+
+def compare(found: torch.Tensor, truth: torch.Tensor) -> Error:
+    """The error of `found`. A NaN or an infinity that the truth lacks makes every figure infinite."""
+    a, b = found.double().flatten(), truth.double().flatten()
+    if not bool(torch.isfinite(a).all()):
+        return Error(0.0, math.inf, math.inf, math.inf)
+    difference = (a - b).abs()
+    total, top = float(b.abs().sum()), float(b.abs().max()) if b.numel() else 0.0
+    norm = float(a.norm() * b.norm())
+    same = not bool(difference.any())
+    return Error(
+        cosine=float(a @ b) / norm if norm else float(same),
+        rel_l1=float(difference.sum()) / total if total else (0.0 if same else math.inf),
+        max_abs=float(difference.max()) if a.numel() else 0.0,
+        max_rel=float(difference.max()) / top if top else (0.0 if same else math.inf),
+    )
+
+
+def worst(errors: list[Error]) -> Error | None:
+    """The error of the worst site, by relative L1."""
+    return max(errors, key=lambda e: (e.rel_l1, e.max_rel), default=None)
+
+
+def budget_of(name: str, options: Mapping[str, Any], targets: set[str]) -> float:
+    """The relative L1 that a quantizing pass may reach at a site: the recipe's, else the format's."""
+    if options.get("budget") is not None:
+        return float(options["budget"])
+    key = options.get("format") if name == "w8a8" else f"sage_{options.get('pv') or 'fp8'}"
+    formats = [BUDGETS[t] for t in targets if t in BUDGETS]
+    return BUDGETS.get(str(key), max(formats, default=max(BUDGETS.values())))
+
+
+Values = dict[str, Any]
+
+
+class Evaluation:
+    """Runs one graph on the CPU, recording every node's value.
+
+    wide: a floating dtype in which everything is computed (float64 for truth, float32 for an exact rewrite of a bf16
+    model); None runs the graph as it is. Casts between floating types are dropped when wide, but for those of constants:
+    a table cast to bf16 is meant so.
+    """
+
+    def __init__(self, sub: Subgraph, weight: Callable[[fx.Node], torch.Tensor], wide: torch.dtype | None) -> None:
+        self.sub, self.weight, self.wide = sub, weight, wide
+        self.constant: set[fx.Node] = set()
+        for node in sub.graph.nodes:
+            if node.op == "get_attr":
+                if isinstance(sub.weights[str(node.target)], Constant):
+                    self.constant.add(node)
+            elif node.op == "call_function" and node.target is not call:
+                if all(n in self.constant for n in node.all_input_nodes):
+                    self.constant.add(node)
+
+    def __call__(self, given: Mapping[str, Any], calls: Callable[[fx.Node, Any], Any] | None = None) -> Values:
+        """Values by node name. given: values that are taken as they are (inputs, and nodes already known)."""
+        values: Values = {}
+        with torch.no_grad():
+            for node in self.sub.graph.nodes:
+                if node.op == "output":
+                    continue
+                if node.name in given:
+                    values[node.name] = given[node.name]
+                elif node.op == "get_attr":
+                    value = self.weight(node)
+                    values[node.name] = value if node in self.constant else self._widen(value)
+                else:
+                    args = fx.map_arg(node.args, lambda n: values[n.name])
+                    kwargs = fx.map_arg(dict(node.kwargs), lambda n: values[n.name])
+                    if node.target is call and calls is not None:
+                        values[node.name] = calls(node, args)
+                    else:
+                        values[node.name] = self._run(node, args, kwargs)
+        return values
+
+    def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if self.wide is not None and node not in self.constant:
+            if is_op(node, aten.to.dtype) and node.meta["val"].dtype.is_floating_point and args[0].is_floating_point():
+                return self._widen(args[0])
+            args, kwargs = (fx.node.map_aggregate(x, self._widen_argument) for x in (args, kwargs))
+        return node.target(*args, **place(node, kwargs, torch.device("cpu")))  # type: ignore[operator]
+
+    def _widen(self, value: torch.Tensor) -> torch.Tensor:
+        narrow = value.is_floating_point() and value.dtype.itemsize > 1 and self.wide is not None
+        return value.to(self.wide) if narrow else value
+
+    def _widen_argument(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            if value.is_complex() and self.wide is torch.float64:
+                return value.to(torch.complex128)
+            return self._widen(value)
+        if isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize > 1:
+            return self.wide
+        return value
+
+
+class Verifier:
+    """Judges passes on a Program (the twin at a small shape); the hook of `pipeline.run_passes`.
+
+    evaluate: the weights' values. inputs: tensors of the call in the Program's dtypes; random by default. The shell and
+    the first call of each kind of block are run, the block fed by the shell's own values.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        evaluate: Evaluator,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+        inputs: list[torch.Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.evaluate = evaluate
+        self.options = options or {}
+        self.inputs = inputs or random_inputs(program, seed)
+        self.truth: dict[str, Values] = {}
+        self.base_error: dict[str, Error] = {}
+        self._cache: dict[tuple[str, str], torch.Tensor] = {}
+        self._rebase(program)
+
+    def before(self, program: Program, pass_: Any) -> None:
+        """Nothing: the truth is known from the start."""
+
+    def after(self, program: Program, before: Program, result: Any) -> dict[str, str]:
+        """Measures a pass and returns the sites to leave alone. Raises VerificationError for a wrong exact rewrite."""
+        options = self.options.get(result.name, {})
+        if result.kind == "semantic":
+            self._rebase(program)
+            result.error_reason = "another function by intent; later passes are measured against it"
+            return {}
+        sites = self._sites(program, result)
+        if result.kind == "exact":
+            for site, (error, _) in sites.items():
+                if error.max_rel > EXACT:
+                    raise VerificationError(
+                        f"the pass {result.name!r} changed the numbers at {site}: the largest difference is "
+                        f"{error.max_rel:.1e} of the largest value, and rounding explains {EXACT:.0e}; "
+                        f"switch it off with passes.{result.name}.enabled: false and report it"
+                    )
+        else:
+            bad = {}
+            for site, (error, targets) in sites.items():
+                budget = budget_of(result.name, options, targets)
+                if error.rel_l1 > budget:
+                    bad[site] = f"relative L1 {error.rel_l1:.4f} is over its budget of {budget:g}"
+            if bad:
+                return bad
+        self._record(result, worst([e for e, _ in sites.values()]), self._output_error(program))
+        self._adopt(program)
+        return {}
+
+    def _record(self, result: Any, error: Error | None, output: Error) -> None:
+        result.error = error.to_dict() if error else None
+        result.error_output = output.to_dict()
+        if error is None:
+            result.error_reason = "no site left to measure"
+
+    def check_captured(self, captured: Program) -> None:
+        """Compares the graph as captured, run as it is, with the truth, which is the normal form in float64.
+
+        In float32 the bound is that of an exact pass; in a 16-bit type a block's some hundred roundings of 2^-9 leave
+        about 1%, and five times that is a wrong graph. Raises VerificationError.
+        """
+        found = self._outputs(captured, self._run_all(captured, None))
+        for graph, values in found.items():
+            for value, true in zip(values, self.outputs[graph], strict=True):
+                error = compare(value, true)
+                bad = error.max_rel > EXACT if value.dtype.itemsize > 2 else error.rel_l1 > 0.05
+                if value.is_floating_point() and bad:
+                    raise VerificationError(
+                        f"the normal form of the graph {graph!r} differs from what was captured (largest difference "
+                        f"{error.max_rel:.1e} of the largest value); build with passes: off and report it"
+                    )
+
+    # ------------------------------------------------------------------------------------------------ values
+
+    def _weight(self, program: Program, graph: str) -> Callable[[fx.Node], torch.Tensor]:
+        prefix = program.prefixes(graph)[0] if program.prefixes(graph) else ""
+
+        def weight(node: fx.Node) -> torch.Tensor:
+            key = (graph, str(node.target))
+            if key not in self._cache:
+                self._cache[key] = self.evaluate(program.graphs[graph].weights[str(node.target)], prefix)
+            return self._cache[key]
+
+        return weight
+
+    def _run_all(self, program: Program, wide: torch.dtype | None) -> dict[str, Values]:
+        """Values of the shell and of the first call of each graph; later calls of a kind stand for the first."""
+        found: dict[str, Values] = {}
+
+        def run_call(node: fx.Node, args: Any) -> Any:
+            name = args[0]
+            sub = program.graphs[name]
+            if name not in found:
+                given = {n.name: v for n, v in zip(sub.inputs(), args[3:], strict=True)}
+                found[name] = Evaluation(sub, self._weight(program, name), wide)(given)
+            outputs = tuple(found[name][n.name] for n in sub.outputs())
+            return outputs[0] if len(outputs) == 1 else outputs
+
+        shell = program.shell
+        evaluation = Evaluation(shell, self._weight(program, SHELL), wide)
+        given = {n.name: evaluation._widen(t) for n, t in zip(shell.inputs(), self.inputs, strict=True)}
+        found[SHELL] = evaluation(given, run_call)
+        return found
+
+    def _rebase(self, program: Program) -> None:
+        """Takes the Program's float64 values as the truth."""
+        self.truth = self._run_all(program, torch.float64)
+        self.outputs = self._outputs(program, self.truth)
+
+    def _outputs(self, program: Program, values: Mapping[str, Values]) -> dict[str, list[Any]]:
+        return {g: [values[g][n.name] for n in program.graphs[g].outputs()] for g in values}
+
+    def _output_error(self, program: Program) -> Error:
+        """The error of the blocks' (else the shell's) outputs, each run as a whole in the engine's dtypes."""
+        found = self._outputs(program, self._run_all(program, None))
+        errors = [
+            compare(a, b)
+            for graph, values in found.items()
+            if graph != SHELL or len(found) == 1
+            for a, b in zip(values, self.outputs[graph], strict=True)
+            if b.is_floating_point()
+        ]
+        return worst(errors) or Error(1.0, 0.0, 0.0, 0.0)
+
+    # ------------------------------------------------------------------------------------------------- sites
+
+    def _sites(self, program: Program, result: Any) -> dict[str, tuple[Error, set[str]]]:
+        """Per site, the error of its new nodes from exact inputs, and the formats among the new nodes' arguments.
+
+        An exact pass is computed in float32 at least: its rounding is judged where one can see it.
+        """
+        found: dict[str, tuple[Error, set[str]]] = {}
+        by_graph: dict[str, list[Any]] = {}
+        for rewrite in result.rewrites:
+            by_graph.setdefault(rewrite.graph, []).append(rewrite)
+        for graph, rewrites in by_graph.items():
+            if graph not in self.truth:
+                continue
+            sub = result.raw.get(graph) or program.graphs[graph]
+            wide = torch.float32 if result.kind == "exact" and not _is_float64(sub) else None
+            errors = self._graph_sites(program, graph, sub, rewrites, wide)
+            for rewrite in rewrites:
+                mine = [errors[new] for _, new in rewrite.replaced if new in errors]
+                if mine:
+                    found[rewrite.site] = (worst(mine), _formats(sub, rewrite))  # type: ignore[assignment]
+        return found
+
+    def _graph_sites(
+        self, program: Program, graph: str, sub: Subgraph, rewrites: list[Any], wide: torch.dtype | None
+    ) -> dict[str, Error]:
+        """Runs the new nodes on true inputs, in order; a measured node hands on the truth, not what it computed."""
+        truth = self.truth[graph]
+        was = {new: old for rewrite in rewrites for old, new in rewrite.replaced}
+        evaluation = Evaluation(sub, self._weight(program, graph), wide)
+        errors: dict[str, Error] = {}
+        values: Values = {}
+        with torch.no_grad():
+            for node in sub.graph.nodes:
+                if node.op == "output":
+                    continue
+                if node.name in was and was[node.name] in truth:
+                    args, kwargs = self._arguments(node, values)
+                    found = evaluation._run(node, args, kwargs)
+                    true = truth[was[node.name]]
+                    if isinstance(true, torch.Tensor) and true.is_floating_point():
+                        errors[node.name] = compare(found, true)
+                    values[node.name] = _as(true, node, wide)
+                elif node.name in truth and node.op != "get_attr":
+                    values[node.name] = _as(truth[node.name], node, wide)
+                elif node.op == "get_attr":
+                    value = evaluation.weight(node)
+                    values[node.name] = value if node in evaluation.constant else evaluation._widen(value)
+                else:
+                    args, kwargs = self._arguments(node, values)
+                    values[node.name] = evaluation._run(node, args, kwargs)
+        return errors
+
+    def _arguments(self, node: fx.Node, values: Values) -> tuple[Any, Any]:
+        return (
+            fx.map_arg(node.args, lambda n: values[n.name]),
+            fx.map_arg(dict(node.kwargs), lambda n: values[n.name]),
+        )
+
+    def _adopt(self, program: Program) -> None:
+        """Gives the nodes that a pass made their true values, so that the next pass finds exact inputs."""
+        for graph in list(self.truth):
+            sub, truth = program.graphs[graph], self.truth[graph]
+            known = {n.name: truth[n.name] for n in sub.graph.nodes if n.name in truth and n.op != "get_attr"}
+            if graph == SHELL:
+                self.truth[graph] = self._run_shell(program, known)
+            else:
+                self.truth[graph] = Evaluation(sub, self._weight(program, graph), torch.float64)(known)
+
+    def _run_shell(self, program: Program, known: Values) -> Values:
+        evaluation = Evaluation(program.shell, self._weight(program, SHELL), torch.float64)
+        return evaluation(known, lambda node, args: known[node.name])
+
+
+def _as(value: Any, node: fx.Node, wide: torch.dtype | None) -> Any:
+    """A true value in the dtype that the node has in the engine."""
+    if isinstance(value, (tuple, list)):
+        vals = node.meta["val"]
+        return type(value)(_cast(v, t.dtype, wide) for v, t in zip(value, vals, strict=True))
+    return _cast(value, node.meta["val"].dtype, wide)
+
+
+def _cast(value: Any, dtype: torch.dtype, wide: torch.dtype | None) -> Any:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype.itemsize == 1:
+        return value
+    return value.to(wide if wide is not None and dtype.is_floating_point else dtype)
+
+
+def _is_float64(sub: Subgraph) -> bool:
+    return any(
+        n.op == "placeholder" and isinstance(n.meta["val"], torch.Tensor) and n.meta["val"].dtype == torch.float64
+        for n in sub.graph.nodes
+    )
+
+
+def _formats(sub: Subgraph, rewrite: Any) -> set[str]:
+    """The quantization formats named by a site's new nodes and what feeds them."""
+    names = {n.name: n for n in sub.graph.nodes}
+    found: set[str] = set()
+    for _, new in rewrite.replaced:
+        todo, depth = [names[new]] if new in names else [], 0
+        while todo and depth < 8:
+            node = todo.pop()
+            depth += 1
+            if is_op(node, torch.ops.turbocompile.sage_attention, torch.ops.turbocompile.sla_attention):
+                found.add(f"sage_{node.args[-1]}")
+            elif is_op(node, torch.ops.turbocompile.w8a8_linear):
+                found |= {a for a in node.args if isinstance(a, str)}
+            elif node.op == "call_function":
+                todo += node.all_input_nodes
+    return found
+
+
+def random_inputs(program: Program, seed: int = 0) -> list[torch.Tensor]:
+    """Random tensors of the Program's inputs: N(0, 1), timesteps in (0, 1000), zeros for integers."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for i in program.signature.inputs:
+        if i.cast:
+            value = torch.rand(i.shape, generator=generator) * 999.0 + 0.5
+        elif i.dtype.is_floating_point:
+            value = torch.randn(i.shape, generator=generator)
+        else:
+            value = torch.zeros(i.shape)
+        made.append(value.to(i.dtype))
+    return made
