@@ -1,0 +1,107 @@
+"""The table of cards, and what it decides."""
+
+import pytest
+import torch
+
+from turbocompile import hardware
+from turbocompile.errors import UnsupportedError
+from turbocompile.hardware import GPUS, TARGETS
+
+
+def test_every_gpu_target_has_a_card_and_every_card_a_target():
+    assert {hardware.gpu_of_target(t).target for t in TARGETS if t != "cpu"} == set(TARGETS) - {"cpu"}
+    assert {gpu.target for gpu in GPUS.values()} <= set(TARGETS)
+    assert hardware.gpu_of_target("cpu") is None
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS.keys())
+def test_rates_are_dense_and_say_where_they_come_from(gpu):
+    # 8-bit products run at two or four times the 16-bit rate on every tensor core; a sparse figure would double that.
+    assert gpu.int8 / gpu.bf16 == pytest.approx(2, rel=0.01) or gpu.int8 / gpu.bf16 == pytest.approx(4, rel=0.01)
+    assert gpu.fp8 is None or gpu.fp8 / gpu.bf16 == pytest.approx(2, rel=0.01)
+    assert (gpu.fp8 is not None) == hardware.has_fp8(gpu.target)
+    assert gpu.fp32 < gpu.bf16
+    assert "NVIDIA" in gpu.source
+
+
+def test_h100_has_the_figures_of_its_datasheet():
+    gpu = hardware.find_gpu("h100")
+    assert gpu.bf16 == pytest.approx(989e12, rel=1e-3)
+    assert gpu.rate("fp8") == gpu.rate("int8") == pytest.approx(1979e12, rel=1e-3)
+    assert gpu.bandwidth == pytest.approx(3.35e12)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "key"),
+    [("H100", "h100"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("RTX 4090", "rtx4090"),
+     ("NVIDIA GeForce RTX 5090", "rtx5090"), ("NVIDIA A100-SXM4-80GB", "a100"), ("rtx-3090", "rtx3090")],
+)  # fmt: skip
+def test_cards_are_found_in_any_spelling(spelling, key):
+    assert hardware.find_gpu(spelling).key == key
+
+
+@pytest.mark.parametrize(
+    "name", ["H100 PCIe", "NVIDIA GeForce RTX 4090 Laptop GPU", "RTX 5090 D", "NVIDIA A100-SXM4-40GB", "V100"]
+)
+def test_a_card_that_only_shares_a_name_is_not_taken_for_it(name):
+    with pytest.raises(UnsupportedError, match="choose one of h100"):
+        hardware.find_gpu(name)
+
+
+def test_fp8_on_ampere_is_refused():
+    with pytest.raises(UnsupportedError, match="A100 80GB SXM has no fp8"):
+        GPUS["a100"].rate("fp8")
+    assert hardware.linear_speedup("sm80", "fp8") is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [((8, 0), "sm80"), ((8, 6), "sm86"), ((8, 7), "sm86"), ((8, 9), "sm89"), ((9, 0), "sm90"), ((12, 0), "sm120"),
+     ((12, 1), "sm120"), ((7, 5), None), ((10, 0), None)],
+)  # fmt: skip
+def test_a_capability_runs_the_newest_target_of_its_major_version(capability, target):
+    assert hardware.target_of(capability) == target
+
+
+def test_host_target_is_cpu_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert hardware.host_target() == "cpu"
+    assert hardware.host_gpu() is None
+
+
+def test_host_target_names_a_card_that_fits_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(UnsupportedError, match=r"compute capability 7\.5"):
+        hardware.host_target()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert hardware.host_target() == "sm90"
+
+
+def test_the_linear_format_that_pays_is_chosen():
+    chosen = {t: hardware.choose_linear_format(t) for t in TARGETS}
+    assert chosen == {"cpu": "off", "sm80": "int8", "sm86": "int8", "sm89": "int8", "sm90": "fp8", "sm120": "int8"}
+    for target, format in chosen.items():
+        assert format == "off" or hardware.linear_speedup(target, format) > 1
+
+
+def test_attention_and_pv_follow_the_target_and_the_checkpoint():
+    assert hardware.choose_attention("cpu") == "native"
+    assert hardware.choose_attention("sm90") == "sage"
+    assert {hardware.choose_attention(t, sla_trained=True) for t in TARGETS} == {"sla"}
+    assert {t: hardware.choose_pv(t) for t in ("sm80", "sm86", "sm89", "sm90", "sm120")} == {
+        "sm80": "fp16", "sm86": "fp16", "sm89": "fp8", "sm90": "fp8", "sm120": "fp8"
+    }  # fmt: skip
+    assert hardware.choose_pv("cpu", "sla") == "none"
+
+
+def test_dtype_is_float32_on_a_cpu_only():
+    assert hardware.choose_dtype("cpu") == torch.float32
+    assert {hardware.choose_dtype(t) for t in TARGETS[1:]} == {torch.bfloat16}
+
+
+def test_an_unknown_target_is_refused():
+    with pytest.raises(UnsupportedError, match=r"sm100.*choose one of cpu"):
+        hardware.choose_linear_format("sm100")
+    with pytest.raises(UnsupportedError, match="no linear format 'int4'"):
+        hardware.linear_speedup("sm90", "int4")

@@ -1,0 +1,197 @@
+"""The cards: what they can do on paper, what was measured, and what that decides.
+
+Everything that depends on the kind of GPU is decided here: which 8-bit format a linear gets, which attention, which
+format the product with V has. Rates are dense (no structured sparsity), with float32 accumulation, as the vendor gives
+them; nothing reaches them, so a time computed from them is a lower bound.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from turbocompile.errors import UnsupportedError
+
+CPU = "cpu"
+TARGETS = (CPU, "sm80", "sm86", "sm89", "sm90", "sm120")
+LINEAR_FORMATS = ("int8", "int8_block", "fp8")
+
+T = 1e12
+G = 1e9
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One card. Rates: operations per second, a multiply-add being two. Bandwidth: bytes per second. Memory: bytes.
+
+    bf16 is the rate of fp16 too. fp8 is None where the tensor cores have no such format. fp32 is the rate of the
+    ordinary cores: float32 matrix products run there unless TF32 is allowed, and so does everything that is no product.
+    """
+
+    key: str
+    name: str
+    target: str
+    bf16: float
+    fp8: float | None
+    int8: float
+    fp32: float
+    bandwidth: float
+    memory: int
+    source: str
+
+    def rate(self, kind: str) -> float:
+        """Operations per second in "bf16", "fp8", "int8" or "fp32". Raises UnsupportedError for FP8 on Ampere."""
+        rates = {"bf16": self.bf16, "fp8": self.fp8, "int8": self.int8, "fp32": self.fp32}
+        rate = rates.get(kind)
+        if rate is None:
+            have = ", ".join(k for k, v in rates.items() if v is not None)
+            raise UnsupportedError(f"{self.name} has no {kind} arithmetic; it has {have}")
+        return rate
+
+
+_GPUS = (
+    # HBM parts are sold by decimal gigabytes; what CUDA reports is about 1% less of the decimal figure.
+    Gpu("h100", "H100 SXM", "sm90", 989.4 * T, 1978.9 * T, 1978.9 * T, 66.9 * T, 3350 * G, 80 * 10**9,
+        "NVIDIA H100 Tensor Core GPU datasheet and Hopper architecture white paper (sparse figures halved)"),
+    Gpu("h200", "H200 SXM", "sm90", 989.4 * T, 1978.9 * T, 1978.9 * T, 66.9 * T, 4800 * G, 141 * 10**9,
+        "NVIDIA H200 Tensor Core GPU datasheet (sparse figures halved; the chip of the H100)"),
+    # GeForce: products with float32 accumulation run at half the rate of those with float16 accumulation; not so INT8.
+    Gpu("rtx5090", "RTX 5090", "sm120", 209.5 * T, 419.0 * T, 838.0 * T, 104.8 * T, 1792 * G, 32 << 30,
+        "NVIDIA RTX Blackwell GPU architecture white paper, appendix of the GeForce RTX 5090"),
+    Gpu("rtx4090", "RTX 4090", "sm89", 165.2 * T, 330.3 * T, 660.6 * T, 82.6 * T, 1008 * G, 24 << 30,
+        "NVIDIA Ada GPU architecture white paper, appendix of the GeForce RTX 4090"),
+    Gpu("rtx3090", "RTX 3090", "sm86", 71.2 * T, None, 284.7 * T, 35.6 * T, 936 * G, 24 << 30,
+        "NVIDIA Ampere GA102 GPU architecture white paper, table of the GeForce RTX 3090"),
+    Gpu("a100", "A100 80GB SXM", "sm80", 312.0 * T, None, 624.0 * T, 19.5 * T, 2039 * G, 80 * 10**9,
+        "NVIDIA A100 Tensor Core GPU datasheet"),
+)  # fmt: skip
+GPUS: dict[str, Gpu] = {gpu.key: gpu for gpu in _GPUS}
+DEFAULT_GPU = "h100"
+
+# Time of a bf16 linear over the time of an 8-bit one at the shapes of Wan, quantization of the activation left out.
+# sm90: measured on an H100 against torch._scaled_mm and torch._int_mm, middle of 1.66-2.0 and of 0.86-1.39: Triton and
+# cuBLAS reach the INT8 units of Hopper through an instruction that keeps them half idle. The others: ratios of the
+# vendors' rates with float32 accumulation, not measured here.
+_LINEAR_SPEEDUP: dict[str, dict[str, float]] = {
+    CPU: {},
+    "sm80": {"int8": 2.0},
+    "sm86": {"int8": 4.0},
+    "sm89": {"int8": 4.0, "fp8": 2.0},
+    "sm90": {"int8": 1.2, "fp8": 1.8},
+    "sm120": {"int8": 4.0, "fp8": 2.0},
+}
+
+
+def check_target(target: str) -> str:
+    """The target itself. Raises UnsupportedError where there is none of that name."""
+    if target not in TARGETS:
+        raise UnsupportedError(f"there is no target {target!r}; choose one of {', '.join(TARGETS)}")
+    return target
+
+
+def find_gpu(name: str) -> Gpu:
+    """The card of that name in any spelling ("h100", "RTX 4090", "NVIDIA H100 80GB HBM3"). Raises UnsupportedError."""
+    gpu = _known_gpu(name)
+    if gpu is None:
+        raise UnsupportedError(f"there is no figure for a GPU {name!r}; choose one of {', '.join(GPUS)}")
+    return gpu
+
+
+def _known_gpu(name: str) -> Gpu | None:
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    # A laptop's or a cut-down card carries the name of another chip (RTX 4090 Laptop, RTX 5090 D, H100 PCIe, H100 NVL).
+    if re.search(r"laptop|max-?q|pcie|nvl|\b[45]090 ?d\b|40 ?gb", name.lower()):
+        return None
+    return next((gpu for key, gpu in GPUS.items() if key in plain), None)
+
+
+def gpu_of_target(target: str) -> Gpu | None:
+    """The card that stands for a target in estimates; None for the CPU."""
+    check_target(target)
+    return next((gpu for gpu in _GPUS if gpu.target == target), None)
+
+
+def target_of(capability: tuple[int, int]) -> str | None:
+    """The target that runs on a card of that compute capability, None where there is none.
+
+    Code for a capability runs on later ones of the same major version (8.7 runs 8.6, 12.1 runs 12.0).
+    """
+    major, minor = capability
+    numbers = [int(t[2:]) for t in TARGETS if t != CPU]
+    fits = [n for n in numbers if n // 10 == major and n % 10 <= minor]
+    return f"sm{max(fits)}" if fits else None
+
+
+def host_target() -> str:
+    """The target of this machine's first GPU, "cpu" where it has none. Raises UnsupportedError for another card."""
+    if not torch.cuda.is_available():
+        return CPU
+    capability = torch.cuda.get_device_capability()
+    target = target_of(capability)
+    if target is None:
+        raise UnsupportedError(
+            f"this machine's GPU has compute capability {capability[0]}.{capability[1]}, which no target fits; "
+            f"name one of {', '.join(TARGETS)}"
+        )
+    return target
+
+
+def host_gpu() -> Gpu | None:
+    """This machine's first GPU where the table has it."""
+    return _known_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+def has_fp8(target: str) -> bool:
+    """Whether the target's tensor cores multiply FP8 numbers (Ampere's do not)."""
+    return "fp8" in _LINEAR_SPEEDUP[check_target(target)]
+
+
+def linear_speedup(target: str, format: str) -> float | None:
+    """How much faster than bf16 a linear in "int8", "int8_block" or "fp8" runs on the target; None where it cannot.
+
+    int8_block runs at the rate of int8: it is the same product, with scales that change along K.
+    """
+    if format not in LINEAR_FORMATS:
+        raise UnsupportedError(f"there is no linear format {format!r}; choose one of {', '.join(LINEAR_FORMATS)}")
+    return _LINEAR_SPEEDUP[check_target(target)].get(format.removesuffix("_block"))
+
+
+def choose_linear_format(target: str) -> str:
+    """The 8-bit format in which linears run fastest on the target: "fp8", "int8", or "off" where none pays (the CPU).
+
+    Where both pay alike int8 is taken: on N(0, 1) its error is a third of FP8's (relative L1 0.0115 against 0.037).
+    """
+    speedups = _LINEAR_SPEEDUP[check_target(target)]
+    paying = [f for f in ("int8", "fp8") if speedups.get(f, 0.0) > 1.0]
+    return max(paying, key=speedups.__getitem__) if paying else "off"
+
+
+def choose_attention(target: str, *, sla_trained: bool = False) -> str:
+    """What attention `auto` means: "sla", "sage" or "native".
+
+    A checkpoint that was trained with SLA computes another function without it, so it gets it everywhere. Elsewhere the
+    8-bit one pays on every GPU (H100, 1.3B-480p: 8.7 ms against cuDNN's 11.3), and on no CPU.
+    """
+    check_target(target)
+    if sla_trained:
+        return "sla"
+    return "native" if target == CPU else "sage"
+
+
+def choose_pv(target: str, kind: str = "sage") -> str:
+    """The format of the product with V: "fp8" where the target has it, else "fp16"; "none" for SLA on a CPU.
+
+    On a CPU an SLA stays in floating point, and a Sage attention, which runs there only when it is named, emulates FP8,
+    as most cards compute it.
+    """
+    check_target(target)
+    if kind == "sla" and target == CPU:
+        return "none"
+    return "fp8" if target == CPU or has_fp8(target) else "fp16"
+
+
+def choose_dtype(target: str) -> torch.dtype:
+    """The dtype of activations: float32 on a CPU, bfloat16 on a GPU."""
+    return torch.float32 if check_target(target) == CPU else torch.bfloat16
