@@ -120,7 +120,7 @@ class ModelSpec(Section):
             raise _FieldError(
                 "", "needs a path (folder, checkpoint file or hub id) or a preset, as in model: {preset: wan-tiny}"
             )
-        if self.path in PRESETS and not Path(self.path).exists():
+        if self.path is not None and self.path in PRESETS and not Path(self.path).exists():
             raise _FieldError("path", f"is a preset's name; write model: {{preset: {self.path}}}")
         published = self.path is not None or PRESETS[self.preset or ""].hub_id is not None
         if self.weights == "auto":
@@ -660,7 +660,7 @@ def _where(root: _Value, name: str) -> str:
 
 
 def _first_key(cls: type, value: _Value) -> str:
-    """The field that a scalar in a section's place stands for: the first; on and off mean `enabled` where there is one."""
+    """The field that a scalar in a section's place stands for: the first, or `enabled` for on and off."""
     first = dataclasses.fields(cls)[0]
     if isinstance(value.data, bool):
         choices = first.metadata.get("choices", ())

@@ -52,7 +52,7 @@ class Preset:
         AutoencoderKLWan and of transformers' UMT5Config and CLIPVisionConfig. The text and image encoders of a
         full-size preset are small ones with the true widths at their outputs: they serve synthetic weights alone.
     experts: 2 where a second transformer takes over below `boundary_ratio` (Wan2.2).
-    flow_shift: of the scheduler. hub_id: where the weights are published, in diffusers' form, and download their size.
+    flow_shift: of the scheduler. hub_id: where the weights are published in diffusers' form.
     """
 
     name: str
@@ -64,7 +64,6 @@ class Preset:
     boundary_ratio: float | None = None
     flow_shift: float = 3.0
     hub_id: str | None = None
-    download: str = ""
     height: int = 480
     width: int = 832
     num_frames: int = 81
@@ -195,25 +194,37 @@ def tiny_preset(variant: str = "t2v", head_dim: int = 64) -> Preset:
     return PRESETS[_tiny(variant, head_dim).name]
 
 
-def _full(name: str, hub: str, download: str, transformer: Mapping[str, Any], **more: Any) -> Preset:
-    return Preset(name, transformer, _vae(96), _text_encoder(4096), hub_id=f"Wan-AI/{hub}", download=download, **more)
+def preset_for(transformer: Mapping[str, Any], experts: int = 1, boundary_ratio: float | None = None) -> Preset:
+    """A preset around any configuration of the transformer: a VAE of the true size and small encoders that fit it."""
+    image_dim = transformer["image_dim"]
+    return Preset(
+        name="wan",
+        transformer=transformer,
+        vae=_vae(96),
+        text_encoder=_text_encoder(transformer["text_dim"]),
+        image_encoder=_image_encoder(image_dim, 224, 14) if image_dim is not None else None,
+        experts=experts,
+        boundary_ratio=boundary_ratio,
+    )
+
+
+def _full(name: str, hub: str, transformer: Mapping[str, Any], **more: Any) -> Preset:
+    return Preset(name, transformer, _vae(96), _text_encoder(4096), hub_id=f"Wan-AI/{hub}", **more)
 
 
 _PRESETS = (
     *(_tiny(variant, head_dim) for variant in VARIANTS for head_dim in (64, 128)),
-    _full("wan2.1-t2v-1.3b", "Wan2.1-T2V-1.3B-Diffusers", "29 GB", _transformer(12, 128, 8960, 30)),
-    _full("wan2.1-t2v-14b", "Wan2.1-T2V-14B-Diffusers", "80 GB", _transformer(40, 128, 13824, 40)),
+    _full("wan2.1-t2v-1.3b", "Wan2.1-T2V-1.3B-Diffusers", _transformer(12, 128, 8960, 30)),
+    _full("wan2.1-t2v-14b", "Wan2.1-T2V-14B-Diffusers", _transformer(40, 128, 13824, 40)),
     _full(
         "wan2.1-i2v-14b",
         "Wan2.1-I2V-14B-480P-Diffusers",
-        "91 GB",
         _transformer(40, 128, 13824, 40, in_channels=36, image_dim=1280, added_kv_proj_dim=5120),
         image_encoder=_image_encoder(1280, 224, 14),
     ),
     _full(
         "wan2.2-i2v-a14b",
         "Wan2.2-I2V-A14B-Diffusers",
-        "126 GB",
         _transformer(40, 128, 13824, 40, in_channels=36),
         experts=2,
         boundary_ratio=0.9,

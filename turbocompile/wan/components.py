@@ -1,0 +1,403 @@
+"""What surrounds the transformer: VAE, text encoder, tokenizer, scheduler, image encoder and image processor.
+
+They are kept as diffusers-style sub-folders (vae/, text_encoder/, ...), in an engine as in a pipeline. Classes come
+from the table here, never from the folder: nothing is imported, downloaded or executed because a file names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from turbocompile.errors import EngineError, UnsupportedError
+from turbocompile.wan.configs import Preset
+from turbocompile.wan.tensors import DTYPES, synthetic
+from turbocompile.wan.tokenizer import VOCAB_SIZE, save_tokenizer
+
+MODELS = ("vae", "text_encoder", "image_encoder")  # those with weights
+
+# component -> class -> the library that has it; the first class is what synthetic components use
+ALLOWED: Mapping[str, Mapping[str, str]] = {
+    "vae": {"AutoencoderKLWan": "diffusers"},
+    "text_encoder": {"UMT5EncoderModel": "transformers", "T5EncoderModel": "transformers"},
+    "tokenizer": {
+        "PreTrainedTokenizerFast": "transformers",
+        "T5TokenizerFast": "transformers",
+        "T5Tokenizer": "transformers",
+        "TokenizersBackend": "transformers",
+    },
+    "scheduler": {
+        "UniPCMultistepScheduler": "diffusers",
+        "FlowMatchEulerDiscreteScheduler": "diffusers",
+    },
+    "image_encoder": {"CLIPVisionModel": "transformers"},
+    "image_processor": {"CLIPImageProcessor": "transformers", "CLIPImageProcessorPil": "transformers"},
+}
+_ALIASES = {"TokenizersBackend": "PreTrainedTokenizerFast", "CLIPImageProcessorPil": "CLIPImageProcessor"}
+
+# Files that a component may consist of. Weights are safetensors only.
+_KEPT = (".json", ".safetensors", ".model", ".txt")
+_CODE_KEYS = ("auto_map", "quantization_config", "custom_pipelines")  # would import something else than the class
+
+
+class Components(Protocol):
+    """The components that a pipeline has beside its transformers."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """As in ("vae", "text_encoder", "tokenizer", "scheduler")."""
+
+    def table(self) -> dict[str, dict[str, str]]:
+        """For the manifest: name -> {"class", "library", "folder"} and, where it has weights, "dtype"."""
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each component once saved (weights exactly, small files nearly), without making them."""
+
+    def save(self, folder: Path) -> dict[str, dict[str, str]]:
+        """Writes one sub-folder each into `folder` and returns the table."""
+
+    def load(self) -> dict[str, Any]:
+        """The components themselves, by name, on the CPU."""
+
+
+@dataclass(frozen=True)
+class NoComponents:
+    """`components: none`: an engine of the transformer alone."""
+
+    names: tuple[str, ...] = ()
+
+    def table(self) -> dict[str, dict[str, str]]:
+        return {}
+
+    def sizes(self) -> dict[str, int]:
+        return {}
+
+    def save(self, folder: Path) -> dict[str, dict[str, str]]:
+        return {}
+
+    def load(self) -> dict[str, Any]:
+        return {}
+
+
+class SyntheticComponents:
+    """Small components with seeded weights, and a VAE of the preset's size."""
+
+    def __init__(self, preset: Preset, seed: int, dtype: torch.dtype) -> None:
+        """dtype: of the text encoder; the VAE and the image encoder stay in float32."""
+        self._preset, self._seed, self._dtype = preset, seed, dtype
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        image = ("image_encoder", "image_processor") if self._preset.image_encoder else ()
+        return ("vae", "text_encoder", "tokenizer", "scheduler", *image)
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        return self._dtype if name == "text_encoder" else torch.float32
+
+    def table(self) -> dict[str, dict[str, str]]:
+        made = {}
+        for name in self.names:
+            cls, library = next(iter(ALLOWED[name].items()))
+            dtype = self._dtype_of(name) if name in MODELS else None
+            made[name] = entry(name, cls, library, dtype)
+        return made
+
+    def _model(self, name: str) -> Any:
+        """The model on the current default device, with the library's own initial values."""
+        from diffusers import AutoencoderKLWan
+        from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+
+        if name == "vae":
+            return AutoencoderKLWan(**self._preset.vae)
+        if name == "text_encoder":
+            return UMT5EncoderModel(UMT5Config(**self._preset.text_encoder, vocab_size=VOCAB_SIZE))
+        return CLIPVisionModel(CLIPVisionConfig(**(self._preset.image_encoder or {})))
+
+    def model(self, name: str) -> Any:
+        """The VAE, text encoder or image encoder with its synthetic weights, for inference."""
+        with torch.random.fork_rng(devices=[]):  # building draws initial values that are thrown away
+            model = self._model(name)
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                # transformers 5 dropped the level `vision_model.` that version 4 has
+                plain = parameter_name.removeprefix("vision_model.")
+                parameter.copy_(synthetic(f"{name}.{plain}", tuple(parameter.shape), self._seed))
+        return model.to(self._dtype_of(name)).eval().requires_grad_(False)
+
+    def sizes(self) -> dict[str, int]:
+        made = {}
+        for name in self.names:
+            if name in MODELS:
+                with torch.device("meta"):
+                    model = self._model(name)
+                elements = sum(p.numel() for p in model.parameters())
+                made[name] = elements * self._dtype_of(name).itemsize
+            else:
+                made[name] = 25_000 if name == "tokenizer" else 1_000
+        return made
+
+    def save(self, folder: Path) -> dict[str, dict[str, str]]:
+        for name in self.names:
+            target = folder / name
+            if name in MODELS:
+                self.model(name).save_pretrained(target)
+            elif name == "tokenizer":
+                save_tokenizer(target)
+            elif name == "scheduler":
+                scheduler(self._preset.flow_shift).save_pretrained(target)
+            else:
+                _save_image_processor(target, (self._preset.image_encoder or {})["image_size"])
+        return self.table()
+
+    def load(self) -> dict[str, Any]:
+        from transformers import PreTrainedTokenizerFast
+
+        from turbocompile.wan import tokenizer
+
+        made: dict[str, Any] = {name: self.model(name) for name in self.names if name in MODELS}
+        made["tokenizer"] = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer.build_tokenizer(),
+            pad_token=tokenizer.PAD,
+            eos_token=tokenizer.EOS,
+            unk_token=tokenizer.UNK,
+            model_max_length=512,
+        )
+        made["scheduler"] = scheduler(self._preset.flow_shift)
+        if "image_processor" in self.names:
+            from transformers import CLIPImageProcessor
+
+            made["image_processor"] = CLIPImageProcessor(**_image_settings(self._preset.image_encoder["image_size"]))  # type: ignore[index]
+        return made
+
+
+def scheduler(flow_shift: float) -> Any:
+    """The scheduler that Wan's diffusers folders have: UniPC on the flow-matching ODE."""
+    from diffusers import UniPCMultistepScheduler
+
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=flow_shift
+    )
+
+
+def _image_settings(size: int) -> dict[str, Any]:
+    """CLIP's preprocessing at another image size."""
+    return {
+        "size": {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+
+
+def _save_image_processor(folder: Path, size: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {
+        "image_processor_type": "CLIPImageProcessor",
+        **_image_settings(size),
+        "do_convert_rgb": True,
+        "resample": 3,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+class FolderComponents:
+    """The components of a diffusers pipeline folder. Saving copies the files, the text encoder's cast to `dtype`."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        """Raises EngineError where there is no model_index.json, UnsupportedError for a class that is not known."""
+        self._folder, self._dtype = folder, dtype
+        self._classes: dict[str, tuple[str, str]] = {}
+        for name, value in read_index(folder).items():
+            if name not in ALLOWED or not isinstance(value, list) or len(value) != 2 or value[0] is None:
+                continue
+            cls = value[1]
+            if cls not in ALLOWED[name]:
+                known = ", ".join(ALLOWED[name])
+                raise UnsupportedError(f"{folder / 'model_index.json'}: {name} is a {cls}, turbocompile knows {known}")
+            self._classes[name] = (cls, ALLOWED[name][cls])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._classes)
+
+    def _dtype_of(self, name: str) -> torch.dtype | None:
+        if name not in MODELS:
+            return None
+        if name == "text_encoder":
+            return self._dtype
+        files = sorted((self._folder / name).glob("*.safetensors"))
+        return next((tensor.dtype for tensor in _headers(files[0])), None) if files else None
+
+    def table(self) -> dict[str, dict[str, str]]:
+        return {name: entry(name, cls, lib, self._dtype_of(name)) for name, (cls, lib) in self._classes.items()}
+
+    def _files(self, name: str) -> list[Path]:
+        """What is copied: one level of plain files of the kinds that a component consists of."""
+        folder = self._folder / name
+        if not folder.is_dir():
+            raise EngineError(f"{folder}: this part of the pipeline is missing; download it again")
+        files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in _KEPT]
+        if name in MODELS and not any(p.suffix == ".safetensors" for p in files):
+            raise EngineError(f"{folder}: holds no safetensors weights; get the safetensors version of the model")
+        return files
+
+    def sizes(self) -> dict[str, int]:
+        made = {}
+        for name in self.names:
+            cast = self._dtype if name == "text_encoder" else None
+            made[name] = sum(
+                _cast_size(p, cast) if cast and p.suffix == ".safetensors" else p.stat().st_size
+                for p in self._files(name)
+            )
+        return made
+
+    def save(self, folder: Path) -> dict[str, dict[str, str]]:
+        for name in self.names:
+            target = folder / name
+            target.mkdir(parents=True)
+            cast = self._dtype if name == "text_encoder" else None
+            for path in self._files(name):
+                if cast and path.suffix == ".safetensors":
+                    _copy_cast(path, target / path.name, cast)
+                else:
+                    shutil.copyfile(path, target / path.name)
+        return self.table()
+
+    def load(self) -> dict[str, Any]:
+        return load_components(self._folder, self.table())
+
+
+def entry(name: str, cls: str, library: str, dtype: torch.dtype | None) -> dict[str, str]:
+    """One row of the table of components."""
+    row = {"class": cls, "library": library, "folder": name}
+    return row | ({"dtype": str(dtype).removeprefix("torch.")} if dtype else {})
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """model_index.json of a diffusers pipeline folder. Raises EngineError."""
+    return read_json(folder / "model_index.json", "a diffusers pipeline has one")
+
+
+def read_json(path: Path, missing: str) -> dict[str, Any]:
+    """A JSON object; `missing` completes the sentence where there is no file. Raises EngineError."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EngineError(f"{path}: there is no such file; {missing}") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise EngineError(f"{path}: cannot be read as JSON ({e})") from e
+    if not isinstance(values, dict):
+        raise EngineError(f"{path}: is no JSON object")
+    return values
+
+
+def _headers(path: Path) -> Iterator[_Header]:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
+                header = opened.get_slice(name)
+                yield _Header(name, torch.Size(header.get_shape()).numel(), DTYPES[header.get_dtype()])
+    except (SafetensorError, OSError, KeyError) as e:
+        raise EngineError(f"{path}: this is no whole safetensors file ({e}); download it again") from e
+
+
+@dataclass(frozen=True)
+class _Header:
+    name: str
+    elements: int
+    dtype: torch.dtype
+
+
+def _cast_size(path: Path, dtype: torch.dtype) -> int:
+    tensors = list(_headers(path))
+    return sum(t.elements * (dtype if t.dtype.is_floating_point else t.dtype).itemsize for t in tensors) + 100 * len(
+        tensors
+    )
+
+
+def _copy_cast(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Copies a safetensors file with its floating tensors cast; one file is in memory at a time."""
+    names = [t.name for t in _headers(source)]
+    with safe_open(source, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in names}
+        metadata = opened.metadata()
+        cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+        save_file(cast, target, metadata)
+
+
+def load_components(folder: Path, table: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """Loads the components of a table (see Components.table) from their sub-folders of `folder`, on the CPU.
+
+    Raises EngineError for a class that is not allowed, a configuration that would run other code, or damaged files.
+    """
+    return {name: _load(Path(folder), name, row) for name, row in table.items()}
+
+
+def _load(folder: Path, name: str, row: Mapping[str, str]) -> Any:
+    cls, place = row.get("class", ""), row.get("folder", name)
+    if cls not in ALLOWED.get(name, {}):
+        raise EngineError(
+            f"{folder}: the component {name} is of the class {cls!r}, which is not one that may be loaded"
+        )
+    if Path(place).name != place or place in ("", ".", ".."):
+        raise EngineError(f"{folder}: the component {name} is in {place!r}, which is no plain folder name")
+    path = folder / place
+    for config in sorted(path.glob("*config*.json")):
+        values = read_json(config, "the component needs it")
+        bad = [key for key in _CODE_KEYS if key in values]
+        attention = [v for k, v in values.items() if "attn_implementation" in k and v not in (None, "eager", "sdpa")]
+        if bad or attention:
+            raise EngineError(
+                f"{config}: {bad[0] if bad else 'attn_implementation'} asks for code from elsewhere; remove it"
+            )
+    try:
+        return _from_pretrained(path, name, cls, row.get("dtype"))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise EngineError(f"{path}: the component {name} cannot be loaded ({reason})") from e
+
+
+def _from_pretrained(path: Path, name: str, cls: str, dtype: str | None) -> Any:
+    """The class's own loader, on local files, with safetensors alone."""
+    import diffusers
+    import transformers
+
+    library: Any = {"diffusers": diffusers, "transformers": transformers}[ALLOWED[name][cls]]
+    loader = getattr(library, _ALIASES.get(cls, cls))
+    if name not in MODELS:
+        return loader.from_pretrained(str(path), local_files_only=True)
+    wanted = getattr(torch, dtype or "float32", None)
+    if wanted not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype {dtype!r} is not float32, bfloat16 or float16")
+    # transformers renamed the argument in 4.56 and diffusers keeps the old name
+    key = "dtype" if library is transformers and _version(transformers.__version__) >= (4, 56) else "torch_dtype"
+    with _quiet():
+        model = loader.from_pretrained(str(path), local_files_only=True, use_safetensors=True, **{key: wanted})
+    return model.eval().requires_grad_(False)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of transformers: a component of an engine loads in well under a second a gigabyte."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

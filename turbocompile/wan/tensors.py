@@ -1,0 +1,175 @@
+"""Sources of named tensors: safetensors folders and files, .pth files, and seeded synthetic weights.
+
+Each is a `TensorSource` (weights.py): names, shapes and dtypes at once, values one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from turbocompile.errors import EngineError
+from turbocompile.weights import TensorSource
+
+Spec = tuple[tuple[int, ...], torch.dtype]
+
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+SINGLE = "diffusion_pytorch_model.safetensors"
+
+# safetensors' names of dtypes
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class SafetensorsFiles:
+    """The tensors of some safetensors files. Values are mapped: reading one costs no memory until it is used."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        """Reads the headers. Raises EngineError for a missing or damaged file, or a name that two files hold."""
+        self._files: dict[str, Any] = {}
+        self._specs: dict[str, Spec] = {}
+        for path in files:
+            try:
+                opened = safe_open(path, framework="pt")
+                for name in opened.keys():  # noqa: SIM118 (no mapping)
+                    if name in self._files:
+                        raise EngineError(f"{path}: the tensor {name} is in another file of the checkpoint too")
+                    header = opened.get_slice(name)
+                    self._specs[name] = (tuple(header.get_shape()), DTYPES[header.get_dtype()])
+                    self._files[name] = opened
+            except FileNotFoundError:
+                raise EngineError(f"{path}: this part of the checkpoint is missing; download it again") from None
+            except (SafetensorError, OSError) as e:
+                raise EngineError(f"{path}: this is no whole safetensors file ({e}); download it again") from e
+            except KeyError as e:
+                raise EngineError(f"{path}: tensors of dtype {e} are not supported") from e
+
+    def keys(self) -> Iterable[str]:
+        return self._specs.keys()
+
+    def spec(self, name: str) -> Spec:
+        return self._specs[name]
+
+    def get(self, name: str) -> torch.Tensor:
+        return self._files[name].get_tensor(name)
+
+
+def safetensors_folder(folder: Path) -> SafetensorsFiles:
+    """The weights of a diffusers model folder: one file, or shards with an index. Raises EngineError."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as e:
+            raise EngineError(f"{index}: this is no index of safetensors shards ({e!r}); download it again") from e
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise EngineError(f"{index}: {name!r} is not the name of a file beside the index")
+        return SafetensorsFiles(folder / name for name in sorted(names))
+    if (folder / SINGLE).is_file():
+        return SafetensorsFiles([folder / SINGLE])
+    if any(folder.glob("*.bin")):
+        raise EngineError(f"{folder}: holds pickled weights (.bin) alone; get the safetensors version of the model")
+    raise EngineError(f"{folder}: holds neither {SINGLE} nor {INDEX}; the folder has no weights")
+
+
+class Tensors:
+    """Named tensors that are at hand."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def keys(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def spec(self, name: str) -> Spec:
+        tensor = self._tensors[name]
+        return tuple(tensor.shape), tensor.dtype
+
+    def get(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+
+def checkpoint_file(path: Path) -> TensorSource:
+    """The tensors of a .safetensors or .pth file, mapped. A .pth may nest them under `state_dict`, `model` or `module`.
+
+    Only tensors and plain containers are unpickled (`weights_only`). Raises EngineError.
+    """
+    if path.suffix == ".safetensors":
+        return SafetensorsFiles([path])
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise EngineError(f"{path}: there is no such checkpoint") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise EngineError(f"{path}: cannot be read as a checkpoint of plain tensors ({reason})") from e
+    for key in ("state_dict", "model", "module"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict):
+        raise EngineError(f"{path}: holds no state dict but a {type(loaded).__name__}")
+    return Tensors({k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, torch.Tensor)})
+
+
+def synthetic(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """A float32 tensor that depends on (seed, name, shape) alone, at the scale of trained weights.
+
+    Linears and convolutions are N(0, 1 / fan_in), so that activations keep their size through any depth; norms are
+    1 + N(0, 0.1^2) rather than 1, so that a rewrite that drops one shows in the numbers; biases N(0, 0.05^2).
+    """
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    noise = torch.randn(shape, generator=generator)
+    leaf = name.rpartition(".")[2]
+    if leaf == "gamma" or (leaf == "weight" and len(shape) == 1):
+        return noise.mul_(0.1).add_(1.0)
+    if len(shape) == 1:
+        return noise.mul_(0.05)
+    if leaf in ("scale_shift_table", "pos_embed"):
+        return noise.mul_(shape[-1] ** -0.5)
+    if ".shared." in f".{name}":  # the text encoder's token embeddings: unit variance, as umT5 starts
+        return noise
+    fan_in = math.prod(shape[1:])
+    if name.endswith("SelfAttention.q.weight"):  # T5 attention does not divide by sqrt(head_dim); its query weights do
+        fan_in *= 32
+    return noise.mul_(fan_in**-0.5)
+
+
+class SyntheticTensors:
+    """Synthetic values for given shapes and dtypes. A tensor is made when asked for; no memory is kept."""
+
+    def __init__(self, specs: Mapping[str, Spec], seed: int, prefix: str) -> None:
+        """prefix: goes before each name in the seed, so that two models with equal names differ."""
+        self._specs = dict(specs)
+        self._seed, self._prefix = seed, prefix
+
+    def keys(self) -> Iterable[str]:
+        return self._specs.keys()
+
+    def spec(self, name: str) -> Spec:
+        return self._specs[name]
+
+    def get(self, name: str) -> torch.Tensor:
+        shape, dtype = self._specs[name]
+        return synthetic(f"{self._prefix}.{name}", shape, self._seed).to(dtype)
