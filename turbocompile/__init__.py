@@ -1,5 +1,57 @@
-"""turbocompile: a compiler for diffusion transformers."""
+"""turbocompile: a compiler for diffusion transformers.
 
+engine = turbocompile.optimize(model, args, kwargs)     # any module
+engine = turbocompile.load("engine/")                   # a folder that `turbocompile optimize` wrote
+out = engine(*args, **kwargs)                           # called like the model it came from
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from turbocompile.errors import (
+    CaptureError,
+    EngineError,
+    RecipeError,
+    TurbocompileError,
+    UnsupportedError,
+    VerificationError,
+)
 from turbocompile.version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from turbocompile.build import optimize
+    from turbocompile.engine import Engine, load
+    from turbocompile.recipe import Recipe, load_recipe
+    from turbocompile.report import Report
+
+__all__ = [
+    "CaptureError",
+    "Engine",
+    "EngineError",
+    "Recipe",
+    "RecipeError",
+    "Report",
+    "TurbocompileError",
+    "UnsupportedError",
+    "VerificationError",
+    "__version__",
+    "load",
+    "load_recipe",
+    "optimize",
+]
+_HOMES = {
+    "optimize": "turbocompile.build",
+    "Engine": "turbocompile.engine",
+    "load": "turbocompile.engine",
+    "Recipe": "turbocompile.recipe",
+    "load_recipe": "turbocompile.recipe",
+    "Report": "turbocompile.report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for when it is asked for: `turbocompile --version` must not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'turbocompile' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

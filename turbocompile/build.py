@@ -16,18 +16,18 @@ from torch import nn
 
 from turbocompile.backends import get_backend
 from turbocompile.capture import capture
-from turbocompile.engine import Engine, canonical, module_entry, new_folder, seal, weight_plan
+from turbocompile.engine import Engine, module_entry, new_folder, seal, weight_plan
 from turbocompile.errors import EngineError, VerificationError
 from turbocompile.normalize import normalize
 from turbocompile.pipeline import PASSES, PassResult, run_passes
 from turbocompile.printer import print_program
 from turbocompile.program import Program, is_op
-from turbocompile.recipe import Recipe, Shape
+from turbocompile.recipe import Recipe, Shape, load_recipe
 from turbocompile.report import Report
 from turbocompile.serialize import to_json
 from turbocompile.verify import Verifier
-from turbocompile.weights import Emission, Evaluator, TensorSource, nbytes, write_shards
-from turbocompile.wan.source import Source, TransformerSource, open_source
+from turbocompile.wan.source import TransformerSource, open_source
+from turbocompile.weights import Emission, Evaluator, ModuleTensors, TensorSource, write_shards
 
 VERIFY_TOKENS = 4096  # a larger call is verified at a smaller shape, or not at all
 TWIN = Shape(height=128, width=128, num_frames=9)  # 192 tokens: some blocks of every kernel, and ragged

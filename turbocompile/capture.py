@@ -28,6 +28,7 @@ from turbocompile import signature as sig
 from turbocompile.cut import cut
 from turbocompile.errors import CaptureError
 from turbocompile.program import SHELL, Program, Subgraph
+from turbocompile.wan.guards import check_call
 from turbocompile.weights import Constant, Load
 
 aten = torch.ops.aten
@@ -37,13 +38,11 @@ def capture(
     model: nn.Module,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
-    *,
-    text_tokens: int | None = None,
 ) -> Program:
     """The Program of `model` at the shapes of the example call.
 
     model: any module; its parameters may be on the meta device. args, kwargs: as the model is called; tensors may be on
-    any device, meta included, their values are not read. text_tokens: see `signature.check_image_tokens`.
+    any device, meta included, their values are not read.
 
     Raises CaptureError where the model cannot be exported, with the module and the line at fault.
     """
@@ -54,6 +53,7 @@ def capture(
         )
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     signature, tensors = sig.describe(model, args, dict(kwargs or {}))
+    check_call(model, signature)
     twin = fake_copy(model, mode)
     signature, exported, recorder = _export(model, twin, signature, tensors, mode)
     state = set(model.state_dict(keep_vars=True))
@@ -79,6 +79,11 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     for module in twin.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type == "meta":
+                if name in module._non_persistent_buffers_set:
+                    raise CaptureError(
+                        f"the buffer {name!r} of {type(module).__name__} is on the meta device and in no checkpoint, so its "
+                        "values are unknown; build the model with its buffers on the CPU"
+                    )
                 with mode:  # a buffer of the checkpoint that was not loaded: shape and dtype are enough
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
             elif buffer is not None and buffer.device.type != "cpu":
@@ -87,7 +92,7 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
         processor = getattr(module, "processor", None)
         if getattr(processor, "_attention_backend", None) is not None:
             processor._attention_backend = None  # type: ignore[union-attr]
-    return twin.requires_grad_(False).eval() if not model.training else twin.requires_grad_(False)
+    return twin.requires_grad_(False).eval()  # a graph has one mode: dropout is off
 
 
 class _Record:
@@ -221,12 +226,29 @@ def _program(
         if "val" in node.meta:
             made.meta["val"] = node.meta["val"]
         env[node] = made
+    _refuse_writes(shell.graph)
     _drop_unused_weights(shell)
     return program
 
 
+def _refuse_writes(graph: fx.Graph) -> None:
+    """In-place operations may reach only what the graph itself made: two calls must be alike."""
+    base: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        schema = node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
+        aliases = schema is None or any(a.alias_info is not None for a in schema.arguments)
+        base[node] = base.get(source, source) if source is not None and aliases else node
+        if schema is not None and schema.is_mutable and base[node].op in ("placeholder", "get_attr"):
+            name = base[node].target if base[node].op == "get_attr" else "its input"
+            raise CaptureError(
+                f"the model writes to {name} while it runs, so two calls would not be alike; "
+                "compile a model whose forward leaves its buffers and inputs alone"
+            )
+
+
 def _user_outputs(exported: torch.export.ExportedProgram, node: fx.Node) -> list[fx.Node]:
-    """The model's own results; what export adds for mutated buffers or inputs is refused."""
+    """The model's own results; what a functional export adds for changed buffers or inputs is refused."""
     kinds = torch.export.graph_signature.OutputKind
     specs = exported.graph_signature.output_specs
     for spec in specs:

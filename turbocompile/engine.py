@@ -141,6 +141,12 @@ class Engine(nn.Module):
         given = {i.path: list(t.shape) for i, t in zip(first.signature.inputs, tensors, strict=True)}
         raise CaptureError(f"{self.model_name} has no program for the shapes {given}; it has {self.shapes}")
 
+    def accepts(self, args: Any, kwargs: Any) -> bool:
+        """Whether there is a Program of the call's shapes."""
+        first = next(iter(self.programs.values()))
+        tensors, _ = sig.bind(first.signature, args, kwargs, self.model_name)
+        return any(sig.fits(p.signature, tensors) for p in self.programs.values())
+
     def _runner(self, name: str) -> Any:
         if name not in self._runners:
             backend = get_backend(self.backend)

@@ -1,0 +1,63 @@
+"""Fixtures that several folders of tests share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+WAN = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 64,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 32,
+    "freq_dim": 64,
+    "ffn_dim": 256,
+    "num_layers": 2,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 64,
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small tensors run faster on one thread, and tests run side by side."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def wan():
+    """A function that makes a small WanTransformer3DModel with seeded weights: wan(num_layers=3, ...)."""
+
+    def make(seed: int = 0, **changes):
+        from diffusers import WanTransformer3DModel
+
+        torch.manual_seed(seed)
+        model = WanTransformer3DModel(**{**WAN, **changes}).eval().requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            if "scale_shift_table" in name or "norm" in name:  # far from their initial zeros and ones
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def wan_call():
+    """A function that makes keyword arguments of a Wan call: wan_call(dtype=..., frames=3, height=8, ...)."""
+
+    def make(batch=1, frames=3, height=8, width=8, channels=16, text=16, text_dim=32, dtype=torch.float32, seed=1):
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            "hidden_states": torch.randn(batch, channels, frames, height, width, generator=generator).to(dtype),
+            "timestep": torch.rand(batch, generator=generator) * 1000,
+            "encoder_hidden_states": torch.randn(batch, text, text_dim, generator=generator).to(dtype),
+        }
+
+    return make
