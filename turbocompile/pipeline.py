@@ -15,7 +15,7 @@ from torch import fx
 from turbocompile.errors import TurbocompileError
 from turbocompile.match import Match, Outcome, Pass, is_cast
 from turbocompile.normalize import clean
-from turbocompile.program import Program, module_path
+from turbocompile.program import Program, Subgraph, module_path
 
 aten = torch.ops.aten
 
@@ -47,7 +47,8 @@ class Rewrite:
 class PassResult:
     """What a pass did. Counts are over the whole model: a site in a block that is called n times counts n.
 
-    skipped: (site, reason, count). error and error_output are filled by a verifier; error_reason says why they are not.
+    skipped: (site, reason, count). raw: each rewritten graph before clean-up, with its rewrites by the names there: what a
+    verifier measures, since clean-up may take in a site's last node. error and error_output are filled by a verifier; error_reason says why they are not.
     """
 
     name: str
@@ -57,6 +58,7 @@ class PassResult:
     skipped: list[tuple[str, str, int]] = field(default_factory=list)
     rewrites: list[Rewrite] = field(default_factory=list)
     seconds: float = 0.0
+    raw: dict[str, tuple[Subgraph, list[Rewrite]]] = field(default_factory=dict)
     error: Any = None
     error_output: Any = None
     error_reason: str | None = None
@@ -150,6 +152,7 @@ def run_pass(
     for graph, sub in program.graphs.items():
         rewrites = _run_on_graph(program, graph, pass_, options, veto or {}, result)
         if rewrites:
+            result.raw[graph] = (sub.copy(), rewrites)
             moved = clean(sub, program.fake_mode)
             result.rewrites += [_followed(r, moved, sub.graph) for r in rewrites]
     result.seconds = time.perf_counter() - started

@@ -273,13 +273,9 @@ class Verifier:
         An exact pass is computed in float32 at least: its rounding is judged where one can see it.
         """
         found: dict[str, tuple[Error, set[str]]] = {}
-        by_graph: dict[str, list[Any]] = {}
-        for rewrite in result.rewrites:
-            by_graph.setdefault(rewrite.graph, []).append(rewrite)
-        for graph, rewrites in by_graph.items():
+        for graph, (sub, rewrites) in result.raw.items():
             if graph not in self.truth:
                 continue
-            sub = result.raw.get(graph) or program.graphs[graph]
             wide = torch.float32 if result.kind == "exact" and not _is_float64(sub) else None
             errors = self._graph_sites(program, graph, sub, rewrites, wide)
             for rewrite in rewrites:
