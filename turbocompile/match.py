@@ -93,7 +93,7 @@ class Op(Pattern):
         sign = {aten.add.Tensor: " + ", aten.mul.Tensor: " * ", aten.pow.Tensor_Scalar: "**"}.get(self.target)
         if sign:
             left, right = map(str, self.args)
-            return f"({left}{sign}{right})"
+            return f"({left} - {right[1:]})" if sign == " + " and right.startswith("-") else f"({left}{sign}{right})"
         if self.target is aten.neg.default:
             return f"-{self.args[0]}"
         given = [str(a) for a in self.args] + [f"{k}={v}" for k, v in self.kwargs.items()]
@@ -150,6 +150,21 @@ def is_cast(node: Any) -> bool:
 def uncast(value: Any) -> Any:
     """What is under the floating casts."""
     while is_cast(value):
+        value = value.args[0]
+    return value
+
+
+def exact(narrow: torch.dtype, wide: torch.dtype) -> bool:
+    """Whether each value of the floating type `narrow` is a value of `wide`."""
+    if not (narrow.is_floating_point and wide.is_floating_point):
+        return False
+    a, b = torch.finfo(narrow), torch.finfo(wide)
+    return a.eps >= b.eps and a.max <= b.max and a.smallest_normal * a.eps >= b.smallest_normal * b.eps
+
+
+def unwiden(value: Any) -> Any:
+    """What is under the casts that lose nothing."""
+    while is_cast(value) and exact(value.args[0].meta["val"].dtype, value.meta["val"].dtype):
         value = value.args[0]
     return value
 
@@ -316,7 +331,7 @@ class Match:
 
         An op that computes inside in float32 then reads and writes the narrow type: nothing is rounded that was not.
         """
-        under = uncast(value)
+        under = unwiden(value)
         if isinstance(under, fx.Node) and under is not value and under.meta["val"].dtype == self.result_dtype():
             return under
         return value

@@ -23,7 +23,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from turbocompile.errors import TurbocompileError
-from turbocompile.match import arguments
+from turbocompile.match import arguments, exact
 from turbocompile.program import dtype, infer, is_op, shape
 
 aten = torch.ops.aten
@@ -164,14 +164,6 @@ def one_cast(node: fx.Node, make: Maker) -> Answer:
     return (
         None if node.target is aten.to.dtype and len(node.args) == 2 else (aten.to.dtype, (node.args[0], dtype(node)))
     )
-
-
-def exact(narrow: torch.dtype, wide: torch.dtype) -> bool:
-    """Whether each value of `narrow` is a value of `wide`."""
-    if not (narrow.is_floating_point and wide.is_floating_point):
-        return False
-    a, b = torch.finfo(narrow), torch.finfo(wide)
-    return a.eps >= b.eps and a.max <= b.max and a.smallest_normal * a.eps >= b.smallest_normal * b.eps
 
 
 @local(aten.to.dtype)
