@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from turbocompile.errors import EngineError
+from turbocompile.wan.tensors import dequantize_blocks
 from turbocompile.weights import BLOCK, TensorSource
 
 PREFIXES = ("net.", "net_ema.", "model.diffusion_model.", "module.")
@@ -163,12 +164,6 @@ class CheckpointTensors:
         if entry.scale is None:
             return tensor.reshape(entry.shape)
         return dequantize_blocks(tensor, self._raw.get(entry.scale)).to(entry.dtype)
-
-
-def dequantize_blocks(data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """float32 of int8 (N, K) times its scale (ceil(N / 128), ceil(K / 128)), one for each tile of 128 x 128."""
-    rows = scale.float().repeat_interleave(BLOCK, 0)[: data.shape[0]]
-    return data.float() * rows.repeat_interleave(BLOCK, 1)[:, : data.shape[1]]
 
 
 def infer_config(tensors: TensorSource, where: str) -> dict[str, Any]:

@@ -131,7 +131,9 @@ class SyntheticComponents:
                 # transformers 5 dropped the level `vision_model.` that version 4 has
                 plain = parameter_name.removeprefix("vision_model.")
                 parameter.copy_(synthetic(f"{name}.{plain}", tuple(parameter.shape), self._seed))
-        return model.to(self._dtype_of(name)).eval().requires_grad_(False)
+        if self._dtype_of(name) != torch.float32:  # diffusers warns of any cast
+            model = model.to(self._dtype_of(name))
+        return model.eval().requires_grad_(False)
 
     def sizes(self) -> dict[str, int]:
         made = {}
@@ -149,7 +151,8 @@ class SyntheticComponents:
         for name in self.names:
             target = folder / name
             if name in MODELS:
-                self.model(name).save_pretrained(target)
+                with _quiet():
+                    self.model(name).save_pretrained(target)
             elif name == "tokenizer":
                 save_tokenizer(target)
             elif name == "scheduler":

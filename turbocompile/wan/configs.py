@@ -7,7 +7,7 @@ test and plan with. Tiny presets have every part of a real pipeline at a size th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -206,6 +206,18 @@ def preset_for(transformer: Mapping[str, Any], experts: int = 1, boundary_ratio:
         experts=experts,
         boundary_ratio=boundary_ratio,
     )
+
+
+def with_transformer(preset: Preset, transformer: Mapping[str, Any]) -> Preset:
+    """The preset with another configuration of the transformer, and encoders of the widths that it takes."""
+    changed = replace(preset, transformer=MappingProxyType(dict(transformer)))
+    text_dim, image_dim = transformer["text_dim"], transformer["image_dim"]
+    if text_dim != preset.text_encoder["d_model"]:
+        changed = replace(changed, text_encoder=_text_encoder(text_dim))
+    old = preset.image_encoder["hidden_size"] if preset.image_encoder else None
+    if image_dim != old:
+        changed = replace(changed, image_encoder=None if image_dim is None else _image_encoder(image_dim, 224, 14))
+    return changed
 
 
 def _full(name: str, hub: str, transformer: Mapping[str, Any], **more: Any) -> Preset:

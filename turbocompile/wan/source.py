@@ -6,20 +6,18 @@ and its weights stay a `TensorSource` until the emitter asks for them, so that p
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
-from turbocompile.errors import CaptureError, EngineError, RecipeError, UnsupportedError
+from turbocompile.errors import EngineError, RecipeError, UnsupportedError
 from turbocompile.recipe import HUB_ID, Recipe, Shape
 from turbocompile.wan.checkpoints import CheckpointTensors, infer_config
 from turbocompile.wan.components import (
@@ -30,7 +28,16 @@ from turbocompile.wan.components import (
     read_index,
     read_json,
 )
-from turbocompile.wan.configs import HUB_PRESETS, PRESETS, TEXT_TOKENS, TRANSFORMER_FIELDS, Preset, preset_for, task_of
+from turbocompile.wan.configs import (
+    HUB_PRESETS,
+    PRESETS,
+    TEXT_TOKENS,
+    TRANSFORMER_FIELDS,
+    Preset,
+    preset_for,
+    task_of,
+    with_transformer,
+)
 from turbocompile.wan.tensors import SyntheticTensors, checkpoint_file, safetensors_folder
 from turbocompile.weights import TensorSource
 
@@ -71,6 +78,15 @@ class TransformerSource:
                 )
         return model
 
+    def load(self) -> nn.Module:
+        """The model with its weights, on the CPU: the eager one that an engine is compared with."""
+        model = self.build()
+        for key, parameter in list(model.named_parameters()):
+            path, _, leaf = key.rpartition(".")
+            value = self.tensors.get(key).to(parameter.dtype).clone()
+            setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+        return model
+
     def example_inputs(self, shape: Shape) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) of the call that diffusers' pipelines make, as tensors without storage (device meta).
 
@@ -97,15 +113,21 @@ class TransformerSource:
 class Source:
     """An opened model. task: "t2v" or "i2v". boundary_ratio: below it (times 1000) transformer_2 takes over.
 
-    synthetic: the transformers' weights are random. where: names the model in messages.
+    is_synthetic: the transformers' weights are random. where: names the model in messages. seed: of synthetic ones.
     """
 
     transformers: Mapping[str, TransformerSource]
     components: Components
     task: str
     boundary_ratio: float | None
-    synthetic: bool
+    is_synthetic: bool
     where: str
+    seed: int = 0
+
+    def synthetic(self, name: str) -> TensorSource:
+        """Synthetic weights in the names, shapes and dtypes of a transformer's own: for plans that read none."""
+        tensors = self.transformers[name].tensors
+        return SyntheticTensors({key: tensors.spec(key) for key in tensors.keys()}, self.seed, name)  # noqa: SIM118
 
     @property
     def sla(self) -> bool:
@@ -136,22 +158,6 @@ def build_transformer(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Modul
     return model.eval().requires_grad_(False)
 
 
-def check_text_tokens(model: nn.Module, arguments: Mapping[str, Any]) -> None:
-    """Refuses a call of Wan with image tokens and other than 512 text tokens.
-
-    diffusers' attention takes the last 512 tokens for the text: with another number it mixes text and image in silence.
-    arguments: the call's, by name. Raises CaptureError.
-    """
-    embedder = getattr(getattr(model, "condition_embedder", None), "image_embedder", None)
-    text, image = arguments.get("encoder_hidden_states"), arguments.get("encoder_hidden_states_image")
-    if embedder is None or image is None or text is None or text.shape[1] == TEXT_TOKENS:
-        return
-    raise CaptureError(
-        f"a Wan transformer with image tokens takes exactly {TEXT_TOKENS} text tokens, not {text.shape[1]}; "
-        "pad the prompt's embeddings with zeros"
-    )
-
-
 def open_source(recipe: Recipe) -> Source:
     """The model of a recipe. Reads headers, downloads a hub id's files, reads no weights.
 
@@ -178,13 +184,13 @@ def _open_preset(recipe: Recipe, preset: Preset) -> Source:
     if recipe.model.weights == "checkpoint":
         return _open_folder(recipe, fetch(preset.hub_id or "", recipe.model.revision))
     config = {**preset.transformer, **recipe.model.config}
-    preset = dataclasses.replace(preset, transformer=MappingProxyType(config))
+    if recipe.model.config:
+        preset = with_transformer(preset, config)
     names = TRANSFORMERS[: preset.experts]
     transformers = {name: _synthetic(name, config, recipe, preset.name, _image_tokens(preset)) for name in names}
     components = _components(recipe, SyntheticComponents(preset, recipe.model.seed, recipe.torch_dtype))
-    return Source(
-        transformers, components, preset.task, preset.boundary_ratio, True, f"{preset.name} (synthetic weights)"
-    )
+    where = f"{preset.name} (synthetic weights)"
+    return Source(transformers, components, preset.task, preset.boundary_ratio, True, where, recipe.model.seed)
 
 
 def _image_tokens(preset: Preset) -> int | None:
@@ -221,7 +227,9 @@ def _open_folder(recipe: Recipe, folder: Path) -> Source:
     if synthetic and not (folder / "vae").is_dir():  # configurations alone
         own = SyntheticComponents(preset_for(config, len(names), boundary), recipe.model.seed, recipe.torch_dtype)
     where = f"{folder} (synthetic weights)" if synthetic else str(folder)
-    return Source(transformers, _components(recipe, own), task_of(config), boundary, synthetic, where)
+    return Source(
+        transformers, _components(recipe, own), task_of(config), boundary, synthetic, where, recipe.model.seed
+    )
 
 
 def _open_bare(recipe: Recipe, folder: Path) -> Source:
@@ -234,7 +242,9 @@ def _open_bare(recipe: Recipe, folder: Path) -> Source:
     else:
         _need_components(recipe, folder, transformer)
     task = task_of(transformer.config)
-    return Source({"transformer": transformer}, _components(recipe, own), task, None, synthetic, str(folder))
+    return Source(
+        {"transformer": transformer}, _components(recipe, own), task, None, synthetic, str(folder), recipe.model.seed
+    )
 
 
 def _need_components(recipe: Recipe, path: Path, transformer: TransformerSource) -> None:
@@ -289,7 +299,7 @@ def _open_file(recipe: Recipe, path: Path) -> Source:
         _need_components(recipe, path, high)
     task = task_of(high.config)
     boundary = BOUNDARY[task] if len(files) == 2 else None
-    return Source(transformers, _components(recipe, own), task, boundary, synthetic, str(path))
+    return Source(transformers, _components(recipe, own), task, boundary, synthetic, str(path), recipe.model.seed)
 
 
 def _open_checkpoint(recipe: Recipe, path: Path, name: str, image_tokens: int | None) -> TransformerSource:

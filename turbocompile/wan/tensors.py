@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from turbocompile.errors import EngineError
-from turbocompile.weights import TensorSource
+from turbocompile.weights import BLOCK, TensorSource
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 
@@ -156,6 +156,12 @@ def synthetic(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return noise.mul_(fan_in**-0.5)
 
 
+def dequantize_blocks(data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """float32 of int8 (N, K) times its scale (ceil(N / 128), ceil(K / 128)), one for each tile of 128 x 128."""
+    rows = scale.float().repeat_interleave(BLOCK, 0)[: data.shape[0]]
+    return data.float() * rows.repeat_interleave(BLOCK, 1)[:, : data.shape[1]]
+
+
 class SyntheticTensors:
     """Synthetic values for given shapes and dtypes. A tensor is made when asked for; no memory is kept."""
 
@@ -172,4 +178,13 @@ class SyntheticTensors:
 
     def get(self, name: str) -> torch.Tensor:
         shape, dtype = self._specs[name]
-        return synthetic(f"{self._prefix}.{name}", shape, self._seed).to(dtype)
+        path, _, leaf = name.rpartition(".")
+        if leaf == "weight" and f"{path}.int8_weight" in self._specs:
+            return dequantize_blocks(self.get(f"{path}.int8_weight"), self.get(f"{path}.scale")).to(dtype)
+        values = synthetic(f"{self._prefix}.{name}", shape, self._seed)
+        if leaf == "int8_weight":  # of 40 steps a standard deviation, so that few values saturate
+            return values.mul_(40 * shape[1] ** 0.5).round_().clamp_(-128, 127).to(dtype)
+        if leaf == "scale":
+            columns = self._specs[f"{path}.int8_weight"][0][1]
+            return torch.full(shape, 1 / (40 * columns**0.5)).to(dtype)
+        return values.to(dtype)

@@ -1,0 +1,60 @@
+"""Image-to-video: what the transformer is given of the first frame.
+
+Wan's I2V transformers take 36 channels: 16 of noise, a mask of 4 (which pixel frames of a latent frame are given) and
+16 of the latent of [image, black frames]. Wan2.1's take CLIP tokens of the image besides.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from turbocompile.wan import vae as wan_vae
+
+STRIDE = 16  # pixels a token: VAE 8 times patch 2
+TEMPORAL = 4  # pixel frames a latent frame
+
+
+def adaptive_size(image_height: int, image_width: int, area: int) -> tuple[int, int]:
+    """Height and width, multiples of 16, that keep the image's aspect ratio at about the given area in pixels."""
+    ratio = image_height / image_width
+    height = round(math.sqrt(area * ratio) / STRIDE) * STRIDE
+    width = round(math.sqrt(area / ratio) / STRIDE) * STRIDE
+    return max(height, STRIDE), max(width, STRIDE)
+
+
+def image_tensor(image: Any, height: int, width: int) -> torch.Tensor:
+    """(1, 3, height, width) in [-1, 1] of a PIL image, stretched to the size (bilinear, antialiased, on bytes)."""
+    import numpy as np
+
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).unsqueeze(0).contiguous()
+    resized = functional.interpolate(pixels, (height, width), mode="bilinear", antialias=True, align_corners=False)
+    return resized.float() / 127.5 - 1.0
+
+
+@torch.no_grad()
+def image_condition(vae: Any, image: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """The 20 channels beside the noise, (B, 20, T, H / 8, W / 8) in float32: mask of 4, then the image's latent.
+
+    image: (B, 3, H, W) in [-1, 1]; num_frames: 4k + 1 pixel frames. The frames after the first are black (zeros, SPEC
+    of the training), the mask is 1 on the first latent frame.
+    """
+    batch, channels, height, width = image.shape
+    frames = image.new_zeros(batch, channels, num_frames, height, width)
+    frames[:, :, 0] = image
+    latent = wan_vae.encode(vae, frames)
+    mask = latent.new_zeros(batch, TEMPORAL, *latent.shape[2:])
+    mask[:, :, 0] = 1.0
+    return torch.cat([mask, latent], dim=1)
+
+
+@torch.no_grad()
+def image_embeddings(image_encoder: Any, image_processor: Any, image: Any) -> torch.Tensor:
+    """The CLIP tokens (1, tokens, image_dim) of a PIL image: the hidden state before the encoder's last layer."""
+    parameter = next(image_encoder.parameters())
+    pixels = image_processor(images=image, return_tensors="pt")["pixel_values"]
+    output = image_encoder(pixels.to(parameter.device, parameter.dtype), output_hidden_states=True)
+    return output.hidden_states[-2]
