@@ -1,0 +1,83 @@
+"""The sampler of teachers: the flow-matching ODE by diffusers' solvers, with classifier-free guidance.
+
+The loop is that of diffusers' WanPipeline, so that an engine gives the pipeline's numbers. One thing differs:
+velocities are handed to the solver in float32, whatever the network computes in. The Euler solver returns the dtype
+it is given, and a state in bfloat16 would lose 50 small steps to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from turbocompile.errors import UnsupportedError
+from turbocompile.sampling import TRAIN_TIMESTEPS, Denoise, Progress, choose_experts, draw_noise
+
+SOLVERS = ("unipc", "euler")
+# (x, timestep, expert, conditional) -> velocity: a network with a text and with the negative one
+Conditioned = Callable[[torch.Tensor, torch.Tensor, str, bool], torch.Tensor]
+
+
+def guided(denoise: Conditioned, guidance: float) -> Denoise:
+    """Classifier-free guidance: u + guidance (c - u) with the velocities of the prompt, c, and the negative prompt, u.
+
+    The network is called twice a step; once where guidance is 1, since c alone is left then.
+    """
+
+    def velocity(x: torch.Tensor, timestep: torch.Tensor, expert: str) -> torch.Tensor:
+        conditional = denoise(x, timestep, expert, True).float()
+        if guidance == 1.0:
+            return conditional
+        unconditional = denoise(x, timestep, expert, False).float()
+        return unconditional + guidance * (conditional - unconditional)
+
+    return velocity
+
+
+def make_scheduler(kind: str, shift: float) -> Any:
+    """diffusers' solver: "unipc" (UniPC on the flow's sigmas) or "euler". shift: moves the times towards noise."""
+    import diffusers
+
+    if kind == "unipc":
+        return diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            num_train_timesteps=int(TRAIN_TIMESTEPS),
+            flow_shift=shift,
+        )
+    if kind == "euler":
+        return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=int(TRAIN_TIMESTEPS), shift=shift)
+    raise UnsupportedError(f"there is no solver {kind!r}; choose one of {', '.join(SOLVERS)}")
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoise,
+    latents_shape: Sequence[int],
+    *,
+    generator: torch.Generator,
+    kind: str = "unipc",
+    steps: int = 50,
+    shift: float = 5.0,
+    boundary: float | None = None,
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """Latents (B, C, T, H, W), float32, on the generator's device.
+
+    denoise: the velocity of one network, or `guided` of it. shift: 3 for 480p, 5 for 720p in Wan. boundary: flow time
+    below which "transformer_2" denoises; None with one transformer. Raises UnsupportedError for an unknown solver.
+    """
+    scheduler = make_scheduler(kind, shift)
+    scheduler.set_timesteps(steps, device=generator.device)
+    scheduler.set_begin_index(0)
+    x = draw_noise(latents_shape, generator)
+    limit = None if boundary is None else boundary * TRAIN_TIMESTEPS
+    experts = choose_experts([float(t) for t in scheduler.timesteps], limit)
+    for i, (timestep, expert) in enumerate(zip(scheduler.timesteps, experts, strict=True)):
+        velocity = denoise(x, timestep.expand(x.shape[0]), expert).float()
+        x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
+        if progress is not None:
+            progress(i + 1, steps)
+    return x

@@ -1,0 +1,106 @@
+"""The sampler of rCM-distilled models: 1 to 4 steps, no guidance.
+
+rCM trains in TrigFlow, x_t = cos(t) x_0 + sin(t) noise with t = atan(sigma), and the network is one of rectified flow,
+x_r = (1 - r) x_0 + r noise with r = sin(t) / (sin(t) + cos(t)). The schedule is therefore written in TrigFlow times,
+and the steps run in rectified-flow times (Zheng et al., "Large Scale Diffusion Distillation via Score-Regularized
+Continuous-Time Consistency", arXiv 2510.08431):
+
+    x_0 = x - r v(x, 1000 r)
+    SDE:  x' = (1 - r') x_0 + r' noise'          ODE:  x' = x - (r - r') v
+
+What decides the numbers beside the formulas, kept as in the released sampler: the state is float64; the network's
+timestep is rounded to bfloat16 (987.654 becomes 988); noise is drawn in float32, at the last step too, where it is
+multiplied by zero, so that the generator ends where the released sampler's does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from turbocompile.errors import UnsupportedError
+from turbocompile.recipe import RCM_MID_STEPS as MID_STEPS
+from turbocompile.sampling import (
+    LOW_NOISE,
+    TRAIN_TIMESTEPS,
+    Denoise,
+    Progress,
+    SamplingWarning,
+    choose_experts,
+    draw_noise,
+)
+
+MAX_STEPS = 4
+
+
+def flow_time(trig_time: float) -> float:
+    """The rectified-flow time in [0, 1] of a TrigFlow time in [0, pi/2]."""
+    sine, cosine = math.sin(trig_time), math.cos(trig_time)
+    return sine / (sine + cosine)
+
+
+def schedule(steps: int, sigma_max: float = 80.0, mid_steps: Sequence[float] = MID_STEPS) -> list[float]:
+    """steps + 1 falling rectified-flow times, from sigma_max / (1 + sigma_max) to 0.
+
+    sigma_max: 80 for text-to-video, 200 for Wan2.2's image-to-video. mid_steps: TrigFlow times; the first steps - 1 of
+    them are used. Raises UnsupportedError where there are too few, or times that do not fall.
+    """
+    if not 1 <= steps <= MAX_STEPS:
+        raise UnsupportedError(f"rcm takes 1 to {MAX_STEPS} steps, not {steps}; unipc and euler take more")
+    if len(mid_steps) < steps - 1:
+        raise UnsupportedError(f"{steps} steps of rcm need {steps - 1} mid steps, and there are {len(mid_steps)}")
+    times = [math.atan(sigma_max), *mid_steps[: steps - 1], 0.0]
+    if any(b >= a for a, b in itertools.pairwise(times)):
+        raise UnsupportedError(f"the times of rcm must fall from atan(sigma_max) to 0, and they are {times}")
+    return [flow_time(t) for t in times]
+
+
+def network_timestep(time: float, batch: int, device: torch.device) -> torch.Tensor:
+    """What the network is given: 1000 t, computed in float32 and rounded to bfloat16, as float32 (batch,)."""
+    value = (torch.tensor(time, dtype=torch.float32) * TRAIN_TIMESTEPS).bfloat16().float()
+    return value.to(device).expand(batch)
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoise,
+    latents_shape: Sequence[int],
+    *,
+    generator: torch.Generator,
+    steps: int = 4,
+    sigma_max: float = 80.0,
+    mid_steps: Sequence[float] = MID_STEPS,
+    ode: bool = False,
+    boundary: float | None = None,
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """Latents (B, C, T, H, W), float32, on the generator's device.
+
+    latents_shape: of the result; the noise has this shape. ode: follow the ODE and draw no further noise.
+    boundary: rectified-flow time below which "transformer_2" denoises, for good; None with one transformer. Warns
+    (SamplingWarning) where the steps are too few to ever get there.
+    """
+    times = schedule(steps, sigma_max, mid_steps)
+    experts = choose_experts(times[:-1], boundary)
+    if boundary is not None and LOW_NOISE not in experts:
+        warnings.warn(
+            f"no step of these {steps} is below the boundary {boundary:g}, so that the low-noise expert is never used; "
+            "take 3 or 4 steps",
+            SamplingWarning,
+            stacklevel=2,
+        )
+    x = draw_noise(latents_shape, generator).double() * times[0]
+    for i, expert in enumerate(experts):
+        now, then = times[i], times[i + 1]
+        velocity = denoise(x, network_timestep(now, x.shape[0], x.device), expert).double()
+        if ode:
+            x = x - (now - then) * velocity
+        else:
+            x = (1.0 - then) * (x - now * velocity) + then * draw_noise(latents_shape, generator)
+        if progress is not None:
+            progress(i + 1, steps)
+    return x.float()
