@@ -1,1 +1,45 @@
-"""Operators of turbocompile: one file an op, with its reference, its kernel and its registration."""
+"""Operators of turbocompile: one file an op, with its reference, its kernel and its registration.
+
+Importing the package registers all of them with torch. It needs torch and triton alone: it is what travels to a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from turbocompile.kernels import (
+    adaln,
+    gelu_quantize,
+    norm_quantize,
+    qk_norm_rope,
+    quantize,
+    residual_norm,
+    rope,
+    w8a8_linear,
+)
+
+_MODULES = (
+    rope,
+    qk_norm_rope,
+    adaln,
+    residual_norm,
+    quantize,
+    norm_quantize,
+    gelu_quantize,
+    w8a8_linear,
+)
+
+ops = torch.ops.turbocompile
+"""The namespace: ops.rope, ops.adaln, ..."""
+
+DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
+    overload: function for module in _MODULES for overload, function in module.decompositions().items()
+}
+"""Every op's overload, and what it is in aten, for backends that lack it."""
+
+OPS: tuple[str, ...] = tuple(overload._schema.name.split("::")[1] for overload in DECOMPOSITIONS)
+"""The names of all ops."""
+
+__all__ = ["DECOMPOSITIONS", "OPS", "ops"]

@@ -1,0 +1,35 @@
+"""GELU followed by quantization: gelu(x) in float32, rounded to x's dtype, then quantized (quantize.py).
+
+approximate: "tanh" or "none" (erf). x (..., C).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from turbocompile.kernels._common import compute_dtype, register
+from turbocompile.kernels.quantize import empty_quantized, quantize
+
+
+def reference(x: torch.Tensor, approximate: str, format: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """data (..., C) and its scale."""
+    return quantize(F.gelu(x.to(compute_dtype(x.dtype)), approximate=approximate).to(x.dtype), format)
+
+
+def _fake(x: torch.Tensor, approximate: str, format: str) -> tuple[torch.Tensor, torch.Tensor]:
+    if approximate not in ("tanh", "none"):
+        raise ValueError(f"gelu_quantize: approximate is tanh or none, not {approximate!r}")
+    return empty_quantized(x, format)
+
+
+gelu_quantize = register(
+    "gelu_quantize", "(Tensor x, str approximate, str format) -> (Tensor data, Tensor data_scale)", reference, _fake
+)
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
+    """The ops in aten: the references have no branches on data."""
+    return {gelu_quantize: reference}
