@@ -69,7 +69,9 @@ def test_the_reference_recipe_shows_the_defaults():
 
 
 def test_a_scalar_is_short_for_the_first_key(load):
-    recipe = load(TINY + "passes: {attention: sage, w8a8: int8, adaln: off, norms: on}\ncomponents: none\nsampler: euler\n")
+    recipe = load(
+        TINY + "passes: {attention: sage, w8a8: int8, adaln: off, norms: on}\ncomponents: none\nsampler: euler\n"
+    )
     assert recipe.passes.attention.kind == "sage"
     assert recipe.passes.w8a8.format == "int8"
     assert (recipe.passes.adaln.enabled, recipe.passes.norms.enabled) == (False, True)
@@ -181,7 +183,12 @@ def test_a_mistake_in_an_override_names_the_override(load, override, words):
 def test_overrides_win_and_reach_into_short_forms_and_lists(load):
     text = TINY + "passes: {attention: sage, w8a8: off}\nshapes: [{height: 256, width: 256}]\n"
     recipe = load(
-        text, "passes.attention.topk=0.2", "passes.w8a8=int8", "shapes.0.num_frames=17", "sampler.kind=unipc", "model.seed=3"
+        text,
+        "passes.attention.topk=0.2",
+        "passes.w8a8=int8",
+        "shapes.0.num_frames=17",
+        "sampler.kind=unipc",
+        "model.seed=3",
     )
     assert (recipe.passes.attention.kind, recipe.passes.attention.topk) == ("sage", 0.2)
     assert recipe.passes.w8a8.format == "int8"
@@ -217,7 +224,12 @@ def test_a_missing_recipe_is_one_sentence(tmp_path):
 
 @pytest.mark.parametrize(
     ("capability", "target", "dtype"),
-    [(None, "cpu", "float32"), ((9, 0), "sm90", "bfloat16"), ((12, 1), "sm120", "bfloat16"), ((8, 7), "sm86", "bfloat16")],
+    [
+        (None, "cpu", "float32"),
+        ((9, 0), "sm90", "bfloat16"),
+        ((12, 1), "sm120", "bfloat16"),
+        ((8, 7), "sm86", "bfloat16"),
+    ],
 )
 def test_host_and_dtype_resolve_to_the_machine(load, monkeypatch, capability, target, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)

@@ -32,7 +32,7 @@ TARGETS = ("cpu", "sm80", "sm86", "sm89", "sm90", "sm120")
 FP8_TARGETS = ("cpu", "sm89", "sm90", "sm120")  # Ampere has no FP8 arithmetic; on a CPU the references emulate it
 PLAN_TARGETS = ("sm86", "sm89", "sm120")  # the RTX cards that tensorrt_rtx builds plans for
 RCM_MID_STEPS = (1.5, 1.4, 1.0)  # TrigFlow times between atan(sigma_max) and 0 (the released checkpoints' sampler)
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*(?<!\.pth)(?<!\.pt)(?<!\.safetensors)")  # owner/name
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.pth)(?<!\.pt)(?<!\.safetensors)")  # owner/name
 MAX_DEPTH = 16  # of nesting in a recipe; a legal one has 4 levels
 
 _T = TypeVar("_T")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import urllib.error
+from email.message import Message
 
 import pytest
 import torch
@@ -184,3 +186,19 @@ def test_a_hub_id_in_the_cache_is_opened_without_a_network(example, monkeypatch)
     monkeypatch.setattr(sources, "_reachable", lambda url: pytest.fail("asked the network"))
     assert opened("owner/wan").task == "t2v"
     assert asked == [("owner/wan", True)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reachable"),
+    [
+        (urllib.error.URLError("no route"), False),
+        (TimeoutError(), False),
+        (urllib.error.HTTPError("u", 401, "Unauthorized", Message(), None), True),
+    ],
+)
+def test_a_refusal_is_an_answer_and_silence_is_not(monkeypatch, answer, reachable):
+    def urlopen(url, timeout):
+        raise answer
+
+    monkeypatch.setattr(sources.urllib.request, "urlopen", urlopen)
+    assert sources._reachable("https://hub.example/api") is reachable
