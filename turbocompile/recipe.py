@@ -701,6 +701,8 @@ def _scalar(hint: type, metadata: Mapping[str, Any], value: _Value, name: str) -
             text = value.raw
         if isinstance(text, str):
             return _located(text, metadata, value)
+    elif hint is bool and data in ("on", "off"):  # from Python or JSON, where YAML's words are text
+        return data == "on"
     elif hint in (bool, int) and type(data) is hint:
         return data
     elif hint is float and isinstance(data, (int, float)) and not isinstance(data, bool):
