@@ -167,9 +167,10 @@ def _expression(node: fx.Node) -> str:
 
 def _index(node: fx.Node) -> str:
     """The index of a slice or select as Python writes it, as in ":, 0:21" or "..., 1::2"."""
-    tensor, dim, *where = node.args
-    rank = tensor.meta["val"].dim()  # type: ignore[union-attr]
-    dim = int(dim) % rank if rank else 0  # type: ignore[arg-type]
+    given: list[Any] = list(node.args)
+    rank = given[0].meta["val"].dim()
+    dim = int(given[1]) % rank if len(given) > 1 else 0
+    where = given[2:]
     if schema_name(node) == "aten::select":
         text = _value(where[0])
     else:
@@ -221,7 +222,8 @@ class _Loop:
         first = nodes[start]
         if first.op != "call_function" or first.target is not call:
             return None
-        calls, carried, end, i = [first], {}, start + 1, start + 1
+        calls, end, i = [first], start + 1, start + 1
+        carried: dict[int, int | None] = {}
         while i < len(nodes):
             node = nodes[i]
             i += 1
