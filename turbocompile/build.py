@@ -27,7 +27,7 @@ from turbocompile.report import Report
 from turbocompile.serialize import to_json
 from turbocompile.verify import Verifier
 from turbocompile.wan.source import TransformerSource, open_source
-from turbocompile.weights import Emission, Evaluator, ModuleTensors, TensorSource, write_shards
+from turbocompile.weights import Emission, Evaluator, ModuleTensors, TensorSource, nbytes, write_shards
 
 VERIFY_TOKENS = 4096  # a larger call is verified at a smaller shape, or not at all
 TWIN = Shape(height=128, width=128, num_frames=9)  # 192 tokens: some blocks of every kernel, and ragged
@@ -45,6 +45,7 @@ class Compiled:
     plan: dict[str, Emission]
     constants: dict[str, torch.Tensor]
     warnings: list[str] = field(default_factory=list)
+    unmeasured: str = ""
 
 
 class Stages:
@@ -196,9 +197,11 @@ def optimize_recipe(
         source = open_source(recipe)
     compiled: dict[str, Compiled] = {}
     for name, transformer in source.transformers.items():
+        # Where no weight may be read, rewrites are measured on synthetic ones of the same shapes.
         tensors = source.synthetic(name) if dry_run else transformer.tensors
         compiled[name] = _compile_transformer(name, transformer, tensors, recipe, stages)
-    report = make_report(compiled, recipe, stages, weights="synthetic" if dry_run else recipe.model.weights)
+    components = sum(source.components.sizes().values())
+    report = make_report(compiled, recipe, stages, components=components)
     if dry_run or out is None:
         return report
     with new_folder(out) as folder:
@@ -207,9 +210,10 @@ def optimize_recipe(
             evaluate = Evaluator(source.transformers[name].tensors, item.constants)
             modules[name] = emit_module(item, evaluate, recipe, source.transformers[name].config, folder, stages)
         with stages("components"):
-            components = source.components.save(folder / "components")
-        report = make_report(compiled, recipe, stages, weights=recipe.model.weights, folder=folder)
-        finish(folder, report, compiled, modules, components, recipe)
+            (folder / "components").mkdir()
+            table = source.components.save(folder / "components")
+        more = {"task": source.task, "boundary_ratio": source.boundary_ratio}
+        report = finish(folder, compiled, modules, table, recipe, stages, more)
     return report
 
 
@@ -265,24 +269,66 @@ def write_programs(module: str, programs: Mapping[str, Program], folder: Path) -
 
 def finish(
     folder: Path,
-    report: Report,
     compiled: Mapping[str, Compiled],
     modules: Mapping[str, Any],
     components: Mapping[str, Any],
     recipe: Recipe,
-) -> None:
-    """Writes the report, the printed graphs and the manifest. The report's engine size is of everything beside them."""
+    stages: Stages,
+    more: Mapping[str, Any] | None = None,
+) -> Report:
+    """Writes the printed graphs, the report and the manifest, and returns the report."""
+    (folder / "graphs").mkdir()
     for item in compiled.values():
-        (folder / "graphs").mkdir(exist_ok=True)
         for stage, text in item.printed.items():
             (folder / "graphs" / f"{item.name}-{stage}.txt").write_text(text, encoding="utf-8")
+    component_bytes = sum(p.stat().st_size for p in (folder / "components").rglob("*") if p.is_file())
+    written = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    report = make_report(compiled, recipe, stages, components=component_bytes, written=written)
     report.save(folder / "report.json")
     (folder / "report.html").write_text(report.to_html(), encoding="utf-8")
     seal(folder, {
         "recipe": recipe.to_dict(), "target": recipe.target, "versions": versions(), "modules": dict(modules),
-        "components": dict(components), "sampler": recipe.to_dict()["sampler"],
-        "weights": recipe.model.weights,
+        "components": dict(components), **(more or {}),
     })  # fmt: skip
+    return report
+
+
+def make_report(
+    compiled: Mapping[str, Compiled],
+    recipe: Recipe,
+    stages: Stages,
+    *,
+    components: int = 0,
+    written: int | None = None,
+    model: str | None = None,
+    weights: str | None = None,
+) -> Report:
+    """The report of all modules. components: bytes of the models around them; written: bytes of the engine, if built."""
+    reports = {}
+    for name, item in compiled.items():
+        reports[name] = Report.from_results(
+            item.results, item.programs, unmeasured=item.unmeasured or _unmeasured(recipe),
+            module=name, model=model or recipe.model.path or recipe.model.preset or "", target=recipe.target,
+            dtype=recipe.dtype, backend=recipe.backend, weights=weights or recipe.model.weights,
+            stages=dict(stages.seconds), warnings=tuple(item.warnings), versions=versions(),
+            predicted_bytes=sum(predicted_bytes(i) for i in compiled.values()) + components, engine_bytes=written,
+        )  # fmt: skip
+    first, *rest = reports.values()
+    return replace(first, others={r.module: r for r in rest})
+
+
+def _unmeasured(recipe: Recipe) -> str:
+    if not recipe.passes.enabled:
+        return "not measured: nothing was rewritten (passes: off)"
+    return f"not measured: the recipe says verify: {recipe.verify}"
+
+
+def predicted_bytes(item: Compiled) -> int:
+    """Bytes that a module takes in an engine: its weights with their headers, its programs and printed graphs."""
+    header = sum(len(name) + 80 for name in item.plan)  # name, dtype, shape and offsets in JSON
+    programs = sum(len(json.dumps(to_json(p), separators=(",", ":"))) for p in item.programs.values())
+    printed = sum(len(text) for text in item.printed.values())
+    return sum(nbytes(e.expr) for e in item.plan.values()) + header + programs + printed
 
 
 def versions() -> dict[str, str]:
@@ -336,19 +382,18 @@ def optimize(
         "transformer", captured, source, options.pass_options(), options.target,
         rewrite=options.passes.enabled, twin=twin, stages=stages,
     )  # fmt: skip
-    if unverified:
-        item.warnings.append(unverified)
-        for result in item.results:
-            result.error_reason = unverified
+    item.unmeasured = unverified
+    if unverified and options.verify == "numeric" and options.passes.enabled:
+        item.warnings.append(f"the rewrites were {unverified}")
     evaluate = Evaluator(source, item.constants)
     with stages("weights"):
         weights = {name: evaluate(e.expr, e.prefix) for name, e in item.plan.items()}
-    report = make_report({"transformer": item}, options, stages, weights="the module's")
+    report = make_report({"transformer": item}, options, stages, model=type(model).__name__, weights="the module's")
     engine = Engine(
         item.programs, weights, name=type(model).__name__, config=getattr(model, "config", None) or {},
         dtype=_module_dtype(model), report=report, backend=options.backend,
     )  # fmt: skip
-    engine.build = EngineBuild(options, item)
+    engine.build = EngineBuild(options, item, stages)
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     return engine.to(device)
 
@@ -359,6 +404,7 @@ class EngineBuild:
 
     recipe: Recipe
     compiled: Compiled
+    stages: Stages
 
 
 class LazyEngine(nn.Module):
@@ -502,8 +548,7 @@ def write_engine(engine: Engine, folder: Path) -> None:
             engine.files[shape] = files
     entry = module_entry(engine, programs, shards)
     entry["config"] = json_config(engine.config)
-    assert engine.report is not None
-    finish(folder, engine.report, {item.name: item}, {item.name: entry}, {}, recipe)
+    finish(folder, {item.name: item}, {item.name: entry}, {}, recipe, build.stages)
 
 
 class _Stored:

@@ -264,7 +264,6 @@ def _strip(stack: Any) -> dict[str, tuple[str, str]]:
     """nn_module_stack without the wrapper's level, as plain strings: {key: (path, class name)}."""
     found = {}
     for key, (path, kind) in (stack or {}).items():
-        path = path.removeprefix("L['self'].")
         if path == "model" or path.startswith("model."):
             name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
             found[key] = (path.removeprefix("model").removeprefix("."), name)

@@ -156,6 +156,7 @@ class Verifier:
         self.inputs = inputs or random_inputs(program, seed)
         self.truth: dict[str, Values] = {}
         self.base_error: dict[str, Error] = {}
+        self.learned: dict[str, Values] = {}
         self._cache: dict[tuple[str, str], torch.Tensor] = {}
         self._rebase(program)
 
@@ -169,6 +170,7 @@ class Verifier:
             self._rebase(program)
             result.error_reason = "another function by intent; later passes are measured against it"
             return {}
+        self.learned = {}
         sites = self._sites(program, result)
         if result.kind == "exact":
             for site, (error, _) in sites.items():
@@ -301,6 +303,7 @@ class Verifier:
                     args, kwargs = self._arguments(node, values)
                     found = evaluation._run(node, args, kwargs)
                     true = truth[was[node.name]]
+                    self._learn(graph, node, true)
                     if isinstance(true, torch.Tensor) and true.is_floating_point():
                         errors[node.name] = compare(found, true)
                     values[node.name] = _as(true, node, wide)
@@ -314,6 +317,27 @@ class Verifier:
                     values[node.name] = evaluation._run(node, args, kwargs)
         return errors
 
+    def _learn(self, graph: str, node: fx.Node, true: Any) -> None:
+        """Notes a new node's true value, and that of the new nodes which it only lays out anew or casts.
+
+        Clean-up may remove the last permute of a site; the op under it must still be known to hold the truth, else the
+        next pass would be charged with this one's error.
+        """
+        learned = self.learned.setdefault(graph, {})
+        while True:
+            learned[node.name] = true
+            source = node.args[0] if node.args else None
+            if not isinstance(source, fx.Node) or source.op != "call_function" or source.name in self.truth[graph]:
+                return
+            if is_op(node, aten.permute):
+                order = [d % true.dim() for d in node.args[1]]  # type: ignore[union-attr]
+                true = true.permute([order.index(d) for d in range(true.dim())])
+            elif is_op(node, aten.reshape):
+                true = true.reshape(source.meta["val"].shape)
+            elif not is_op(node, aten.to.dtype):
+                return
+            node = source
+
     def _arguments(self, node: fx.Node, values: Values) -> tuple[Any, Any]:
         return (
             fx.map_arg(node.args, lambda n: values[n.name]),
@@ -324,6 +348,7 @@ class Verifier:
         """Gives the nodes that a pass made their true values, so that the next pass finds exact inputs."""
         for graph in list(self.truth):
             sub, truth = program.graphs[graph], self.truth[graph]
+            truth |= self.learned.get(graph, {})
             known = {n.name: truth[n.name] for n in sub.graph.nodes if n.name in truth and n.op != "get_attr"}
             if graph == SHELL:
                 self.truth[graph] = self._run_shell(program, known)

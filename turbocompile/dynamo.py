@@ -1,0 +1,107 @@
+"""`torch.compile(model, backend="turbocompile")`.
+
+Dynamo's torch-level graph is captured again like any module: its parameters, which arrive as inputs, become weights by
+their module paths, and the paths recorded on its nodes let the repeated blocks be found.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx import traceback as fx_traceback
+
+from turbocompile.errors import UnsupportedError
+
+_PART = re.compile(r"\.(\w+)|\[['\"]?(\w+)['\"]?\]")
+
+
+def backend(graph: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+    """Compiles a graph that Dynamo captured. options: `recipe`, `target` and `backend` as `turbocompile.optimize` takes them.
+
+    Raises UnsupportedError under autograd: an engine is for inference.
+    """
+    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    static = [i for i, n in enumerate(placeholders) if _is_static(n, inputs[i])]
+    if torch.is_grad_enabled() and any(isinstance(inputs[i], torch.Tensor) and inputs[i].requires_grad for i in static):
+        raise UnsupportedError(
+            "torch.compile(backend='turbocompile') compiles for inference; "
+            "call the model under torch.no_grad(), or model.requires_grad_(False)"
+        )
+    compiled: dict[tuple[Any, ...], nn.Module] = {}
+
+    def run(*given: Any) -> Any:
+        from turbocompile.build import optimize
+
+        tensors = [a for i, a in enumerate(given) if i not in fixed and isinstance(a, torch.Tensor)]
+        sizes = tuple((i, int(a)) for i, a in enumerate(given) if not isinstance(a, torch.Tensor))
+        if sizes not in compiled:
+            replay = Replay(graph, {i: given[i] for i in static}, dict(sizes), placeholders)
+            compiled[sizes] = optimize(replay, **dict(options or {}))
+        return compiled[sizes](*tensors)
+
+    fixed = set(static)
+    return run
+
+
+def _is_static(node: fx.Node, value: Any) -> bool:
+    """Whether a placeholder is a parameter or buffer, which stays the same tensor from call to call."""
+    if not isinstance(value, torch.Tensor):
+        return False
+    from torch._dynamo.utils import get_static_address_type
+
+    example = node.meta.get("example_value", value)
+    return isinstance(value, nn.Parameter) or get_static_address_type(example) is not None
+
+
+def module_name(source: str) -> str:
+    """`L['self']._modules['blocks']._modules['0']._parameters['w']` -> `blocks.0.w`; the first part is a local variable."""
+    parts = [a or b for a, b in _PART.findall(source)]
+    return ".".join(p for p in parts[1:] if p not in ("__dict__", "_modules", "_parameters", "_buffers"))
+
+
+class Replay(nn.Module):
+    """Dynamo's graph as a module: its parameters by name, its tensors as arguments, its sizes fixed."""
+
+    def __init__(
+        self, graph: fx.GraphModule, weights: Mapping[int, Any], sizes: Mapping[int, int], placeholders: Sequence[fx.Node]
+    ) -> None:
+        super().__init__()
+        object.__setattr__(self, "graph_module", graph)
+        for node in graph.graph.nodes:
+            stack = node.meta.get("nn_module_stack") or {}
+            node.meta["nn_module_stack"] = {k: (f"model.{module_name(path)}", kind) for k, (path, kind) in stack.items()}
+        self.places: dict[int, str] = {}
+        self.sizes = dict(sizes)
+        self.count = len(placeholders)
+        for i, value in weights.items():
+            self.places[i] = _source_name(placeholders[i])
+            *path, leaf = self.places[i].split(".")
+            module: nn.Module = self
+            for part in path:
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            # A buffer over the same memory: the model's own parameter is not touched, and any dtype is allowed.
+            module.register_buffer(leaf, value.detach())
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        rest = iter(tensors)
+        arguments = []
+        for i in range(self.count):
+            if i in self.places:
+                arguments.append(self.get_buffer(self.places[i]))
+            else:
+                arguments.append(self.sizes[i] if i in self.sizes else next(rest))
+        with fx_traceback.preserve_node_meta():
+            return fx.Interpreter(self.graph_module).run(*arguments)
+
+
+def _source_name(node: fx.Node) -> str:
+    """The parameter's path in the model, from where Dynamo found it; the node's name where that is no module's."""
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    return module_name(name() if callable(name) else str(name)) or node.name
