@@ -17,11 +17,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def widened(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """An optional tensor in the dtype the op computes in."""
-    return None if tensor is None else tensor.to(dtype)
-
-
 def check(condition: bool, message: str) -> None:
     """ValueError with `message` unless `condition`."""
     if not condition:
@@ -31,6 +26,22 @@ def check(condition: bool, message: str) -> None:
 def choose(kind: str, name: str, *names: str) -> None:
     """ValueError unless `name` is one of `names`."""
     check(name in names, f"{kind} is {name!r}; it must be one of {', '.join(names)}")
+
+
+def check_channels(x: torch.Tensor, **vectors: torch.Tensor | None) -> None:
+    """ValueError unless each vector that is given has one element a channel of x (..., C)."""
+    for name, vector in vectors.items():
+        fits = vector is None or (vector.ndim == 1 and vector.shape[0] == x.shape[-1])
+        check(fits, f"the {name} is not a vector over the {x.shape[-1]} channels of the activation")
+
+
+def check_broadcast(x: torch.Tensor, **tensors: torch.Tensor | None) -> None:
+    """ValueError unless each tensor that is given broadcasts to x's shape."""
+    for name, t in tensors.items():
+        fits = t is None or (
+            t.ndim <= x.ndim and all(n in (1, m) for n, m in zip(t.shape[::-1], x.shape[::-1], strict=False))
+        )
+        check(fits, f"the {name} does not broadcast to the activation's shape {list(x.shape)}")
 
 
 def register(

@@ -1,8 +1,9 @@
 """Adaptive layer norm: layer_norm(x) * (1 + scale) + shift, and the same followed by quantization.
 
-x (B, L, C); scale and shift broadcast against it, usually (B, 1, C); weight and bias (C) or None. Mean and variance over C
-in float32, y = (x - mean) / sqrt(var + eps), everything in float32 (float64 for float64 inputs), rounded once to x's
-dtype. Source: DiT (arXiv 2212.09748); the variance is the true one (a padded row must not count its pads).
+x (..., L, C); scale and shift broadcast against it: (B, 1, C), (1, 1, C) or (C,), or one a token (B, L, C); weight
+and bias (C,), the LayerNorm's own, or None. All float inputs may differ in dtype; y = layer_norm(x) * (1 + scale) +
+shift in float32 (float64 where x is), rounded once to x's dtype, contiguous; adaln_quantize quantizes (quantize.py)
+the rounded y, as the two ops in turn would. Source: DiT (arXiv 2212.09748), Wan's norm1 and norm2.
 """
 
 from __future__ import annotations
@@ -11,9 +12,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn import functional as F
-from turbocompile.kernels._common import compute_dtype, register
+from turbocompile.kernels._common import check_broadcast, check_channels, compute_dtype, register
+from turbocompile.kernels.norm_quantize import normalize
 from turbocompile.kernels.quantize import empty_quantized, quantize
+
+
+def modulate(n: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
+    """n * (1 + scale) + shift, in n's dtype; what is None is left out."""
+    n = n if scale is None else n * (1 + scale.to(n.dtype))
+    return n if shift is None else n + shift.to(n.dtype)
 
 
 def reference(
@@ -25,10 +32,9 @@ def reference(
     eps: float,
 ) -> torch.Tensor:
     """Same shape and dtype as x."""
-    dtype = compute_dtype(x.dtype)
-    w, b = (None if t is None else t.to(dtype) for t in (weight, bias))
-    n = F.layer_norm(x.to(dtype), x.shape[-1:], w, b, eps)
-    return (n * (1 + scale.to(dtype)) + shift.to(dtype)).to(x.dtype)
+    check_broadcast(x, scale=scale, shift=shift)
+    n = normalize(x.to(compute_dtype(x.dtype)), weight, bias, eps, "layer")
+    return modulate(n, scale, shift).to(x.dtype)
 
 
 def reference_quantize(
@@ -44,9 +50,16 @@ def reference_quantize(
     return quantize(reference(x, scale, shift, weight, bias, eps), format)
 
 
-def _fake(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, *rest: object) -> torch.Tensor:
-    if torch.broadcast_shapes(x.shape, scale.shape, shift.shape) != x.shape:
-        raise ValueError(f"adaln: scale {list(scale.shape)} and shift {list(shift.shape)} do not fit {list(x.shape)}")
+def _fake(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    check_channels(x, weight=weight, bias=bias)
+    check_broadcast(x, scale=scale, shift=shift)
     return x.new_empty(x.shape)
 
 
@@ -59,7 +72,7 @@ def _fake_quantize(
     eps: float,
     format: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return empty_quantized(_fake(x, scale, shift), format)
+    return empty_quantized(_fake(x, scale, shift, weight, bias, eps), format)
 
 
 _ARGUMENTS = "Tensor x, Tensor scale, Tensor shift, Tensor? weight, Tensor? bias, float eps"

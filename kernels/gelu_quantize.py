@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from turbocompile.kernels._common import compute_dtype, register
+from turbocompile.kernels._common import choose, compute_dtype, register
 from turbocompile.kernels.quantize import empty_quantized, quantize
 
 
@@ -20,8 +20,7 @@ def reference(x: torch.Tensor, approximate: str, format: str) -> tuple[torch.Ten
 
 
 def _fake(x: torch.Tensor, approximate: str, format: str) -> tuple[torch.Tensor, torch.Tensor]:
-    if approximate not in ("tanh", "none"):
-        raise ValueError(f"gelu_quantize: approximate is tanh or none, not {approximate!r}")
+    choose("gelu_quantize: the approximation", approximate, "tanh", "none")
     return empty_quantized(x, format)
 
 
@@ -31,5 +30,5 @@ gelu_quantize = register(
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
-    """The ops in aten: the references have no branches on data."""
+    """The op in aten: the reference has no branches on data."""
     return {gelu_quantize: reference}

@@ -1,7 +1,8 @@
 """LayerNorm or RMSNorm over the channels, followed by quantization.
 
-norm "layer": (x - mean) / sqrt(var + eps); "rms": x / sqrt(mean(x^2) + eps); times weight (C), plus bias (C), either may be
-None. Computed in float32 (float64 for float64 inputs), rounded to x's dtype, then quantized (quantize.py).
+norm "layer": (x - mean) / sqrt(var + eps); "rms": x / sqrt(mean(x^2) + eps); times weight (C), plus bias (C), either
+may be None. Computed in float32 (float64 for float64 inputs), rounded to x's dtype, then quantized (quantize.py): what
+the two ops give in turn. The variance is that of the C channels alone (TurboDiffusion's counts its padding as well).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from turbocompile.kernels._common import compute_dtype, register
+from turbocompile.kernels._common import check_channels, choose, compute_dtype, register
 from turbocompile.kernels.quantize import empty_quantized, quantize
 
 NORMS = ("layer", "rms")
@@ -20,12 +21,12 @@ NORMS = ("layer", "rms")
 def normalize(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, norm: str
 ) -> torch.Tensor:
-    """The norm in the dtype of x, which is float32 or wider."""
+    """The norm in the dtype of x, float32 or wider. ValueError for another norm, or vectors that do not fit."""
+    choose("the norm", norm, *NORMS)
+    check_channels(x, weight=weight, bias=bias)
     w, b = (None if t is None else t.to(x.dtype) for t in (weight, bias))
     if norm == "layer":
         return F.layer_norm(x, x.shape[-1:], w, b, eps)
-    if norm != "rms":
-        raise ValueError(f"norm is one of {', '.join(NORMS)}, not {norm!r}")
     y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     y = y if w is None else y * w
     return y if b is None else y + b
@@ -41,8 +42,8 @@ def reference(
 def _fake(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, norm: str, format: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if norm not in NORMS:
-        raise ValueError(f"norm is one of {', '.join(NORMS)}, not {norm!r}")
+    choose("the norm", norm, *NORMS)
+    check_channels(x, weight=weight, bias=bias)
     return empty_quantized(x, format)
 
 
@@ -55,5 +56,5 @@ norm_quantize = register(
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
-    """The ops in aten: the references have no branches on data."""
+    """The op in aten: the reference has no branches on data."""
     return {norm_quantize: reference}

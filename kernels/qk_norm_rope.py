@@ -1,8 +1,9 @@
 """What stands between the projection of q (or k) and attention: RMSNorm, heads, rotary, layout.
 
-x (B, L, H * D) -> x / sqrt(mean(x^2) + eps) * weight, the mean over all channels (per_head False, weight (H * D)) or over
-each head's (per_head True, weight (D)); then heads (B, L, H, D); then rotary (rope.py) unless cos is empty. Everything in
-float32 (float64 for float64 inputs), rounded once to x's dtype; the result is contiguous (B, L, H, D).
+x (B, L, H * D) -> x / sqrt(mean(x^2) + eps) * weight, the mean over all channels (per_head False, weight (H * D)) or
+over each head's (per_head True, weight (D)), weight or None; then heads (B, L, H, D); then rotary (rope.py) unless
+cos is empty, as for the keys of a cross-attention. Everything in float32 (float64 for float64 inputs), rounded once
+to x's dtype; the result is contiguous (B, L, H, D), attention's layout.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from turbocompile.kernels import rope
-from turbocompile.kernels._common import compute_dtype, register
+from turbocompile.kernels._common import check, compute_dtype, register
 from turbocompile.kernels.norm_quantize import normalize
 
 
@@ -28,6 +29,7 @@ def reference(
     interleaved: bool,
 ) -> torch.Tensor:
     """(B, L, H, D) in x's dtype."""
+    _check(x, weight, per_head, num_heads, cos, sin, grid)
     y = x.to(compute_dtype(x.dtype))
     if per_head:
         y = normalize(y.unflatten(-1, (num_heads, -1)), weight, None, eps, "rms")
@@ -36,6 +38,25 @@ def reference(
     if cos:
         y = rope.reference(y, cos, sin, grid, interleaved)
     return y.to(x.dtype).contiguous()
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    per_head: bool,
+    num_heads: int,
+    cos: Sequence[torch.Tensor],
+    sin: Sequence[torch.Tensor],
+    grid: Sequence[int],
+) -> None:
+    check(x.ndim == 3, f"qk_norm_rope: x is (B, L, H * D), and has {x.ndim} dimensions")
+    channels = x.shape[2]
+    check(num_heads > 0 and channels % num_heads == 0, f"qk_norm_rope: {channels} channels, {num_heads} heads")
+    width = channels // num_heads if per_head else channels
+    fits = weight is None or (weight.ndim == 1 and weight.shape[0] == width)
+    check(fits, f"qk_norm_rope: the weight is not a vector of {width} channels")
+    if cos or sin:
+        rope.check_tables(x.shape[1], channels // num_heads, cos, sin, grid)
 
 
 def _fake(
@@ -49,17 +70,8 @@ def _fake(
     grid: Sequence[int],
     interleaved: bool,
 ) -> torch.Tensor:
-    batch, tokens, channels = x.shape
-    if channels % num_heads:
-        raise ValueError(f"qk_norm_rope: {channels} channels do not split into {num_heads} heads")
-    head_dim = channels // num_heads
-    if weight is not None and tuple(weight.shape) != ((head_dim,) if per_head else (channels,)):
-        raise ValueError(
-            f"qk_norm_rope: a weight of {list(weight.shape)} does not fit {num_heads} x {head_dim} channels"
-        )
-    if cos:
-        rope.check_tables(tokens, head_dim, cos, sin, grid)
-    return x.new_empty((batch, tokens, num_heads, head_dim))
+    _check(x, weight, per_head, num_heads, cos, sin, grid)
+    return x.new_empty((x.shape[0], x.shape[1], num_heads, x.shape[2] // num_heads))
 
 
 qk_norm_rope = register(
@@ -72,5 +84,5 @@ qk_norm_rope = register(
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
-    """The ops in aten: the references have no branches on data."""
+    """The op in aten: the reference has no branches on data."""
     return {qk_norm_rope: reference}

@@ -8,7 +8,7 @@ x: (..., K), any float dtype. data: x's shape, int8 or float8_e4m3fn, contiguous
 (ceil(M/128), ceil(K/128)) for int8_block. "x / scale" is x * (limit / amax), the product in float32 (float64 for
 float64): one rounding of the quotient per row, one of the product per element, and a kernel does the same.
 
-int8_block is the format of released checkpoints (SPEC 3.1): +amax saturates to 127, -amax is exact. int8 is ours: it is
+int8_block is the format of TurboDiffusion's checkpoints: +amax saturates to 127, -amax is exact. int8 is ours: it is
 symmetric and never saturates. Halves round to even everywhere.
 """
 

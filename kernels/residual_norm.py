@@ -1,9 +1,10 @@
 """A residual and the norm behind it.
 
-r = x + gate * y (gate None: x + y), rounded to x's dtype; n = norm(r) with weight and bias (norm_quantize.py), and where
-scale is given n * (1 + scale) + shift. Everything in float32 (float64 for float64 inputs); r and n each rounded once. The
-norm reads the rounded r, as it would from memory. gate, scale and shift broadcast against x (B, L, C), usually (B, 1, C).
-`gated_residual` is r alone; `residual_norm_quantize` gives n quantized.
+r = x + gate * y (gate None: x + y), rounded to x's dtype; n = norm(r) with weight and bias (norm_quantize.py), and
+where scale is given n * (1 + scale) + shift. Everything in float32 (float64 where x is); r and n have x's shape and
+dtype, are contiguous, and each is rounded once. The norm reads the rounded r, as it would from memory. y may differ
+from x in dtype only; gate, scale and shift broadcast against x (..., L, C), usually (B, 1, C). `gated_residual` is r
+alone; `residual_norm_quantize` gives the rounded n quantized (quantize.py).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from turbocompile.kernels._common import compute_dtype, register
+from turbocompile.kernels._common import check, check_broadcast, check_channels, choose, compute_dtype, register
+from turbocompile.kernels.adaln import modulate
 from turbocompile.kernels.norm_quantize import NORMS, normalize
 from turbocompile.kernels.quantize import empty_quantized, quantize
 
@@ -21,9 +23,10 @@ _Optional = torch.Tensor | None
 
 def gated(x: torch.Tensor, y: torch.Tensor, gate: _Optional) -> torch.Tensor:
     """x + gate * y, in x's dtype."""
+    _check_sum(x, y, gate)
     dtype = compute_dtype(x.dtype)
     product = y.to(dtype) if gate is None else gate.to(dtype) * y.to(dtype)
-    return (x.to(dtype) + product).to(x.dtype)
+    return (x.to(dtype) + product).to(x.dtype).contiguous()
 
 
 def reference(
@@ -38,13 +41,10 @@ def reference(
     norm: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(residual, normed), both of x's shape and dtype."""
+    check_broadcast(x, scale=scale, shift=shift)
     r = gated(x, y, gate)
     n = normalize(r.to(compute_dtype(x.dtype)), weight, bias, eps, norm)
-    if scale is not None:
-        n = n * (1 + scale.to(n.dtype))
-    if shift is not None:
-        n = n + shift.to(n.dtype)
-    return r, n.to(x.dtype)
+    return r, modulate(n, scale, shift).to(x.dtype)
 
 
 def reference_quantize(
@@ -64,16 +64,13 @@ def reference_quantize(
     return (r, *quantize(n, format))
 
 
-def _check(x: torch.Tensor, y: torch.Tensor, *broadcast: _Optional) -> None:
-    if x.shape != y.shape:
-        raise ValueError(f"residual: x is {list(x.shape)} and y is {list(y.shape)}")
-    for t in broadcast:
-        if t is not None and torch.broadcast_shapes(x.shape, t.shape) != x.shape:
-            raise ValueError(f"residual: a gate, scale or shift of {list(t.shape)} does not fit {list(x.shape)}")
+def _check_sum(x: torch.Tensor, y: torch.Tensor, gate: _Optional) -> None:
+    check(x.shape == y.shape, f"a residual of {list(x.shape)} is added to {list(y.shape)}")
+    check_broadcast(x, gate=gate)
 
 
 def _fake_gated(x: torch.Tensor, y: torch.Tensor, gate: _Optional) -> torch.Tensor:
-    _check(x, y, gate)
+    _check_sum(x, y, gate)
     return x.new_empty(x.shape)
 
 
@@ -88,10 +85,10 @@ def _fake(
     eps: float,
     norm: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(x, y, gate, scale, shift)
-    if norm not in NORMS:
-        raise ValueError(f"norm is one of {', '.join(NORMS)}, not {norm!r}")
-    return x.new_empty(x.shape), x.new_empty(x.shape)
+    choose("the norm", norm, *NORMS)
+    check_channels(x, weight=weight, bias=bias)
+    check_broadcast(x, scale=scale, shift=shift)
+    return _fake_gated(x, y, gate), x.new_empty(x.shape)
 
 
 def _fake_quantize(

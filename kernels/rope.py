@@ -3,12 +3,12 @@
     y1 = x1 cos - x2 sin
     y2 = x2 cos + x1 sin
 
-x: (B, L, H, D), any float dtype, last dim contiguous. The tokens run row-major over `grid` (Wan: frames, height, width);
-axis i has tables cos[i], sin[i]: (grid[i], d_i) with sum d_i = D/2 and prod(grid) = L, so the tables of 32,760 tokens take
-some 14 KB instead of 8 MB. Pair p of a head turns by column p of the tables laid side by side.
-interleaved True: pairs (x[2p], x[2p+1]), the complex form of Wan and Flux; False: pairs (x[p], x[p+D/2]), rotate-half.
+x: (B, L, H, D), any float dtype, last dim contiguous. The tokens run row-major over `grid` (frames, height, width).
+Axis i has tables cos[i], sin[i]: (grid[i], d_i) with sum d_i = D/2 and prod(grid) = L: for Wan's 32,760 tokens they
+take 17 KB instead of 17 MB. Pair p of a head turns by column p of the tables laid side by side. interleaved True:
+pairs (x[2p], x[2p+1]), the complex form of Wan and Flux; False: pairs (x[p], x[p+D/2]), rotate-half.
 
-Computed in float32 (float64 for float64) and rounded once. Source: arXiv 2104.09864; the split in axes is Wan's (SPEC 7).
+Computed in float32 (float64 for float64) and rounded once. Source: arXiv 2104.09864; the split in axes is Wan's.
 """
 
 from __future__ import annotations

@@ -1,10 +1,15 @@
 """Linear of 8-bit activations and weights.
 
-y = (data weight^T) * scale * weight_scale^T + bias, data (..., K), weight (N, K), both of one 8-bit type.
+    int8, fp8    y = round((data weight^T) * scale * weight_scale^T + bias)
+    int8_block   acc = sum over kb of float(I_kb) * (scale[mb, kb] * weight_scale[nb, kb])
+                 y = round(round(acc) + bias)
 
-int8, fp8: one scale a row of data (..., 1) and of weight (N, 1); accumulated exactly (int8) or in float32 (fp8), bias added
-in float32, rounded once. int8_block, TurboDiffusion's: scales for 128 x 128 tiles; for each 128 of K the int32 product
-is exact, times (scale * weight_scale), added in float32; rounded to dtype, and the bias added in dtype.
+data (..., K), weight (N, K), both int8 or both float8_e4m3fn. int8, fp8: one float32 scale a row of data (..., 1) and
+of weight (N, 1); the sum is exact (int8) or float32 (fp8). int8_block, TurboDiffusion's: float32 scales of 128 x 128
+tiles, where data is seen as (M, K) and a tile may span batch items; I_kb, the int32 sum over 128 of K, is exact; the
+two scales are multiplied first; kb runs upwards; the bias is added in `dtype`, a second rounding. K is a multiple of
+128 there, and N of 8, as in every layer of Wan. bias (N,) or None. y (..., N) in `dtype`, contiguous. For dtype
+float64 all that is float32 above is float64.
 """
 
 from __future__ import annotations
@@ -13,8 +18,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from turbocompile.kernels._common import compute_dtype, register
-from turbocompile.kernels.quantize import BLOCK, FORMATS
+from turbocompile.kernels._common import check, compute_dtype, register
+from turbocompile.kernels.quantize import BLOCK, FORMATS, blocks, check_format, spread
+
+# |a b| <= 2^14 for int8: sums of 1,024 products fit the 24 bits of a float32, so a float32 matmul that deep is exact.
+EXACT_DEPTH = 1024
+ROWS = 1024  # of data at a time, to bound the reference's memory; a multiple of BLOCK
 
 
 def reference(
@@ -26,35 +35,79 @@ def reference(
     format: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """(..., N) in dtype. float64 as dtype computes the products and sums in float64."""
+    """(..., N) in dtype. ValueError where shapes, dtypes and format do not fit each other."""
+    _check(data, scale, weight, weight_scale, bias, format)
     compute = compute_dtype(dtype)
-    rows = data.reshape(-1, data.shape[-1])
-    if format == "int8_block":
-        y = _blocks(rows, scale, weight, weight_scale, compute).to(dtype)
-        y = y if bias is None else y + bias.to(dtype)
-    else:
-        # |sum| of int8 products stays under 2^24 up to K = 1040; beyond, float64 keeps it exact.
-        exact = torch.float64 if format == "int8" and rows.shape[1] > 1040 else compute
-        y = (rows.to(exact) @ weight.to(exact).T).to(compute)
-        y = y * scale.reshape(-1, 1).to(compute) * weight_scale.reshape(1, -1).to(compute)
-        y = (y if bias is None else y + bias.to(compute)).to(dtype)
+    tiled = format == "int8_block"
+    rows, scales = data.reshape(-1, data.shape[-1]), scale if tiled else scale.reshape(-1, 1)
+    values = weight.to(torch.float32 if weight.dtype == torch.int8 else compute)
+    y = torch.empty(rows.shape[0], weight.shape[0], dtype=dtype, device=data.device)
+    for start in range(0, rows.shape[0], ROWS):
+        part = rows[start : start + ROWS].to(values.dtype)
+        if tiled:
+            total = _tiled(part, scales[start // BLOCK :], values, weight_scale, compute).to(dtype)
+            total = total if bias is None else total + bias.to(dtype)
+        else:
+            total = _product(part, values, exact=format == "int8").to(compute)
+            total = total * scales[start : start + ROWS].to(compute) * weight_scale.T.to(compute)
+            total = total if bias is None else total + bias.to(compute)
+        y[start : start + ROWS] = total.to(dtype)
     return y.reshape(*data.shape[:-1], weight.shape[0])
 
 
-def _blocks(
+def _product(rows: torch.Tensor, weight: torch.Tensor, exact: bool) -> torch.Tensor:
+    """rows (M, K) times weight (N, K) transposed; `exact`: of integers, as float64 where float32 is too short."""
+    k = rows.shape[1]
+    if not exact or k <= EXACT_DEPTH:
+        return rows @ weight.T
+    total = torch.zeros(rows.shape[0], weight.shape[0], dtype=torch.float64, device=rows.device)
+    for start in range(0, k, EXACT_DEPTH):
+        total += rows[:, start : start + EXACT_DEPTH] @ weight[:, start : start + EXACT_DEPTH].T
+    return total
+
+
+def _tiled(
     rows: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, compute: torch.dtype
 ) -> torch.Tensor:
-    m, k = rows.shape
-    n = weight.shape[0]
+    """The int8_block sum (M, N) of rows (M, K) and the scales of their tiles, in the dtype `compute`."""
+    m, n = rows.shape[0], weight.shape[0]
     total = torch.zeros(m, n, dtype=compute, device=rows.device)
-    for block in range(-(-k // BLOCK)):
-        columns = slice(block * BLOCK, (block + 1) * BLOCK)
-        # 128 products of at most 2^14 sum to at most 2^21, which float32 holds exactly.
-        product = rows[:, columns].to(compute) @ weight[:, columns].to(compute).T
-        a = scale[:, block].repeat_interleave(BLOCK)[:m].to(compute)
-        b = weight_scale[:, block].repeat_interleave(BLOCK)[:n].to(compute)
-        total = total + product * (a[:, None] * b[None, :])
+    for kb in range(blocks(rows.shape[1])):
+        columns = slice(kb * BLOCK, (kb + 1) * BLOCK)
+        a, b = (s[:, kb].to(compute).repeat_interleave(BLOCK)[:size] for s, size in ((scale, m), (weight_scale, n)))
+        total += (rows[:, columns] @ weight[:, columns].T).to(compute) * (a[:, None] * b)
     return total
+
+
+def _check(
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    format: str,
+) -> None:
+    check_format(format)
+    check(
+        data.dtype == weight.dtype == FORMATS[format],
+        f"w8a8_linear: {format} does not fit {data.dtype} data and {weight.dtype} weights",
+    )
+    check(weight.ndim == 2, f"w8a8_linear: the weight is (N, K), and has {weight.ndim} dimensions")
+    m, (n, k) = data.shape[:-1].numel(), weight.shape
+    check(data.shape[-1] == k, f"w8a8_linear: data of {data.shape[-1]} channels, weight of {k}")
+    check(bias is None or tuple(bias.shape) == (n,), f"w8a8_linear: the bias does not have {n} elements")
+    if format == "int8_block":
+        check(
+            k % BLOCK == 0 and n % 8 == 0,
+            f"w8a8_linear: int8_block needs K % 128 == 0 and N % 8 == 0, and the weight is {list(weight.shape)}",
+        )
+        expected: tuple[tuple[int, ...], ...] = ((blocks(m), blocks(k)), (blocks(n), blocks(k)))
+    else:
+        expected = ((*data.shape[:-1], 1), (n, 1))
+    for name, given, shape in zip(("scale", "weight_scale"), (scale, weight_scale), expected, strict=True):
+        check(
+            tuple(given.shape) == shape, f"w8a8_linear: {name} is {list(given.shape)}, and {format} needs {list(shape)}"
+        )
 
 
 def _fake(
@@ -66,14 +119,7 @@ def _fake(
     format: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    if format not in FORMATS or data.dtype != FORMATS[format] or weight.dtype != FORMATS[format]:
-        raise ValueError(f"w8a8_linear: format {format!r} does not fit {data.dtype} data and {weight.dtype} weights")
-    if data.shape[-1] != weight.shape[1]:
-        raise ValueError(f"w8a8_linear: data of {data.shape[-1]} channels, weight of {weight.shape[1]}")
-    if format == "int8_block" and (weight.shape[1] % BLOCK or weight.shape[0] % 8):
-        raise ValueError(
-            f"w8a8_linear: int8_block needs K % 128 == 0 and N % 8 == 0, and the weight is {list(weight.shape)}"
-        )
+    _check(data, scale, weight, weight_scale, bias, format)
     return data.new_empty((*data.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
@@ -86,6 +132,27 @@ w8a8_linear = register(
 )
 
 
+def _decomposition(
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    format: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """One matmul: of the 8-bit values, or for int8_block of the dequantized ones: the same sum in another order."""
+    compute = compute_dtype(dtype)
+    if format == "int8_block":
+        rows = data.reshape(-1, data.shape[-1])
+        x = rows.to(compute) * spread(scale.to(compute), *rows.shape)
+        w = weight.to(compute) * spread(weight_scale.to(compute), *weight.shape)
+        y = (x @ w.T).reshape(*data.shape[:-1], weight.shape[0]).to(dtype)
+        return y if bias is None else y + bias.to(dtype)
+    y = torch.matmul(data.to(compute), weight.to(compute).T) * scale.to(compute) * weight_scale.T.to(compute)
+    return (y if bias is None else y + bias.to(compute)).to(dtype)
+
+
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
-    """The ops in aten: the references have no branches on data."""
-    return {w8a8_linear: reference}
+    """The op in aten, as one floating matmul."""
+    return {w8a8_linear: _decomposition}
