@@ -174,7 +174,7 @@ def _index(node: fx.Node) -> str:
     if schema_name(node) == "aten::select":
         text = _value(where[0])
     else:
-        start, stop, step = [*where, *(None, None, 1)[len(where) :]]
+        start, stop, step = where + [None, None, 1][len(where) :]
         text = f"{_value(start) if start else ''}:{'' if stop is None or stop == sys.maxsize else _value(stop)}"
         text += f":{_value(step)}" if step != 1 else ""
     return "".join([":, " * dim if dim < rank - 1 else "..., " if dim else "", text])

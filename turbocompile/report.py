@@ -400,10 +400,11 @@ def size(count: float) -> str:
 
 def duration(seconds: float) -> str:
     """As in "1.2 s", "13.3 ms", "12 µs"."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3)):
-        if seconds * factor >= 1.0:
-            return f"{seconds * factor:.3g} {unit}" if seconds * factor < 1000 else f"{seconds * factor:,.0f} {unit}"
-    return f"{seconds * 1e6:.3g} µs" if seconds else "0"
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6), ("ns", 1e9)):
+        scaled = seconds * factor
+        if scaled >= 1.0:
+            return f"{scaled:.3g} {unit}" if scaled < 1000 else f"{scaled:,.0f} {unit}"
+    return f"{seconds * 1e9:.2g} ns" if seconds else "0"
 
 
 def _scaled(count: float) -> str:
