@@ -399,7 +399,7 @@ class Block(nn.Module):
 
 
 class Dit(nn.Module):
-    """forward(x (B, C_in, h, w), timestep (B,), text (B, TEXT_TOKENS, dim)) -> (B, h * w, C_in); joint: the text too."""
+    """forward(x (B, C_in, h, w), timestep (B,), text (B, TEXT_TOKENS, dim)) -> (B, h * w, C_in); joint: text too."""
 
     def __init__(self, style: Style = Style()) -> None:
         super().__init__()

@@ -1,0 +1,106 @@
+"""softmax(q k^T * scale + mask) v   ->   scaled_dot_product_attention(q, k, v)     kind: native, exact
+                                     ->   sage_attention(q, k, v, scale)           kind: sage, quantizing
+   sla_attention(q, k, v, ..., "none")  ->   sla_attention(q, k, v, ..., pv)          kind: sla, quantizing
+
+Attention written as SDPA or as products around a softmax, with grouped heads or without. `auto` is what the target and
+the checkpoint ask for. In an SLA model, what cannot be sparse (cross-attention) is what `auto` gives to other models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from turbocompile.kernels import ops
+from turbocompile.passes import sla
+
+from turbocompile.hardware import choose_attention, choose_pv
+from turbocompile.match import Match, Pass, rewrite
+from turbocompile.program import Subgraph, is_op, shape
+from turbocompile.sites import BHLD, BLHD, Operands, operands, permuted, reshaped, softmax_attentions
+
+aten = torch.ops.aten
+MAX_HEAD_DIM = 128  # of the 8-bit kernels
+
+
+def product_format(options: Mapping[str, Any], kind: str) -> str:
+    """The format of the product with V: "fp8", "fp16", or "none" (an SLA in floating point)."""
+    pv = options.get("pv", "auto")
+    return choose_pv(options.get("target", "cpu"), kind) if pv in (None, "auto") else pv
+
+
+def kind_of(options: Mapping[str, Any]) -> str:
+    """What the pass does to numbers under these options. (That an SLA is another function is the sla pass's.)"""
+    kind = sla.resolved_kind(options)
+    exact = kind == "native" or (kind == "sla" and product_format(options, kind) == "none")
+    return "exact" if exact else "quantizing"
+
+
+def dense_kind(options: Mapping[str, Any]) -> str:
+    """native or sage: for an attention that is no SLA."""
+    kind = sla.resolved_kind(options)
+    if kind != "sla":
+        return kind
+    in_floats = product_format(options, "sla") == "none"
+    return "native" if in_floats else choose_attention(options.get("target", "cpu"))
+
+
+def refusal(found: Operands) -> str | None:
+    """Why the site cannot be a SageAttention; None where it can."""
+    (_, heads, length, head_dim), (_, groups, keys, _) = shape(found.q), shape(found.k)
+    if found.mask is not None:
+        return "SageAttention has no mask"
+    if head_dim > MAX_HEAD_DIM or shape(found.v)[-1] != head_dim:
+        return f"SageAttention needs one head_dim of at most {MAX_HEAD_DIM}, and this one is {head_dim}"
+    if found.is_causal and length != keys:
+        return "a causal SageAttention needs as many keys as queries"
+    if heads % groups or shape(found.v)[1] != groups:
+        return f"{heads} heads do not divide among {groups} groups"
+    return None
+
+
+def native(m: Match, found: Operands) -> fx.Node:
+    """SDPA in one spelling: what has its default is not given."""
+    options = {
+        "attn_mask": found.mask,
+        "is_causal": found.is_causal or None,
+        "scale": found.scale,
+        "enable_gqa": (shape(found.k)[1] != shape(found.q)[1]) or None,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    attended = m.op(aten.scaled_dot_product_attention.default, found.q, found.k, found.v, **given)
+    return reshaped(m, attended, shape(m.root))
+
+
+def sage(m: Match, found: Operands, pv: str) -> fx.Node:
+    q, k, v = (permuted(m, n, BHLD, BLHD) for n in (found.q, found.k, found.v))
+    attended = m.op(ops.sage_attention, q, k, v, float(found.scale_value), found.is_causal, pv)
+    return reshaped(m, permuted(m, attended, BLHD, BHLD), shape(m.root))
+
+
+def all_attentions(sub: Subgraph) -> Iterator[fx.Node]:
+    yield from softmax_attentions(sub)
+    yield from (n for n in sub.graph.nodes if is_op(n, ops.sla_attention))
+
+
+@rewrite(candidates=all_attentions)
+def attention(m: Match) -> fx.Node | str:
+    if is_op(m.root, ops.sla_attention):
+        return m.op(m.root.target, *m.root.args[:-1], product_format(m.options, "sla"))
+    found = operands(m)
+    if isinstance(found, str):
+        return found
+    if m.options.get("kind") == "sla" and sla.refusal(m, found) == sla.UNTUNED:
+        return sla.UNTUNED
+    if dense_kind(m.options) == "native":
+        return native(m, found)
+    reason = refusal(found)
+    if reason is None:
+        return sage(m, found, product_format(m.options, "sage"))
+    named = m.options.get("kind") == "sage"
+    return reason if named or is_op(m.root, aten.scaled_dot_product_attention) else native(m, found)
+
+
+PASS = Pass("attention", kind_of, [attention])

@@ -1,0 +1,170 @@
+"""rope(heads(rms_norm(q))), rope(heads(rms_norm(k)))   ->   qk_norm_rope(q), qk_norm_rope(k)
+
+Between a projection (B, L, H * D) and an attention (B, L, H, D): RMSNorm over all channels or over each head, rotary or
+none, layout. A site is one attention, and the ops are one per tensor: the k of cross-attention depends on the prompt
+alone, and two attentions may share their q. Concatenated streams (text and image) get one op each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+from turbocompile.kernels import ops
+
+from turbocompile.match import Match, Pass, is_cast, rewrite
+from turbocompile.program import Subgraph, is_op, shape
+from turbocompile.sites import (
+    BLHD,
+    as_norm,
+    attention_layout,
+    attentions,
+    in_result_dtype,
+    permuted,
+    reshaped,
+)
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Place:
+    """A node on the way from an attention's operand to its projection.
+
+    The node holds, row by row, the numbers of a tensor whose axes are named by `order` and have these sizes; it may have
+    another shape.
+    """
+
+    node: fx.Node
+    order: str
+    sizes: tuple[int, ...]
+
+    @property
+    def heads(self) -> int:
+        return self.sizes[self.order.index("h")]
+
+    @property
+    def whole(self) -> bool:
+        return shape(self.node) == self.sizes
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The tables of a rope, per axis."""
+
+    cos: tuple[fx.Node, ...]
+    sin: tuple[fx.Node, ...]
+    grid: tuple[int, ...]
+    interleaved: bool
+
+
+NO_ROTARY = Rotary((), (), (), True)
+
+
+def below_layout(place: Place) -> Place:
+    """The place under casts, permutations and reshapes."""
+    while True:
+        node, source = place.node, place.node.args[0] if place.node.args else None
+        if is_cast(node) or is_op(node, aten.reshape.default):
+            place = replace(place, node=source)  # type: ignore[arg-type]
+        elif is_op(node, aten.permute.default) and place.whole:
+            axes = {d: (axis, size) for d, axis, size in zip(node.args[1], place.order, place.sizes, strict=True)}  # type: ignore[arg-type]
+            order, sizes = zip(*(axes[d] for d in range(4)), strict=True)
+            place = Place(source, "".join(order), sizes)  # type: ignore[arg-type]
+        else:
+            return place
+
+
+def operands(attention: fx.Node) -> list[Place]:
+    """Where q and k are made: at a rope, a concatenation, a norm or something else."""
+    order = attention_layout(attention)
+    return [below_layout(Place(node, order, shape(node))) for node in attention.args[:2]]  # type: ignore[arg-type]
+
+
+def parts(place: Place) -> list[Place]:
+    """The streams along the tokens of a concatenation; none where it is no such thing."""
+    at = place.order.index("l")
+    channels = place.order == BLHD and shape(place.node) == (*place.sizes[:2], place.sizes[2] * place.sizes[3])
+    if not is_op(place.node, aten.cat.default) or not (place.whole or channels) or place.node.args[1] != at:
+        return []
+    streams: list[fx.Node] = place.node.args[0]  # type: ignore[assignment]
+    return [Place(n, place.order, (*place.sizes[:at], shape(n)[at], *place.sizes[at + 1 :])) for n in streams]
+
+
+def kinds(place: Place) -> set[str]:
+    """What lies between an operand and its projection: "rope", "rms", "layer"."""
+    if is_op(place.node, ops.rope):
+        return {"rope"} | kinds(below_layout(replace(place, node=place.node.args[0])))
+    norm = as_norm(place.node)
+    return {norm.kind} if norm else {k for part in parts(place) for k in kinds(below_layout(part))}
+
+
+def normed(sub: Subgraph) -> Iterator[fx.Node]:
+    """Attentions whose q or k is normed or rotated."""
+    yield from (n for n in attentions(sub) if any(kinds(place) for place in operands(n)))
+
+
+def rebuilt(m: Match, top: fx.Node, place: Place, rotary: Rotary | None) -> fx.Node | None:
+    """The rotated value of a place as qk_norm_rope of its projection, (B, L, H, D); None where that is not its form."""
+    place = below_layout(place)
+    node = place.node
+    if is_op(node, ops.rope) and rotary is None and place.whole and place.order == BLHD:
+        source, cos, sin, grid, interleaved = node.args
+        return rebuilt(m, top, replace(place, node=source), Rotary(tuple(cos), tuple(sin), tuple(grid), interleaved))  # type: ignore[arg-type]
+    streams = parts(place)
+    if streams:
+        return concatenated(m, top, streams, rotary)
+    norm = as_norm(node)
+    batch, tokens, head_dim = (place.sizes[place.order.index(axis)] for axis in "bld")
+    size = shape(node)[-1]
+    per_head = size == head_dim
+    if norm is None or norm.kind != "rms" or not (per_head or (size == place.heads * head_dim and place.order == BLHD)):
+        return None
+    x = in_result_dtype(m, top, norm.x)
+    if per_head:
+        x = permuted(m, reshaped(m, x, place.sizes), place.order, BLHD)
+    x = reshaped(m, x, (batch, tokens, place.heads * head_dim))
+    r = rotary or NO_ROTARY
+    tables = (list(r.cos), list(r.sin), list(r.grid), r.interleaved)
+    return m.op(ops.qk_norm_rope, x, norm.weight, norm.eps, per_head, place.heads, *tables)
+
+
+def concatenated(m: Match, top: fx.Node, streams: list[Place], rotary: Rotary | None) -> fx.Node | None:
+    """One op for each stream; tables over the whole sequence are cut where they have one axis."""
+    if rotary is not None and len(rotary.grid) != 1:
+        return None
+    made, start = [], 0
+    for stream in streams:
+        stop = start + stream.sizes[stream.order.index("l")]
+        cut = rotary
+        if rotary is not None:
+            cos, sin = ((m.op(aten.slice.Tensor, t[0], 0, start, stop),) for t in (rotary.cos, rotary.sin))
+            cut = Rotary(cos, sin, (stop - start,), rotary.interleaved)
+        new = rebuilt(m, top, stream, cut)
+        if new is None:
+            return None
+        made.append(new)
+        start = stop
+    return m.op(aten.cat.default, made, 1)
+
+
+@rewrite(candidates=normed)
+def qk_norm_rope(m: Match) -> dict[fx.Node, fx.Node] | str:
+    replaced: dict[fx.Node, fx.Node] = {}
+    for place in operands(m.root):
+        new = rebuilt(m, place.node, place, None)
+        if new is not None:
+            replaced[place.node] = reshaped(m, permuted(m, new, BLHD, place.order), shape(place.node))
+    if replaced:
+        return replaced
+    found = {k for place in operands(m.root) for k in kinds(place)}
+    if "rms" not in found:
+        return "q and k have no RMSNorm" + (
+            ", but a LayerNorm" if "layer" in found else "; the rotary is one op already"
+        )
+    return "the RMSNorm is not over the channels of q and k or over their heads"
+
+
+PASS = Pass("qk_norm_rope", "exact", [qk_norm_rope], needs=("attention", "rope"))

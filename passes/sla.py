@@ -1,0 +1,111 @@
+"""softmax(q k^T / sqrt(D)) v   ->   sla_attention(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, "softmax", "none")
+
+Sparse attention over the best key blocks of each query block, plus linear attention over all keys: another function,
+in floating point here, so that the attention pass, which quantizes it, is measured against it. It is done where the
+recipe asks for it: `kind: sla`, or `auto` on a checkpoint that has the projection of the linear branch.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx
+from turbocompile.kernels import ops
+
+from turbocompile.hardware import choose_attention
+from turbocompile.match import Match, Pass, rewrite
+from turbocompile.program import SHELL, dtype, module_path, shape
+from turbocompile.sites import (
+    BHLD,
+    BLHD,
+    Operands,
+    are_of_same_tokens,
+    operands,
+    permuted,
+    reshaped,
+    softmax_attentions,
+)
+from turbocompile.weights import RELATIVE, Expr, Load, Zeros
+
+PROJECTION = "proj_l"  # the name that the checkpoints of SLA models share
+UNTUNED = (
+    "the checkpoint was not trained with SLA (it has no proj_l); "
+    "allow_untuned: true does it all the same, and the picture suffers"
+)
+
+
+def checkpoint_keys(options: Mapping[str, Any]) -> frozenset[str]:
+    return options.get("checkpoint_keys", frozenset())
+
+
+def resolved_kind(options: Mapping[str, Any]) -> str:
+    """native, sage or sla: what `kind` means for the target and the checkpoint."""
+    kind = options.get("kind", "auto")
+    if kind != "auto":
+        return kind
+    trained = any(key.endswith(f".{PROJECTION}.weight") for key in checkpoint_keys(options))
+    return choose_attention(options.get("target", "cpu"), sla_trained=trained)
+
+
+def projection_path(m: Match) -> str | None:
+    """The local path of the site's projection in the checkpoint: under the attention's module, or one around it."""
+    keys, prefixes = checkpoint_keys(m.options), m.program.prefixes(m.graph)
+    parts = module_path(m.root).split(".") if module_path(m.root) else []
+    for depth in range(len(parts), -1, -1):
+        path = ".".join([*parts[:depth], PROJECTION])
+        if all(f"{prefix}{path}.weight" in keys for prefix in prefixes):
+            return path
+    return None
+
+
+def refusal(m: Match, found: Operands) -> str | None:
+    """Why the site cannot be an SLA; None where it can."""
+    head_dim = shape(found.q)[-1]
+    if found.mask is not None or found.is_causal:
+        return "SLA has no mask"
+    if not are_of_same_tokens(found.q, found.k):
+        return "SLA is for self-attention, and these q and k are not seen to be projections of the same tokens"
+    if shape(found.k) != shape(found.q) or shape(found.v) != shape(found.q):
+        return "SLA needs as many heads and channels of k and v as of q"
+    if not math.isclose(found.scale_value, head_dim**-0.5, rel_tol=1e-6):
+        return f"SLA has the scale head_dim**-0.5, and this attention {found.scale_value:g}"
+    if projection_path(m) is None and not m.options.get("allow_untuned", False):
+        return UNTUNED
+    return None
+
+
+def projection(m: Match, name: str, sizes: tuple[int, ...], like: fx.Node) -> fx.Node:
+    """The weight or bias of the linear branch's projection; zeros, as before any tuning, where there is none."""
+    path = projection_path(m)
+    expr: Expr = Zeros(sizes, dtype(like))
+    if path is not None:
+        local = f"{path}.{name}"
+        expr = Load(local if m.graph == SHELL else RELATIVE + local, sizes, dtype(like))
+    else:
+        path = ".".join(filter(None, [module_path(m.root), PROJECTION]))
+    return m.weight(f"{path}.{name}", expr)
+
+
+@rewrite(candidates=softmax_attentions)
+def sparse(m: Match) -> fx.Node | str:
+    if resolved_kind(m.options) != "sla":
+        return "the recipe does not ask for SLA"
+    found = operands(m)
+    reason = found if isinstance(found, str) else refusal(m, found)
+    if isinstance(found, str) or reason is not None:
+        return str(reason)
+    if projection_path(m) is None:
+        warnings.warn(f"{m.site}: {UNTUNED}", stacklevel=2)
+    head_dim = shape(found.q)[-1]
+    q, k, v = (permuted(m, n, BHLD, BLHD) for n in (found.q, found.k, found.v))
+    weight, bias = projection(m, "weight", (head_dim, head_dim), q), projection(m, "bias", (head_dim,), q)
+    o = m.options
+    blocks = (float(o.get("topk", 0.1)), int(o.get("block_q", 128)), int(o.get("block_k", 64)))
+    attended = m.op(ops.sla_attention, q, k, v, weight, bias, *blocks, "softmax", "none")
+    return reshaped(m, permuted(m, attended, BLHD, BHLD), shape(m.root))
+
+
+PASS = Pass("sla", "semantic", [sparse], section="attention")

@@ -1,0 +1,110 @@
+"""linear(x, weight, bias)   ->   data, scale = quantize(x); w8a8_linear(data, scale, quantized weight, its scale, bias)
+
+8-bit weights and activations. The quantize is a node of its own, so that linears that share their input share it, and
+a norm or GELU can take it in. Linears outside the blocks, and those that do not act on tokens (modulation), stay.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from turbocompile.kernels import ops
+
+from turbocompile.hardware import choose_linear_format
+from turbocompile.match import Match, Pass, rewrite
+from turbocompile.program import SHELL, Subgraph, dtype, is_op, shape
+from turbocompile.sites import HOLDS, first_weight, rows
+from turbocompile.weights import BLOCK, Cast, Cat, Dequantize, Expr, Quantize
+
+aten = torch.ops.aten
+
+
+def all_linears(sub: Subgraph) -> Iterator[fx.Node]:
+    yield from (n for n in sub.graph.nodes if is_op(n, aten.linear.default))
+
+
+def held(node: fx.Node) -> int:
+    """How many linears of the model a linear stands for."""
+    return node.meta.get(HOLDS, 1)
+
+
+def dequantized(expr: Expr | None) -> list[Dequantize]:
+    """The quantized tensors of a checkpoint that a weight is made of, where it is made of nothing else."""
+    if isinstance(expr, Cast):
+        return dequantized(expr.of)
+    if isinstance(expr, Cat) and expr.dim == 0:
+        parts = [dequantized(part) for part in expr.of]
+        return [d for part in parts for d in part] if all(parts) else []
+    return [expr] if isinstance(expr, Dequantize) else []
+
+
+def chosen_format(options: Mapping[str, Any], expr: Expr | None) -> str:
+    """The recipe's format; auto is the checkpoint's own, else the target's."""
+    format = options.get("format", "auto")
+    if format != "auto":
+        return format
+    target = options.get("target", "cpu")
+    own = {d.format for d in dequantized(expr)}
+    return own.pop() if len(own) == 1 and target != "cpu" else choose_linear_format(target)
+
+
+def refusal(m: Match, expr: Expr | None, format: str) -> str | None:
+    """Why the linear stays; None where it need not."""
+    x, weight = m.root.args[0], m.root.args[1]
+    if format == "off":
+        named = m.options.get("format", "auto") == "off"
+        return (
+            "switched off in the recipe" if named else f"8-bit linears do not pay on {m.options.get('target', 'cpu')}"
+        )
+    if m.graph == SHELL:
+        return "it is outside the blocks"
+    if not acts_on_tokens(m, x):
+        return f"it does not act on tokens (its input is {list(shape(x))})"
+    if expr is None:
+        return "its weight is computed in the graph"
+    channels_out, channels_in = shape(weight)
+    if format == "int8_block" and (channels_in % BLOCK or channels_out % 8):
+        return f"int8_block needs K % {BLOCK} == 0 and N % 8 == 0, and this weight is {list(shape(weight))}"
+    return None
+
+
+def acts_on_tokens(m: Match, x: fx.Node) -> bool:
+    """Whether x has more vectors than the batch has samples, each a token's (a head's vectors have a fourth axis)."""
+    batch = min((shape(n)[0] for n in m.sub.inputs() if len(shape(n)) > 1), default=1)
+    return len(shape(x)) <= 3 and rows(x) > batch
+
+
+def quantized(expr: Expr, format: str) -> tuple[Expr, Expr]:
+    """(data, scale) of a weight; those of the checkpoint where it has them in this format."""
+    own = dequantized(expr)
+    whole = format != "int8_block" or all(d.shape[0] % BLOCK == 0 for d in own[:-1])
+    if own and whole and all(d.format == format for d in own):
+        if len(own) == 1:
+            return own[0].data, own[0].scale
+        return Cat(tuple(d.data for d in own), 0), Cat(tuple(d.scale for d in own), 0)
+    return Quantize(expr, format, "data"), Quantize(expr, format, "scale")
+
+
+@rewrite(candidates=all_linears, count=held)
+def w8a8(m: Match) -> fx.Node | str:
+    x, weight, bias = (*m.root.args, None)[:3]
+    expr = m.expr(weight)
+    format = chosen_format(m.options, expr)
+    reason = refusal(m, expr, format)
+    if reason is not None or expr is None:
+        return str(reason)
+    name = str(first_weight(weight).target).removesuffix("weight")
+    data_expr, scale_expr = quantized(expr, format)
+    data, scale = m.weight(f"{name}{format}_weight", data_expr), m.weight(f"{name}{format}_scale", scale_expr)
+    activation = m.op(ops.quantize, x, format)
+    parts = [m.op(operator.getitem, activation, i) for i in range(2)]
+    made = m.op(ops.w8a8_linear, *parts, data, scale, bias, format, dtype(m.root))
+    made.meta[HOLDS] = held(m.root)
+    return made
+
+
+PASS = Pass("w8a8", "quantizing", [w8a8])
