@@ -52,6 +52,11 @@ def _block_amax(x: torch.Tensor) -> torch.Tensor:
     return padded.reshape(down, BLOCK, right, BLOCK).abs().amax(dim=(1, 3))
 
 
+def quotient(limit: float, amax: torch.Tensor) -> torch.Tensor:
+    """limit / amax with one rounding; written with a number on the left, torch would multiply by the reciprocal."""
+    return torch.full_like(amax, limit) / amax
+
+
 def encode(x: torch.Tensor, format: str) -> torch.Tensor:
     """x, already divided by its scale, rounded and saturated to the data of `format`."""
     if format == "fp8":  # torch's cast to e4m3 overflows to NaN
@@ -66,10 +71,10 @@ def quantize(x: torch.Tensor, format: str) -> tuple[torch.Tensor, torch.Tensor]:
     if format == "int8_block":
         rows = wide.reshape(-1, x.shape[-1])
         amax = _block_amax(rows).clamp(min=FLOOR[format])
-        data = encode(rows * spread(LIMIT[format] / amax, *rows.shape), format).reshape(x.shape)
+        data = encode(rows * spread(quotient(LIMIT[format], amax), *rows.shape), format).reshape(x.shape)
     else:
         amax = wide.abs().amax(dim=-1, keepdim=True).clamp(min=FLOOR[format])
-        data = encode(wide * (LIMIT[format] / amax), format)
+        data = encode(wide * quotient(LIMIT[format], amax), format)
     return data.contiguous(), (amax / LIMIT[format]).to(torch.float32)
 
 
