@@ -125,9 +125,16 @@ class Engine(nn.Module):
         return [{i.path: list(i.shape) for i in p.signature.inputs} for p in self.programs.values()]
 
     @contextlib.contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
+    def cache_context(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """What diffusers' pipelines enter around each call; an engine keeps nothing between calls."""
         yield
+
+    def __repr__(self) -> str:
+        size = sum(t.nbytes for t in self.weights.values()) / 1e6
+        return (
+            f"Engine({self.model_name}, {self.backend}, {len(self.programs)} shapes, {size:.1f} MB; "
+            "write it with engine.save(folder), open it with turbocompile.load(folder))"
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the Program whose shapes the call has. Raises CaptureError where there is none, or an argument differs."""
@@ -186,7 +193,9 @@ class Engine(nn.Module):
             yield nn.Parameter(tensor, requires_grad=False)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Writes the engine folder into a diffusers pipeline folder; it opens with `turbocompile.load`."""
+        """The same as `save`, under the name that diffusers uses. A pipeline's own `save_pretrained` leaves an engine out
+        and says so, since `from_pretrained` could not open it; give it back by `from_pretrained(..., transformer=engine)`.
+        """
         self.save(save_directory, force=True)
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:

@@ -248,7 +248,8 @@ def _is_last(name: str, value: Any, node: fx.Node) -> bool:
         value = value[0]
     if name == "normalized_shape":
         return True
-    return value in (-1, node.args[0].meta["val"].dim() - 1)  # type: ignore[union-attr]
+    measured = node.args[0] if isinstance(node.args[0], fx.Node) else node  # cat and stack: their own last axis
+    return value in (-1, measured.meta["val"].dim() - 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- rules
@@ -280,7 +281,8 @@ class Match:
         """A new node before the root, with its value inferred and the root's place in the model."""
         target = getattr(target, "default", target) if isinstance(target, torch._ops.OpOverloadPacket) else target
         with self.sub.graph.inserting_before(self.root):
-            node = self.sub.graph.call_function(target, args, kwargs)
+            name = getattr(target, "_opname", target.__name__).strip("_")
+            node = self.sub.graph.create_node("call_function", target, args, kwargs, name=name)
         for key in ("nn_module_stack", "stack_trace"):
             if key in self.root.meta:
                 node.meta[key] = self.root.meta[key]
@@ -321,10 +323,16 @@ class Match:
         return True
 
     def result_dtype(self) -> torch.dtype:
-        """The dtype that the root is used in: what all its users cast it to, else its own."""
-        own = self.root.meta["val"].dtype
-        casts = {n.meta["val"].dtype if is_cast(n) else own for n in self.root.users}
-        return casts.pop() if len(casts) == 1 else own
+        """The dtype that the root is used in: what all its users, behind layout changes, cast it to; else its own."""
+        own, found = self.root.meta["val"].dtype, set()
+        readers = list(self.root.users)
+        while readers:
+            node = readers.pop()
+            if is_op(node, aten.reshape.default, aten.permute.default, aten.slice.Tensor, aten.expand.default):
+                readers += node.users
+            else:
+                found.add(node.meta["val"].dtype if is_cast(node) else own)
+        return found.pop() if len(found) == 1 else own
 
     def narrow(self, value: Any) -> Any:
         """The value without its exact up-cast, where the result is rounded to the narrow type anyway.
@@ -429,16 +437,28 @@ def rewrite(
 class Pass:
     """A named list of rules.
 
-    kind: "exact" (the same function to rounding), "quantizing" (within a budget) or "semantic" (another function).
+    kind: "exact" (the same function to rounding), "quantizing" (within a budget) or "semantic" (another function); or a
+    function of the pass's options that says which.
+    section: the recipe section whose options the pass gets, where that is not its own name.
     needs, provides: names of what must have been provided by an earlier pass; they order third-party passes.
     """
 
     name: str
-    kind: str
+    kind: str | Callable[[Mapping[str, Any]], str]
     rules: Sequence[Rule]
     needs: tuple[str, ...] = ()
     provides: tuple[str, ...] = ()
+    section: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("exact", "quantizing", "semantic"):
-            raise TurbocompileError(f"pass {self.name!r}: kind is exact, quantizing or semantic, not {self.kind!r}")
+        if not callable(self.kind):
+            self._check(self.kind)
+
+    def kind_of(self, options: Mapping[str, Any]) -> str:
+        """The kind under the options."""
+        return self._check(self.kind(options)) if callable(self.kind) else self.kind
+
+    def _check(self, kind: str) -> str:
+        if kind not in ("exact", "quantizing", "semantic"):
+            raise TurbocompileError(f"pass {self.name!r}: kind is exact, quantizing or semantic, not {kind!r}")
+        return kind

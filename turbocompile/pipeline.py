@@ -24,6 +24,7 @@ aten = torch.ops.aten
 PASSES = (
     "norms",
     "rope",
+    "sla",
     "attention",
     "fuse_qkv",
     "w8a8",
@@ -126,7 +127,7 @@ def run_passes(
     """
     results = []
     for pass_ in ordered([load_pass(n) for n in PASSES] if passes is None else passes, extra):
-        given = {**options.get(pass_.name, {}), "target": target}
+        given = {**options.get(pass_.section or pass_.name, {}), "target": target}
         veto: dict[str, str] = {}
         while True:
             before = program.copy()
@@ -140,7 +141,8 @@ def run_passes(
                 raise TurbocompileError(f"pass {pass_.name!r}: sites {sorted(bad)} were vetoed and rewritten again")
             veto.update(bad)
             program.graphs, program.constants = before.graphs, before.constants
-        results.append(result)
+        if not pass_.section or result.rewrites:
+            results.append(result)
     return results
 
 
@@ -149,7 +151,7 @@ def run_pass(
 ) -> PassResult:
     """Runs one pass over all graphs, in place. veto: sites to leave alone -> why."""
     started = time.perf_counter()
-    result = PassResult(pass_.name, pass_.kind)
+    result = PassResult(pass_.name, pass_.kind_of(options))
     for graph, sub in program.graphs.items():
         rewrites = _run_on_graph(program, graph, pass_, options, veto or {}, result)
         if rewrites:

@@ -390,9 +390,10 @@ def _formats(sub: Subgraph, rewrite: Any) -> set[str]:
         while todo and depth < 8:
             node = todo.pop()
             depth += 1
-            if is_op(node, torch.ops.turbocompile.sage_attention, torch.ops.turbocompile.sla_attention):
+            name = node.target._opname if isinstance(node.target, torch._ops.OpOverload) else ""
+            if name in ("sage_attention", "sla_attention"):
                 found.add(f"sage_{node.args[-1]}")
-            elif is_op(node, torch.ops.turbocompile.w8a8_linear):
+            elif name == "w8a8_linear":
                 found |= {a for a in node.args if isinstance(a, str)}
             elif node.op == "call_function":
                 todo += node.all_input_nodes

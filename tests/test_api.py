@@ -1,0 +1,191 @@
+"""The Python interface: engines in diffusers' pipelines, lazy capture, torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import turbocompile
+from turbocompile.errors import CaptureError, EngineError, RecipeError, UnsupportedError
+from turbocompile.wan.example import write_example
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_example(tmp_path_factory.mktemp("example") / "wan").parent
+
+
+@pytest.fixture
+def pipe(folder):
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(pipe, **changes):
+    """Latents of a guided call: the conditional and the unconditional forward at each step."""
+    options = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 3.0}
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a cat", generator=generator, output_type="latent", **{**options, **changes}).frames
+
+
+def example_call(pipe, latents=(2, 4, 4)):
+    channels = pipe.transformer.config.in_channels
+    return {
+        "hidden_states": torch.zeros(1, channels, *latents),
+        "timestep": torch.zeros(1),
+        "encoder_hidden_states": torch.zeros(1, 512, pipe.transformer.config.text_dim),
+    }
+
+
+@pytest.fixture
+def compiled(pipe):
+    return turbocompile.optimize(pipe.transformer, kwargs=example_call(pipe), recipe={"passes": "off"})
+
+
+def test_a_guided_pipeline_with_the_engine_is_eager_to_the_bit(pipe, compiled):
+    expected = generate(pipe)
+    pipe.transformer = compiled
+    assert torch.equal(generate(pipe), expected)
+
+
+def test_exact_rewrites_leave_a_guided_pipeline_at_rounding(pipe):
+    expected = generate(pipe)
+    pipe.transformer = turbocompile.optimize(pipe.transformer, kwargs=example_call(pipe))
+    found = generate(pipe)
+    # Two steps of two forwards of two layers, each within 1e-5 of its maximum, amplified by guidance 3: under 1e-4.
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_casting_the_pipeline_does_not_change_the_engines_weights(pipe, compiled):
+    before = {k: v.dtype for k, v in compiled.weights.items()}
+    pipe.transformer = compiled
+    pipe.to(torch.bfloat16)
+    assert {k: v.dtype for k, v in pipe.transformer.weights.items()} == before
+    assert next(pipe.vae.parameters()).dtype == torch.bfloat16
+
+
+def test_save_pretrained_says_that_it_leaves_the_engine_out_and_how_to_keep_it(pipe, compiled, tmp_path, monkeypatch):
+    from diffusers import DiffusionPipeline
+    from diffusers.pipelines import pipeline_utils
+
+    said = []
+    monkeypatch.setattr(pipeline_utils.logger, "warning", lambda text, *args: said.append(text))
+    expected = generate(pipe)
+    pipe.transformer = compiled
+    pipe.save_pretrained(tmp_path / "saved")
+    assert any("cannot be saved" in text and "engine.save(folder)" in text for text in said)
+    pipe.transformer.save_pretrained(tmp_path / "engine")
+    engine = turbocompile.load(tmp_path / "engine")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "saved", transformer=engine)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(generate(again), expected)
+
+
+def test_model_cpu_offload_says_that_it_needs_an_accelerator_or_works(pipe, compiled):
+    """On a machine without a GPU diffusers itself refuses; the engine must not be what fails."""
+    expected = generate(pipe)
+    pipe.transformer = compiled
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="requires accelerator"):
+            pipe.enable_model_cpu_offload()
+        assert torch.equal(generate(pipe), expected)
+
+
+def test_offload_hooks_run_the_engine(pipe, compiled):
+    """What enable_model_cpu_offload attaches to each model, on the one device that there is."""
+    from accelerate import cpu_offload_with_hook
+
+    expected = generate(pipe)
+    pipe.transformer, hook = cpu_offload_with_hook(compiled, execution_device=torch.device("cpu"))
+    found = generate(pipe)
+    hook.offload()
+    assert torch.equal(found, expected)
+
+
+class Tiny(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.TransformerEncoderLayer(64, 2, 64, 0.0, batch_first=True, norm_first=True) for _ in range(2)
+        )
+
+    def forward(self, x, t):
+        x = x + t[:, None, None]
+        for block in self.blocks:
+            x = x + torch.nn.functional.layer_norm(block.linear1(x), (64,))
+        return x
+
+
+@pytest.fixture
+def tiny():
+    torch.manual_seed(0)
+    return Tiny().eval().requires_grad_(False)
+
+
+def test_without_an_example_the_first_call_is_captured_and_new_shapes_are_added(tiny):
+    lazy = turbocompile.optimize(tiny)
+    assert lazy.report is None
+    with pytest.raises(EngineError, match="call the module once"):
+        lazy.save("nowhere")
+    for n in (8, 12, 8):
+        x, t = torch.randn(1, n, 64), torch.rand(1)
+        assert torch.allclose(lazy(x, t), tiny(x, t), rtol=0, atol=1e-5 * float(tiny(x, t).abs().max()))
+    assert len(lazy.engine.programs) == 2
+    assert lazy.report.to_dict()["passes"]
+
+
+def test_torch_compile_reaches_the_same_blocks(tiny):
+    from turbocompile.dynamo import backend
+
+    seen = []
+
+    def spy(graph, inputs):
+        run = backend(graph, inputs)
+
+        def call(*args):
+            out = run(*args)
+            seen.extend(c.cell_contents for c in run.__closure__ if isinstance(c.cell_contents, dict))
+            return out
+
+        return call
+
+    x, t = torch.randn(1, 8, 64), torch.rand(1)
+    found = torch.compile(tiny, backend=spy)(x, t)
+    assert torch.allclose(found, tiny(x, t), rtol=0, atol=1e-5 * float(tiny(x, t).abs().max()))
+    (engine,) = next(d for d in seen if d).values()
+    assert next(iter(engine.engine.programs.values())).count("blocks") == 2
+
+
+def test_torch_compile_knows_the_backend_by_name_and_takes_other_lengths(tiny):
+    compiled = torch.compile(tiny, backend="turbocompile")
+    for n in (8, 12, 16):
+        x, t = torch.randn(1, n, 64), torch.rand(1)
+        assert torch.allclose(compiled(x, t), tiny(x, t), rtol=0, atol=1e-5 * float(tiny(x, t).abs().max()))
+
+
+def test_torch_compile_under_autograd_is_refused(tiny):
+    tiny.requires_grad_(True)
+    with pytest.raises(Exception, match="compiles for inference") as caught:
+        torch.compile(tiny, backend="turbocompile")(torch.randn(1, 4, 64), torch.rand(1))
+    assert isinstance(caught.value.__cause__ or getattr(caught.value, "inner_exception", None), UnsupportedError)
+
+
+def test_a_report_says_what_each_pass_did(tiny):
+    engine = turbocompile.optimize(tiny, (torch.randn(1, 8, 64), torch.rand(1)))
+    passes = engine.report.to_dict()["passes"]
+    for row in passes.values():
+        assert row["sites"] == row["rewritten"] + sum(s.get("count", 1) for s in row["skipped"])
+        assert (row["error"] is None) == (row["error_reason"] is not None)
+
+
+def test_a_wrong_option_or_call_is_one_sentence(tiny):
+    args = (torch.randn(1, 8, 64), torch.rand(1))
+    with pytest.raises(RecipeError, match="attention"):
+        turbocompile.optimize(tiny, args, recipe={"passes": {"attentoin": "sage"}})
+    with pytest.raises(RecipeError, match="backend must be one of triton, onnx, tensorrt"):
+        turbocompile.optimize(tiny, args, backend="cuda")
+    with pytest.raises(CaptureError, match="does not fit"):
+        turbocompile.optimize(tiny, args[:1])
