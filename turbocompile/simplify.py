@@ -45,7 +45,7 @@ class Maker:
     def __call__(self, target: Any, *args: Any) -> fx.Node:
         assert self.at is not None
         with self.graph.inserting_before(self.at):
-            node = self.graph.call_function(target, args)
+            node = self.graph.create_node("call_function", target, args, name=target._opname.strip("_"))
         for key in ("nn_module_stack", "stack_trace"):
             if key in self.at.meta:
                 node.meta[key] = self.at.meta[key]
@@ -250,6 +250,35 @@ def reshape_rules(node: fx.Node, make: Maker) -> Answer:
     return (aten.reshape.default, (source, list(shape(node)))) if list(sizes) != list(shape(node)) else None  # type: ignore[call-overload]
 
 
+@local(aten.reshape.default)
+def unit_dims_before_cat_and_expand(node: fx.Node, make: Maker) -> Answer:
+    """A reshape that only adds or drops dimensions of one element goes to the parts of a cat, and under an expand."""
+    source = node.args[0]
+    if not is_op(source, aten.cat.default, aten.expand.default) or len(source.users) > 1:  # type: ignore[union-attr]
+        return None
+    old, new = shape(source), shape(node)  # type: ignore[arg-type]
+    kept = [d for d, n in enumerate(old) if n != 1], [d for d, n in enumerate(new) if n != 1]
+    if [old[d] for d in kept[0]] != [new[d] for d in kept[1]]:
+        return None
+    place = dict(zip(*kept, strict=True))
+
+    def resized(part: fx.Node) -> list[int]:
+        sizes = [1] * len(new)
+        for was, now in place.items():
+            sizes[now] = shape(part)[was]
+        return sizes
+
+    if is_op(source, aten.expand.default):
+        under = source.args[0]  # type: ignore[union-attr]
+        if len(shape(under)) != len(old):
+            return None
+        return aten.expand.default, (make(aten.reshape.default, under, resized(under)), list(new))
+    parts, dim = source.args  # type: ignore[union-attr]
+    if dim not in place or any(shape(p)[dim] == old[dim] for p in parts):
+        return None
+    return aten.cat.default, ([make(aten.reshape.default, p, resized(p)) for p in parts], place[dim])
+
+
 @local(aten.permute.default)
 def permute_rules(node: fx.Node, make: Maker) -> Answer:
     source, given = node.args
@@ -326,13 +355,17 @@ def narrow_of_layout(node: fx.Node, make: Maker) -> Answer:
         return aten.expand.default, (inner, list(shape(node)))
     if is_op(x, aten.cat.default):
         return _narrow_of_cat(x, dim, start, stop, make)  # type: ignore[arg-type]
+    if is_op(x, aten.stack.default) and x.args[1] == dim and stop == start + 1:  # type: ignore[union-attr,operator]
+        return aten.reshape.default, (x.args[0][start], list(shape(node)))  # type: ignore[union-attr,index]
     return None
 
 
 def _narrow_of_cat(x: fx.Node, dim: int, start: int, stop: int, make: Maker) -> Answer:
     parts, along = x.args
-    if along != dim:
-        return None
+    if along != dim:  # worth it where nothing else reads the cat: then it is gone
+        if not all(is_op(u, aten.slice.Tensor) and u.args[1] == dim for u in x.users):
+            return None
+        return aten.cat.default, ([make(aten.slice.Tensor, p, dim, start, stop) for p in parts], along)  # type: ignore[union-attr]
     at, kept = 0, []
     for part in parts:  # type: ignore[union-attr]
         size = shape(part)[dim]
@@ -751,50 +784,59 @@ def linear_takes_bias(node: fx.Node, make: Maker) -> Answer:
 # ------------------------------------------------------------------------------------------------------------ complex
 
 
+def _pairs(z: Any, make: Maker) -> fx.Node:
+    """A complex tensor as real pairs; a conjugate, which cannot be viewed so, with its sign turned."""
+    if is_op(z, aten._conj.default, aten.conj_physical.default, aten.resolve_conj.default):
+        inner = _pairs(z.args[0], make)
+        if is_op(z, aten.resolve_conj.default):
+            return inner
+        return make(
+            aten.stack.default, [_part(inner, 0, make), make(aten.neg.default, _part(inner, 1, make))], len(shape(z))
+        )
+    return make(aten.view_as_real.default, z)
+
+
+def _part(pairs: fx.Node, i: int, make: Maker) -> fx.Node:
+    """The real (0) or imaginary (1) parts of pairs."""
+    sizes = list(shape(pairs))
+    return make(aten.reshape.default, make(aten.slice.Tensor, pairs, len(sizes) - 1, i, i + 1), sizes[:-1])
+
+
 @local(aten.view_as_real.default)
 def complex_is_pairs(node: fx.Node, make: Maker) -> Answer:
-    """Complex numbers become real pairs in a last axis of 2: layout, product, conjugate and polar form."""
+    """Complex numbers become real pairs in a last axis of 2: layout, cast, product, conjugate and polar form."""
     z = node.args[0]
     last = len(shape(z))  # type: ignore[arg-type]
     if is_op(z, aten.view_as_complex.default):
         return z.args[0]  # type: ignore[union-attr,return-value]
-
-    def pairs(value: Any) -> fx.Node:
-        return make(aten.view_as_real.default, value)
-
-    def part(value: fx.Node, i: int) -> fx.Node:
-        sizes = list(shape(value))
-        return make(aten.reshape.default, make(aten.slice.Tensor, value, len(sizes) - 1, i, i + 1), sizes[:-1])
-
+    if is_op(z, aten._conj.default, aten.conj_physical.default, aten.resolve_conj.default):
+        return _pairs(z, make)
+    if is_op(z, aten.to.dtype) and dtype(z.args[0]).is_complex:  # type: ignore[union-attr,arg-type]
+        return z.target, (_pairs(z.args[0], make), dtype(node))  # type: ignore[union-attr]
     if is_op(z, aten.reshape.default, aten.expand.default):
-        return z.target, (pairs(z.args[0]), [*shape(z), 2])  # type: ignore[union-attr,arg-type]
+        return z.target, (_pairs(z.args[0], make), [*shape(z), 2])  # type: ignore[union-attr,arg-type]
     if is_op(z, aten.permute.default):
-        return z.target, (pairs(z.args[0]), [*z.args[1], last])  # type: ignore[union-attr,misc]
+        return z.target, (_pairs(z.args[0], make), [*z.args[1], last])  # type: ignore[union-attr,misc]
     if is_op(z, aten.slice.Tensor):
-        return z.target, (pairs(z.args[0]), *z.args[1:])  # type: ignore[union-attr]
-    if is_op(z, aten.cat.default):
-        return z.target, ([pairs(p) for p in z.args[0]], *z.args[1:])  # type: ignore[union-attr]
+        return z.target, (_pairs(z.args[0], make), *z.args[1:])  # type: ignore[union-attr]
+    if is_op(z, aten.cat.default, aten.stack.default):
+        return z.target, ([_pairs(p, make) for p in z.args[0]], *z.args[1:])  # type: ignore[union-attr]
     if is_op(z, aten.polar.default):
         radius, angle = z.args  # type: ignore[union-attr]
         x, y = (make(aten.mul.Tensor, radius, make(f, angle)) for f in (aten.cos.default, aten.sin.default))
         return aten.stack.default, ([x, y], last)
     if is_op(z, aten.complex.default):
         return aten.stack.default, (list(z.args), last)  # type: ignore[union-attr]
-    if is_op(z, aten._conj.default, aten.conj_physical.default, aten.resolve_conj.default):
-        source = pairs(z.args[0])  # type: ignore[union-attr]
-        if is_op(z, aten.resolve_conj.default):
-            return source
-        return aten.stack.default, ([part(source, 0), make(aten.neg.default, part(source, 1))], last)
     if is_op(z, aten.mul.Tensor) and isinstance(z.args[1], fx.Node):  # type: ignore[union-attr]
-        return _complex_product(z, pairs, part, make)  # type: ignore[arg-type]
+        return _complex_product(z, make)  # type: ignore[arg-type]
     return None
 
 
-def _complex_product(z: fx.Node, pairs: Callable[..., fx.Node], part: Callable[..., fx.Node], make: Maker) -> Answer:
+def _complex_product(z: fx.Node, make: Maker) -> Answer:
     a, b = z.args
     if not (dtype(a).is_complex and dtype(b).is_complex):  # type: ignore[arg-type]
         return None
-    ar, ai, br, bi = (part(pairs(x), i) for x in (a, b) for i in (0, 1))
+    ar, ai, br, bi = (_part(_pairs(x, make), i, make) for x in (a, b) for i in (0, 1))
     mul, add = aten.mul.Tensor, aten.add.Tensor
     x = make(add, make(mul, ar, br), make(aten.neg.default, make(mul, ai, bi)))
     y = make(add, make(mul, ar, bi), make(mul, ai, br))
