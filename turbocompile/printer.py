@@ -58,7 +58,11 @@ def print_program(program: Program, graph: str | None = None) -> str:
 
 def _function(program: Program, name: str) -> str:
     sub = program.graphs[name]
-    parameters = [f"{INDENT}{n.name},{_comment(n)}" for n in sub.inputs()]
+    # The shell's inputs are the model's, which have names of their own.
+    paths = [f"{i.path}: " for i in program.signature.inputs] if name == SHELL else [""] * len(sub.inputs())
+    parameters = [
+        f"{INDENT}{n.name},  # {path}{tensor_text(n.meta['val'])}" for n, path in zip(sub.inputs(), paths, strict=True)
+    ]
     lines = [f"def {_identifier(name)}(", f"{INDENT}self,", *parameters, "):"]
     if name != SHELL:
         lines.append(f'{INDENT}"""{_how_often(program.prefixes(name))}"""')
