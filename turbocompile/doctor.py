@@ -104,18 +104,18 @@ _PACKAGES = (
 
 def collect() -> Doctor:
     """Looks at this machine. Never raises: what cannot be looked at is a row that says so."""
-    probes: tuple[Callable[[], Row], ...] = (_python, _torch, _triton, _gpu, _memory)
-    rows = [*(_guarded(probe) for probe in probes), *(_package(p) for p in _PACKAGES), _guarded(_compiler)]
+    rows = [_guarded(name, probe) for name, probe in _PROBES.items()]
+    rows += [_package(p) for p in _PACKAGES]
     target, summary = _verdict({row.name: row for row in rows})
     return Doctor(tuple(rows), target, summary)
 
 
-def _guarded(probe: Callable[[], Row]) -> Row:
+def _guarded(name: str, probe: Callable[[], Row]) -> Row:
     """A probe's row; that it failed, where it did. Probes run other people's code, which may raise anything."""
     try:
         return probe()
-    except Exception as error:  # a broken driver or package must not hide the other rows
-        return Row(probe.__name__.strip("_"), BROKEN, _one_line(error), "", "reinstall it, or see the message")
+    except Exception as error:  # a broken driver or package is itself what is reported
+        return Row(name, BROKEN, _one_line(error), "this could not be looked at", "see the message")
 
 
 def _one_line(error: BaseException) -> str:
@@ -124,10 +124,10 @@ def _one_line(error: BaseException) -> str:
 
 
 def version_of(names: tuple[str, ...]) -> str | None:
-    """The version of the first of these distributions that is installed."""
+    """The version of the first of these distributions that is installed; "" where it does not say, None for none."""
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            return metadata.version(name)
+            return metadata.version(name) or ""
     return None
 
 
@@ -222,11 +222,15 @@ def _compiler() -> Row:
     return Row("C compiler", OK, found, purpose)
 
 
+_PROBES: dict[str, Callable[[], Row]] = {
+    "python": _python, "torch": _torch, "triton": _triton, "C compiler": _compiler, "GPU": _gpu, "machine": _memory,
+}  # fmt: skip
+
+
 def _verdict(rows: dict[str, Row]) -> tuple[str, str]:
     """The target of a build for this machine, and one sentence of what runs on it."""
-    gpu = rows.get("GPU")
     target = hardware.CPU
-    if gpu is not None and gpu.status == OK:
+    if rows["GPU"].status == OK:
         target = hardware.target_of(torch.cuda.get_device_capability()) or hardware.CPU
     if target == hardware.CPU:
         return target, (
