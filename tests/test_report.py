@@ -275,6 +275,11 @@ def test_cards_say_whether_the_weights_fit():
     lines = {line.split("  ")[0]: line for line in terminal(report).splitlines()}
     assert "  yes  " in lines[GPUS["h100"].name]
     assert "no, it has 25.77 GB" in lines[GPUS["rtx4090"].name]
+    # Two experts are both in memory; the second fits beside the first on the H100 alone.
+    both = Report({}, (), parameters=report.parameters, others={"transformer_2": report})
+    lines = {line.split("  ")[0]: line for line in terminal(both).splitlines()}
+    assert "  yes  " in lines[GPUS["h100"].name]
+    assert "no, it has 34.36 GB" in lines[GPUS["rtx5090"].name]
 
 
 @pytest.mark.parametrize(

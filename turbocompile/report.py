@@ -323,6 +323,7 @@ class Report:
             ("weights", self.weights),
             *((f"shape {s.name}", _shape_line(s)) for s in self.shapes),
             ("parameters", _parameters_line(self.parameters)),
+            *((f"parameters of {name}", _parameters_line(other.parameters)) for name, other in self.others.items()),
             ("activations", f"{size(self.activation_bytes)} at most"),
             ("engine", _engine_line(self.engine_bytes, self.predicted_bytes)),
             ("stages", ", ".join(f"{name} {duration(s)}" for name, s in self.stages.items())),
@@ -367,13 +368,14 @@ class Report:
         return _Table(title, columns, rows, right=(3, 4, 5, 6))
 
     def _cards_table(self) -> _Table:
+        modules = (self, *self.others.values())  # experts: all weights are there, and one of them runs
+        memory = sum(m.parameter_bytes for m in modules) + max(m.activation_bytes for m in modules)
         rows = []
         for card in GPUS.values():
             try:
                 time = duration(self.seconds(card.key))
             except UnsupportedError as error:
                 time = str(error)
-            memory = self.parameter_bytes + self.activation_bytes
             fits = "yes" if memory <= card.memory else f"no, it has {size(card.memory)}"
             rows.append((card.name, time, fits, card.source))
         columns = ("card", "least time of a forward", "weights and activations fit", "figures from")
