@@ -91,7 +91,7 @@ def sample(
             f"no step of these {steps} is below the boundary {boundary:g}, so that the low-noise expert is never used; "
             "take 3 or 4 steps",
             SamplingWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     x = draw_noise(latents_shape, generator).double() * times[0]
     for i, expert in enumerate(experts):
