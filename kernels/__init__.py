@@ -17,6 +17,8 @@ from turbocompile.kernels import (
     quantize,
     residual_norm,
     rope,
+    sage_attention,
+    sla_attention,
     w8a8_linear,
 )
 
@@ -29,6 +31,8 @@ _MODULES = (
     norm_quantize,
     gelu_quantize,
     w8a8_linear,
+    sage_attention,
+    sla_attention,
 )
 
 ops = torch.ops.turbocompile
