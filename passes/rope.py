@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,9 +31,13 @@ FORM = "x1 * cos - x2 * sin, x2 * cos + x1 * sin with x1, x2 the pairs or halves
 
 @dataclass(frozen=True)
 class Rotated:
-    """The tensor that is turned: `source` permuted by `dims` (where given), as `sizes`; and how its pairs lie."""
+    """The tensor that is turned: `source`, or its part `narrow`, reshaped and permuted by `dims` to `sizes`.
+
+    interleaved: whether its pairs lie side by side, or half a head apart.
+    """
 
     source: fx.Node
+    narrow: tuple[int, int, int] | None
     dims: tuple[int, ...] | None
     sizes: tuple[int, ...]
     interleaved: bool
@@ -90,7 +94,7 @@ def pairs(a: fx.Node, b: fx.Node) -> Rotated | None:
         inner = pairs(a.args[0], b.args[0])
         if inner is None or inner.dims is not None or dims[-1] != len(dims) - 1:
             return None
-        return Rotated(inner.source, dims, tuple(inner.sizes[d] for d in dims), inner.interleaved)
+        return replace(inner, dims=dims, sizes=tuple(inner.sizes[d] for d in dims))
     narrows = [n.args[0] if is_op(n, aten.reshape.default) else n for n in (a, b)]
     if shape(a) != shape(b) or not all(is_op(n, aten.slice.Tensor) and len(n.args) == 4 for n in narrows):
         return None
@@ -104,28 +108,37 @@ def _joined(source: fx.Node, dim: int, start: int, stop: int, part: tuple[int, .
     """source from start to stop along dim, whose two equal parts have the sizes `part`, as one tensor."""
     sizes, rank = shape(source), len(shape(source))
     whole = (start, stop) == (0, sizes[dim])
+    joined = (*part[:-1], 2 * part[-1])
     if whole and sizes[dim] == 2 and dim == rank - 1 and part == sizes[:-1]:
-        return Rotated(source, None, (*part[:-1], 2 * part[-1]), True)
+        return Rotated(source, None, None, joined, True)
     if whole and sizes[dim] == 2 and dim == rank - 2 and part == (*sizes[:-2], sizes[-1]):
-        return Rotated(source, None, (*part[:-1], 2 * part[-1]), False)
-    if whole and dim == rank - 1 and part == (*sizes[:-1], sizes[-1] // 2):
-        return Rotated(source, None, sizes, False)
+        return Rotated(source, None, None, joined, False)
+    rows = math.prod(part[:-1]) == math.prod(sizes[:-1])
+    if dim == rank - 1 and 2 * part[-1] == stop - start and rows:
+        return Rotated(source, None if whole else (dim, start, stop), None, joined, False)
     return None
 
 
-def described(node: fx.Node) -> tuple[fx.Node, tuple[int, ...] | None, tuple[int, ...]]:
-    """(source, permutation, sizes): by what two tensors are known to be the same one, laid out alike."""
-    node, dims, sizes = unwiden(node), None, shape(node)
+Place = tuple[fx.Node, Any, Any, tuple[int, ...]]
+
+
+def described(node: fx.Node) -> Place:
+    """(source, narrow of its last axis, permutation, sizes): two tensors of which these are equal are one."""
+    node, narrow, dims, sizes = unwiden(node), None, None, shape(node)
     if is_op(node, aten.permute.default):
         node, dims = unwiden(node.args[0]), tuple(node.args[1])
     while is_op(node, aten.reshape.default):
         node = unwiden(node.args[0])
-    return node, dims, sizes
+    if is_op(node, aten.slice.Tensor) and len(node.args) == 4 and node.args[1] == len(shape(node)) - 1:
+        node, narrow = unwiden(node.args[0]), tuple(node.args[1:])
+    return node, narrow, dims, sizes
 
 
 def _same_tensor(rotated: Rotated, node: fx.Node) -> bool:
-    source, dims, sizes = described(node)
-    return (described(rotated.source)[0], rotated.dims, rotated.sizes) == (source, dims, sizes)
+    source, narrow, _, _ = described(rotated.source)
+    if rotated.narrow is not None:
+        source, narrow = unwiden(rotated.source), rotated.narrow
+    return (source, narrow, rotated.dims, rotated.sizes) == described(node)
 
 
 @rewrite(candidates=rotations)
@@ -216,7 +229,8 @@ def _build(m: Match, rotated: Rotated) -> fx.Node:
     """The turned tensor, in the type that the result is used in where its own type is that one."""
     source = unwiden(rotated.source)
     wide = dtype(m.root) if m.result_dtype() != dtype(source) else dtype(source)
-    node = source if dtype(source) == wide else m.op(aten.to.dtype, source, wide)
+    node = source if rotated.narrow is None else m.op(aten.slice.Tensor, source, *rotated.narrow)
+    node = node if dtype(node) == wide else m.op(aten.to.dtype, node, wide)
     if rotated.dims is None:
         return m.op(aten.reshape.default, node, list(rotated.sizes))
     inverse = [rotated.sizes[rotated.dims.index(d)] for d in range(len(rotated.dims))]
