@@ -390,6 +390,11 @@ def test_equal_inputs_are_described_once():
     assert describe(node) == "3 of 1x2x6x8 bf16 -> 1x2x6x8 bf16"
 
 
+def test_small_change_is_not_described():
+    node = node_of(aten.linear.default, empty(1, 4096, 64), empty(32, 64), empty(32))
+    assert describe(node) == "1x4096x64 fp32, 32x64 fp32 -> 1x4096x32 fp32"
+
+
 # ------------------------------------------------------------------------------------------------------- true sizes
 
 WAN_1_3B = {

@@ -211,6 +211,21 @@ def test_a_result_that_is_read_elsewhere_ends_the_loop():
     assert text.count(kept[1]) >= 3  # made, handed to block 2, and added at the end
 
 
+def test_what_stands_between_the_calls_is_printed_before_the_loop(small):
+    program = small.copy()
+    graph = program.shell.graph
+    calls = [n for n in graph.nodes if n.target is call]
+    with graph.inserting_before(calls[-1]):
+        other = graph.call_function(torch.ops.aten.sin.default, (graph.find_nodes(op="placeholder")[0],))
+    other.meta["val"] = torch.empty(1, 5, 8)
+    lines = print_program(program, "shell").splitlines()
+    loop = lines.index("    for i in range(3):")
+    assert lines[loop - 2 : loop] == [
+        "    sin_default = aten.sin(input_0)  # 1x5x8 fp32",
+        "    call_blocks_2 = add",
+    ]
+
+
 def test_phases_are_named_and_kinds_of_blocks_apart(small):
     program = small.copy()
     for i, node in enumerate(n for n in program.shell.graph.nodes if n.target is call):

@@ -176,11 +176,20 @@ def tensor_text(value: Any) -> str:
 
 
 def describe(node: fx.Node) -> str:
-    """Shapes and dtypes of what a node reads and makes, as in "3 of 1x12x32760x128 bf16 -> 1x12x32760x128 bf16"."""
-    read = [tensor_text(n.meta["val"]) for n in node.all_input_nodes]
-    runs = [(text, len(list(same))) for text, same in itertools.groupby(read)]
-    inputs = ", ".join(text if n == 1 else f"{n} of {text}" for text, n in runs)
-    return f"{inputs} -> {tensor_text(node.meta['val'])}"
+    """Shapes and dtypes of what a node reads and makes, as in "3 of 1x12x32760x128 bf16 -> 1x12x32760x128 bf16".
+
+    What is a thousand times smaller than the largest (biases, scales, tables) is left out.
+    """
+    read = [t for n in node.all_input_nodes for t in walk_tensors(n.meta["val"])]
+    made = list(walk_tensors(node.meta["val"]))
+    least = max((t.numel() for t in read + made), default=0) / 1000
+
+    def text(tensors: list[Any]) -> str:
+        shown = [tensor_text(t) for t in tensors if t.numel() >= least]
+        runs = ((one, len(list(same))) for one, same in itertools.groupby(shown))
+        return ", ".join(one if n == 1 else f"{n} of {one}" for one, n in runs)
+
+    return f"{text(read)} -> {text(made)}"
 
 
 # ------------------------------------------------------------------------------------------------------------- bytes

@@ -41,6 +41,10 @@ class Gpu:
     memory: int
     source: str
 
+    def has(self, kind: str) -> bool:
+        """Whether the card has arithmetic of that kind ("bf16", "fp8", "int8", "fp32")."""
+        return getattr(self, kind) is not None
+
     def rate(self, kind: str) -> float:
         """Operations per second in "bf16", "fp8", "int8" or "fp32". Raises UnsupportedError for FP8 on Ampere."""
         rates = {"bf16": self.bf16, "fp8": self.fp8, "int8": self.int8, "fp32": self.fp32}

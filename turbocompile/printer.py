@@ -130,7 +130,7 @@ def _body(sub: Subgraph) -> list[str]:
     while i < len(nodes):
         loop = _Loop.starting_at(nodes, i)
         if loop is not None:
-            lines += loop.lines()
+            lines += [*map(_line, loop.aside), *loop.lines()]
             i += loop.length
         else:
             lines.append(_line(nodes[i]))
@@ -215,10 +215,11 @@ def _identifier(name: str) -> str:
 class _Loop:
     """Calls of one graph, each fed by the one before, with prefixes that count up: `for i in range(30): ...`."""
 
-    def __init__(self, calls: list[fx.Node], carried: dict[int, int | None], length: int) -> None:
+    def __init__(self, calls: list[fx.Node], carried: dict[int, int | None], aside: list[fx.Node], length: int) -> None:
         self.calls = calls
         self.carried = carried  # position of an argument -> which output of the call before it is (None: the only one)
-        self.length = length  # nodes that the loop stands for
+        self.aside = aside  # nodes between the calls that depend on none of them: they are printed before the loop
+        self.length = length  # nodes that all this stands for
 
     @classmethod
     def starting_at(cls, nodes: Sequence[fx.Node], start: int) -> _Loop | None:
@@ -226,18 +227,24 @@ class _Loop:
         first = nodes[start]
         if first.op != "call_function" or first.target is not call:
             return None
-        calls, end, i = [first], start + 1, start + 1
+        calls, end = [first], start + 1
         carried: dict[int, int | None] = {}
-        while i < len(nodes):
-            node = nodes[i]
-            i += 1
-            if node.target is operator.getitem and node.args[0] is calls[-1]:
-                continue
+        after = {first}  # what depends on the calls so far
+        aside: list[fx.Node] = []
+        between: list[fx.Node] = []
+        for i, node in enumerate(nodes[start + 1 :], start + 1):
             step = _carried(calls[-1], node) if node.target is call else None
-            if not step or (carried and step != carried) or not _only_feeds(calls[-1], node):
+            if step and (not carried or step == carried) and _only_feeds(calls[-1], node):
+                calls, carried, end = [*calls, node], step, i + 1
+                aside, between = aside + between, []
+                after.add(node)
+            elif node.target is operator.getitem and node.args[0] is calls[-1]:
+                after.add(node)
+            elif node.target is call or node.op == "output" or any(n in after for n in node.all_input_nodes):
                 break
-            calls, carried, end = [*calls, node], step, i
-        return cls(calls, carried, end - start) if carried else None
+            else:
+                between.append(node)
+        return cls(calls, carried, aside, end - start) if carried else None
 
     def lines(self) -> list[str]:
         first, last = self.calls[0], self.calls[-1]

@@ -372,10 +372,8 @@ class Report:
         memory = sum(m.parameter_bytes for m in modules) + max(m.activation_bytes for m in modules)
         rows = []
         for card in GPUS.values():
-            try:
-                time = duration(self.seconds(card.key))
-            except UnsupportedError as error:
-                time = str(error)
+            lacking = sorted({kind for op in self.ops for kind in op.work if not card.has(kind)})
+            time = f"no {lacking[0]}" if lacking else duration(self.seconds(card.key))
             fits = "yes" if memory <= card.memory else f"no, it has {size(card.memory)}"
             rows.append((card.name, time, fits, card.source))
         columns = ("card", "least time of a forward", "weights and activations fit", "figures from")
