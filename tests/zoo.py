@@ -368,6 +368,8 @@ class Stream(nn.Module):
         found = Counter(adaln=2 if modulated else 0)
         # Attention's residual is followed by a norm, and so is cross-attention's; the feed-forward's ends the block.
         found["residual_norm"] = 1 + int(self.norm3 is not None) + int(modulated)
+        # The first norm of a block has no residual before it; modulated it is an adaln, and else a quantize joins it.
+        found["gelu_quant"] = int(not modulated)
         return found
 
 

@@ -289,7 +289,32 @@ def permute_rules(node: fx.Node, make: Maker) -> Answer:
     if is_op(source, aten.permute.default):
         inner = source.args[1]  # type: ignore[union-attr]
         return aten.permute.default, (source.args[0], [inner[d] % rank for d in dims])  # type: ignore[union-attr,index,operator]
-    return (aten.permute.default, (source, dims)) if list(given) != dims else None  # type: ignore[call-overload]
+    if list(given) != dims:  # type: ignore[call-overload]
+        return aten.permute.default, (source, dims)
+    inserted = _inserted_ones(source)  # type: ignore[arg-type]
+    if inserted:  # axes of size 1 are inserted last, where they meet other reshapes
+        kept = [d for d in range(rank) if d not in inserted]
+        inner = make(aten.permute.default, source.args[0], [kept.index(d) for d in dims if d in kept])  # type: ignore[union-attr]
+        return aten.reshape.default, (inner, list(shape(node)))
+    wide = [d for d in dims if shape(source)[d] != 1]  # type: ignore[arg-type]
+    if wide == sorted(wide) and all(is_op(user, aten.reshape.default) for user in node.users):
+        return aten.reshape.default, (source, list(shape(node)))
+    return None
+
+
+def _inserted_ones(node: fx.Node) -> list[int]:
+    """The axes of size 1 that a reshape inserts, where it does nothing else."""
+    if not is_op(node, aten.reshape.default):
+        return []
+    rest, inserted = list(shape(node.args[0])), []  # type: ignore[arg-type]
+    for axis, size in enumerate(shape(node)):
+        if rest and rest[0] == size:
+            rest.pop(0)
+        elif size == 1:
+            inserted.append(axis)
+        else:
+            return []
+    return [] if rest else inserted
 
 
 @local(aten.expand.default)
@@ -672,7 +697,7 @@ def reductions_keep_dims(node: fx.Node, make: Maker) -> Answer:
         x, dims, keep, out = arguments(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
     rank = len(shape(x))  # type: ignore[arg-type]
     dims = sorted(d % rank for d in (dims or range(rank))) if rank else []
-    if rank == 0 or (not _real(node) and out is None and packet is aten.sum):
+    if rank == 0 or not _real(node):
         return None
     if out is not None and dtype(x) != out:  # type: ignore[arg-type]
         x = make(aten.to.dtype, x, out)

@@ -220,6 +220,8 @@ def ungrouped(m: Match, node: fx.Node, heads: int) -> fx.Node:
         return node
     wide, narrow = shape(repeat), shape(repeat.args[0])  # type: ignore[arg-type]
     sizes = shape(node)
+    if wide == sizes and narrow == (*sizes[:heads], 1, *sizes[heads + 1 :]):  # one group
+        return repeat.args[0]  # type: ignore[return-value]
     repeated = (*sizes[:heads], wide[heads], wide[heads + 1], *sizes[heads + 1 :]) if len(wide) > heads + 1 else ()
     once = (*wide[: heads + 1], 1, *wide[heads + 2 :])
     if wide != repeated or narrow != once:

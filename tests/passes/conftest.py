@@ -1,0 +1,147 @@
+"""What tests of passes share: capture, rewrite, run, print."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+from turbocompile.backends.triton import compile_program
+from turbocompile.capture import capture
+from turbocompile.normalize import normalize
+from turbocompile.pipeline import PASSES, PassResult, load_pass, run_passes
+from turbocompile.printer import print_program
+from turbocompile.program import SHELL, Program
+from turbocompile.weights import Evaluator, ModuleTensors, emitted_name
+
+HERE = Path(__file__).parent
+
+
+def _load_zoo():
+    """tests/zoo.py as the module `zoo`, which tests of passes import."""
+    spec = importlib.util.spec_from_file_location("zoo", HERE.parent / "zoo.py")
+    module = sys.modules["zoo"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+if "zoo" not in sys.modules:
+    _load_zoo()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rewrite", action="store_true", help="write the printed graphs that tests compare with, anew")
+
+
+@dataclass
+class Rewritten:
+    """A model's Program after normalize and some passes."""
+
+    model: nn.Module
+    program: Program
+    results: dict[str, PassResult]
+
+    def run(self, *tensors: torch.Tensor) -> Any:
+        """The rewritten program's outputs: a tensor where there is one, else a tuple."""
+        evaluate, weights = Evaluator(ModuleTensors(self.model), self.program.constants), {}
+        for graph, sub in self.program.graphs.items():
+            for prefix in self.program.prefixes(graph):
+                for local, expr in sub.weights.items():
+                    name = emitted_name(graph == SHELL, graph, local, expr, prefix)
+                    weights[name] = evaluate(expr, prefix)
+        out = compile_program(self.program, weights, torch.device("cpu"))(*tensors)
+        return out[0] if len(out) == 1 else out
+
+    def ops(self, graph: str = SHELL) -> list[str]:
+        """The names of the operators of a graph, in order: "linear", "adaln", ..."""
+        nodes = self.program.graphs[graph].graph.nodes
+        return [n.target._opname for n in nodes if isinstance(n.target, torch._ops.OpOverload)]
+
+    def nodes(self, op: str, graph: str = SHELL) -> list[fx.Node]:
+        """The calls of an operator."""
+        nodes = self.program.graphs[graph].graph.nodes
+        return [n for n in nodes if isinstance(n.target, torch._ops.OpOverload) and n.target._opname == op]
+
+    def reasons(self, name: str) -> list[str]:
+        """Why sites of a pass were left alone."""
+        return [reason for _, reason, _ in self.results[name].skipped]
+
+
+@pytest.fixture
+def rewrite():
+    """rewrite(model, args, until="adaln", options={...}, target="cpu"): all passes up to one, on the model's Program."""
+
+    def make(
+        model: nn.Module,
+        args: tuple[torch.Tensor, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        until: str = PASSES[-1],
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+        target: str = "cpu",
+    ) -> Rewritten:
+        program = capture(model, args, kwargs)
+        normalize(program)
+        given = {"attention": {"kind": "native"}, "w8a8": {"format": "off"}, **(options or {})}
+        passes = [load_pass(n) for n in PASSES[: PASSES.index(until) + 1]]
+        results = run_passes(program, given, target, passes=passes)
+        return Rewritten(model, program, {r.name: r for r in results})
+
+    return make
+
+
+@pytest.fixture
+def shown(request, rewrite):
+    """shown(name, model, args, until, options): compares the graph before and after a pass with <name>.txt."""
+
+    def check(name: str, model: nn.Module, args: tuple[torch.Tensor, ...], until: str, options=None) -> None:
+        before = rewrite(model, args, until=PASSES[PASSES.index(until) - 1], options=options)
+        after = rewrite(model, args, until=until, options=options)
+        texts = [print_program(r.program) for r in (before, after)]
+        text = f"# before {until}\n{texts[0]}\n# after {until}\n{texts[1]}"
+        file = HERE / f"{name}.txt"
+        if request.config.getoption("--rewrite", default=False):
+            file.write_text(text)
+        assert text == file.read_text(), f"{file.name} shows another graph; if it is meant, run with --rewrite"
+
+    return check
+
+
+class Form(nn.Module):
+    """`form(x, module)` as a module, with a few weights of C channels to write with."""
+
+    def __init__(self, form: Any, channels: int = 32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.form = form
+        for name in ("a", "b", "c"):
+            setattr(self, name, nn.Parameter(torch.randn(channels, generator=generator), requires_grad=False))
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        return self.form(*tensors, self)
+
+
+@pytest.fixture
+def form():
+    """form(function): a module that computes function(*tensors, module)."""
+    return Form
+
+
+@pytest.fixture
+def assert_same():
+    """assert_same(found, truth, bound=1e-5): max|a - b| <= bound * max|b|, for a tensor or each of several."""
+
+    def check(found: Any, truth: Any, bound: float = 1e-5) -> None:
+        pairs = [(found, truth)] if isinstance(truth, torch.Tensor) else list(zip(found, truth, strict=True))
+        for a, b in pairs:
+            assert a.dtype == b.dtype
+            assert a.shape == b.shape
+            error = float((a.double() - b.double()).abs().max() / b.double().abs().max())
+            assert error <= bound, f"differs by {error:.1e} of the largest value"
+
+    return check
