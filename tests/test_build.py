@@ -1,0 +1,307 @@
+"""Recipes become engines: from memory and from folders, at several shapes, with two experts, dry, and interrupted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from turbocompile.build import optimize_recipe
+from turbocompile.check import verify_folder
+from turbocompile.engine import load, read_manifest
+from turbocompile.errors import EngineError
+from turbocompile.recipe import Recipe, load_recipe
+from turbocompile.wan.example import write_example
+from turbocompile.wan.source import open_source
+
+SMALL = {"height": 64, "width": 64, "num_frames": 5}
+
+
+def recipe(**changes):
+    fields = {
+        "model": {"preset": "wan-tiny", "weights": "synthetic", "seed": 0},
+        "target": "cpu",
+        "shapes": [SMALL],
+        "sampler": {"kind": "rcm", "steps": 4},
+    }
+    return Recipe.from_dict({**fields, **changes})
+
+
+def call(engine, shape=0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    program = list(engine.programs.values())[shape]
+    made = {}
+    for i in program.signature.inputs:
+        made[i.path] = torch.rand(i.shape, generator=g) * 999 if i.cast else torch.randn(i.shape, generator=g).to(i.dtype)
+    return made
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    out = tmp_path_factory.mktemp("built") / "engine"
+    report = optimize_recipe(recipe(), out)
+    return out, report
+
+
+def test_the_engine_answers_as_the_source_model_does(built):
+    out, _ = built
+    engine = load(out)
+    model = open_source(recipe()).transformers["transformer"].load()
+    inputs = call(engine)
+    with torch.no_grad():
+        expected = model(**inputs, return_dict=False)[0]
+    found = engine(**inputs, return_dict=False)[0]
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_the_report_counts_every_site_of_the_model(built):
+    _, report = built
+    n = open_source(recipe()).transformers["transformer"].config["num_layers"]
+    passes = report.to_dict()["passes"]
+    rewritten = {name: row["rewritten"] for name, row in passes.items()}
+    assert rewritten["attention"] == rewritten["fuse_qkv"] == rewritten["qk_norm_rope"] == 2 * n
+    assert rewritten["adaln"] == 2 * n + 1
+    assert rewritten["residual_norm"] == 3 * n
+    assert passes["w8a8"]["sites"] == 10 * n + 6
+    for row in passes.values():
+        assert row["sites"] == row["rewritten"] + sum(s.get("count", 1) for s in row["skipped"])
+        assert all(s["reason"] for s in row["skipped"])
+        assert (row["error"] is None) == (row["error_reason"] is not None)
+        for error in filter(None, (row["error"], row["error_output"])):
+            assert set(error) == {"cosine", "rel_l1", "max_abs"}
+            assert error["rel_l1"] < 1e-5  # exact rewrites in float32
+
+
+def test_the_predicted_size_is_the_built_one_within_a_percent(built):
+    out, report = built
+    size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
+    dry = optimize_recipe(recipe(), None, dry_run=True)
+    assert dry.predicted_bytes == pytest.approx(size, rel=0.01)
+    assert report.engine_bytes == pytest.approx(size, rel=0.01)
+    assert dry.engine_bytes is None
+
+
+def test_verify_finds_the_folder_whole_and_the_numbers_right(built):
+    out, _ = built
+    checked = verify_folder(out, numeric=True)
+    assert checked.good
+    assert checked.limit == 1e-4
+    assert 0 <= checked.errors["transformer"].max_rel < 1e-5
+    assert json.loads(json.dumps(checked.to_dict()))["good"] is True
+
+
+def test_verify_names_what_was_altered(built, tmp_path):
+    out, _ = built
+    subprocess.run(["cp", "-r", str(out), str(tmp_path / "engine")], check=True)
+    path = next((tmp_path / "engine" / "components" / "vae").glob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(EngineError, match="components/vae/.*was altered"):
+        verify_folder(tmp_path / "engine")
+
+
+def test_the_engine_folder_holds_data_only(built):
+    out, _ = built
+    kinds = {p.suffix for p in out.rglob("*") if p.is_file()}
+    assert kinds <= {".json", ".safetensors", ".txt", ".html", ".model"}
+    manifest = read_manifest(out)
+    assert manifest["target"] == "cpu"
+    assert set(manifest["modules"]) == {"transformer"}
+    assert {"vae", "text_encoder", "tokenizer", "scheduler"} <= set(manifest["components"])
+    text = (out / "manifest.json").read_text() + (out / "report.json").read_text()
+    assert "/tmp/" not in text
+    assert "python" not in json.loads((out / next(iter(manifest["modules"]["transformer"]["programs"].values()))).read_text())
+
+
+def test_the_printed_graph_of_every_pass_is_there(built):
+    out, report = built
+    names = {p.stem for p in (out / "graphs").iterdir()}
+    assert "transformer-normalize" in names
+    assert {f"transformer-{n}" for n, row in report.to_dict()["passes"].items() if row["rewritten"]} <= names
+    assert "turbocompile.adaln(" in (out / "graphs" / "transformer-adaln.txt").read_text()
+
+
+def test_the_same_recipe_gives_the_same_engine_to_the_bit(built, tmp_path):
+    out, _ = built
+    optimize_recipe(recipe(), tmp_path / "again")
+    one, two = (read_manifest(folder) for folder in (out, tmp_path / "again"))
+    changing = {"report.json", "report.html"}  # they hold the seconds
+    assert {k: v for k, v in one["files"].items() if k not in changing} == {
+        k: v for k, v in two["files"].items() if k not in changing
+    }
+
+
+def test_several_shapes_share_the_weights(tmp_path):
+    shapes = [SMALL, {**SMALL, "width": 96}, {**SMALL, "num_frames": 9, "batch": 2}]
+    optimize_recipe(recipe(shapes=shapes, components="none"), tmp_path / "engine")
+    engine = load(tmp_path / "engine")
+    assert len(engine.programs) == 3
+    model = open_source(recipe()).transformers["transformer"].load()
+    for i in range(3):
+        inputs = call(engine, i)
+        with torch.no_grad():
+            expected = model(**inputs, return_dict=False)[0]
+        assert (engine(**inputs).sample - expected).abs().max() <= 1e-5 * expected.abs().max()
+    shards = list((tmp_path / "engine").glob("weights-*"))
+    one = sum(p.numel() * p.element_size() for p in model.parameters())
+    # RoPE tables stand beside the parameters; nothing is stored once a shape.
+    assert sum(p.stat().st_size for p in shards) < 1.2 * one
+
+
+@pytest.mark.parametrize(
+    ("passes", "limit"),
+    [
+        # Limits on the relative L1 of the whole answer: the residual stream hides a site's error (0.012, 0.037, 0.04).
+        ({"w8a8": "int8"}, 0.012),
+        ({"w8a8": "int8_block"}, 0.0135),
+        ({"w8a8": "fp8"}, 0.037),
+        ({"attention": {"kind": "sage", "pv": "fp16"}}, 0.013),
+        ({"attention": {"kind": "sage", "pv": "fp8"}}, 0.04),
+        ({"attention": "sage", "w8a8": "int8"}, 0.05),
+    ],
+    ids=str,
+)
+def test_quantizing_passes_run_on_the_cpu_where_they_are_named(tmp_path, passes, limit):
+    report = optimize_recipe(recipe(passes=passes, components="none"), tmp_path / "engine")
+    engine = load(tmp_path / "engine")
+    model = open_source(recipe()).transformers["transformer"].load()
+    inputs = call(engine)
+    with torch.no_grad():
+        expected = model(**inputs, return_dict=False)[0]
+    error = (engine(**inputs).sample - expected).abs().sum() / expected.abs().sum()
+    assert 1e-6 < error < limit
+    rows = report.to_dict()["passes"]
+    for name in passes:
+        assert rows[name]["rewritten"] > 0
+        assert 1e-6 < rows[name]["error"]["rel_l1"] < 0.05
+    found = verify_folder(tmp_path / "engine", numeric=True)
+    assert found.limit is None  # shown, not judged
+    assert found.errors["transformer"].rel_l1 > 1e-6
+
+
+def test_an_untuned_sla_is_refused_site_by_site_unless_it_is_allowed(tmp_path):
+    refused = optimize_recipe(recipe(passes={"attention": "sla"}), None, dry_run=True).to_dict()["passes"]
+    assert refused["attention"]["rewritten"] == refused["attention"]["sites"] or any(
+        "allow_untuned" in s["reason"] for s in refused["attention"]["skipped"]
+    )
+    assert "sla" not in refused
+    allowed = {"attention": {"kind": "sla", "allow_untuned": True, "topk": 0.5}}
+    report = optimize_recipe(recipe(passes=allowed, components="none"), tmp_path / "engine")
+    assert any("sla" in w.lower() for w in report.warnings)
+    assert torch.isfinite(load(tmp_path / "engine")(**call(load(tmp_path / "engine"))).sample).all()
+
+
+def test_two_experts_stand_in_one_engine(tmp_path):
+    made = recipe(model={"preset": "wan-tiny-i2v-experts", "weights": "synthetic"}, components="none")
+    report = optimize_recipe(made, tmp_path / "engine")
+    engine = load(tmp_path / "engine")
+    assert set(engine.experts) == {"transformer", "transformer_2"}
+    assert set(report.others) == {"transformer_2"}
+    source = open_source(made)
+    for name, expert in engine.experts.items():
+        inputs = call(expert)
+        with torch.no_grad():
+            expected = source.transformers[name].load()(**inputs, return_dict=False)[0]
+        assert (expert(**inputs).sample - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert read_manifest(tmp_path / "engine")["boundary_ratio"] == 0.9
+
+
+def test_a_folder_with_sharded_weights_gives_the_engine_of_the_preset(built, tmp_path):
+    from diffusers import WanTransformer3DModel
+
+    path = write_example(tmp_path / "wan")
+    transformer = WanTransformer3DModel.from_pretrained(tmp_path / "wan" / "transformer")
+    for old in (tmp_path / "wan" / "transformer").glob("*.safetensors"):
+        old.unlink()
+    transformer.save_pretrained(tmp_path / "wan" / "transformer", max_shard_size="2MB")
+    assert len(list((tmp_path / "wan" / "transformer").glob("*.safetensors"))) > 1
+    made = load_recipe(path, [f"shapes=[{json.dumps(SMALL)}]", "target=cpu"])
+    optimize_recipe(made, tmp_path / "engine")
+    engine, reference = load(tmp_path / "engine"), load(built[0])
+    inputs = call(engine)
+    assert torch.equal(engine(**inputs).sample, reference(**inputs).sample)
+
+
+def test_passes_off_is_the_source_model_to_the_bit(tmp_path):
+    optimize_recipe(recipe(passes="off", components="none"), tmp_path / "engine")
+    engine = load(tmp_path / "engine")
+    model = open_source(recipe()).transformers["transformer"].load()
+    inputs = call(engine)
+    with torch.no_grad():
+        assert torch.equal(engine(**inputs).sample, model(**inputs, return_dict=False)[0])
+    assert verify_folder(tmp_path / "engine", numeric=True).errors["transformer"].max_abs == 0
+
+
+def test_bf16_engines_keep_what_diffusers_keeps_in_float32(tmp_path):
+    optimize_recipe(recipe(dtype="bfloat16", passes="off", components="none"), tmp_path / "engine")
+    engine = load(tmp_path / "engine")
+    model = open_source(recipe(dtype="bfloat16")).transformers["transformer"].load()
+    inputs = call(engine)
+    with torch.no_grad():
+        assert torch.equal(engine(**inputs).sample, model(**inputs, return_dict=False)[0])
+    dtypes = {t.dtype for t in engine.weights.values()}
+    assert dtypes == {torch.bfloat16, torch.float32}
+
+
+def test_a_build_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("turbocompile.build.seal", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        optimize_recipe(recipe(components="none"), tmp_path / "engine")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_build_leaves_nothing_that_looks_like_an_engine(tmp_path):
+    script = (
+        "import os, sys, pathlib, turbocompile.build as b\n"
+        "from turbocompile.recipe import Recipe\n"
+        "b.seal = lambda *a, **k: os.kill(os.getpid(), 9)\n"
+        f"b.optimize_recipe(Recipe.from_dict({recipe(components='none').to_dict()!r}), pathlib.Path(sys.argv[1]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "engine")], capture_output=True, timeout=120)
+    assert done.returncode == -9
+    assert not (tmp_path / "engine").exists()
+    for left in tmp_path.iterdir():
+        with pytest.raises(EngineError, match="no manifest"):
+            load(left)
+
+
+def test_an_existing_folder_is_refused_before_anything_is_done(tmp_path):
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "mine.txt").write_text("keep")
+    with pytest.raises(EngineError, match="exists already"):
+        optimize_recipe(recipe(), tmp_path / "engine")
+    assert (tmp_path / "engine" / "mine.txt").read_text() == "keep"
+
+
+DRY = """
+import json, resource, time
+started = time.time()
+from turbocompile.build import optimize_recipe
+from turbocompile.recipe import Recipe
+report = optimize_recipe(Recipe.from_dict(json.loads(input())), None, dry_run=True)
+print(json.dumps([time.time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, report.to_dict()]))
+"""
+
+
+@pytest.mark.slow
+def test_the_true_1_3b_is_planned_in_a_minute_and_4_gb():
+    made = {
+        "model": {"preset": "wan2.1-t2v-1.3b", "weights": "synthetic"},
+        "shapes": [{"height": 480, "width": 832, "num_frames": 81}],
+        "target": "sm90",
+    }
+    out = subprocess.run(
+        [sys.executable, "-c", DRY], input=json.dumps(made), capture_output=True, text=True, check=True, timeout=300
+    ).stdout
+    seconds, memory, report = json.loads(out.strip().splitlines()[-1])
+    assert seconds < 60
+    assert memory < 4e9
+    assert report["passes"]["attention"]["rewritten"] == 60
+    assert report["passes"]["w8a8"]["rewritten"] == 300
