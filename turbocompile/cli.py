@@ -1,0 +1,322 @@
+"""The command line: turbocompile optimize | run | explain | verify | doctor | init-example.
+
+Results go to stdout, progress and warnings to stderr. Exit codes: 0 done, 1 it failed, 2 the user's input was wrong.
+What a command needs is imported when it runs, so that --help and --version answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from turbocompile.errors import TurbocompileError, UnsupportedError, VerificationError
+from turbocompile.version import __version__
+from turbocompile.wan.configs import VARIANTS
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from turbocompile.report import Report
+
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # what torchao says when it is imported under another torch
+
+
+class _Group(click.Group):
+    """Turns the errors that are raised on purpose into one sentence and an exit code; the rest keep their traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except VerificationError as error:
+            raise _failure(error, 1) from error
+        except TurbocompileError as error:
+            raise _failure(error, 2) from error
+        except PermissionError as error:
+            raise _failure(error, 2) from error
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise _failure(error, 1) from error
+
+
+def _failure(error: Exception, code: int) -> click.ClickException:
+    failure = click.ClickException(" ".join(str(error).split()))
+    failure.exit_code = code
+    return failure
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="turbocompile")
+def main() -> None:
+    """Compile diffusion transformers into engines that run fast, verify themselves, and say what was done."""
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The engine's folder; it must not exist yet.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field, as in model.seed=1.")
+@click.option("--dry-run", is_flag=True, help="Capture, rewrite and plan without reading weights or writing files.")
+@_json
+def optimize(recipe: Path, out: Path | None, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+    """Build the engine of RECIPE, a YAML file."""
+    if out is None and not dry_run:
+        raise click.UsageError("name the engine's folder with -o DIR, or add --dry-run")
+    _quiet()
+    from turbocompile.build import optimize_recipe
+    from turbocompile.recipe import load_recipe
+
+    with _progress() as progress:
+        report = optimize_recipe(load_recipe(recipe, overrides), out, dry_run=dry_run, progress=progress)
+    if as_json:
+        _print_json(report.to_dict())
+    elif dry_run:
+        _print(report)
+    else:
+        _print_summary(report)
+        click.echo(f"\nengine: {out} (`turbocompile explain {out}` shows more)")
+
+
+@main.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="What the video shows.")
+@click.option("--negative-prompt", help="What it must not show; for samplers with guidance.")
+@click.option("-o", "--out", default="out.mp4", show_default=True, type=click.Path(path_type=Path), help="The video.")
+@click.option("--frames", type=click.Path(path_type=Path), help="A folder for the frames as PNG, besides.")
+@click.option("--seed", default=0, show_default=True, help="The same seed gives the same video on one device.")
+@click.option("--steps", type=int, help="Steps of the sampler, instead of the recipe's.")
+@click.option("--guidance", type=float, help="Classifier-free guidance, instead of the recipe's.")
+@click.option("--shape", metavar="HxWxF", help="One of the engine's shapes, as in 480x832x81; the first by default.")
+@click.option("--image", type=click.Path(path_type=Path), help="The first frame, for image-to-video engines.")
+@click.option("--device", help="Where to run, as in cpu or cuda:1; by default what the engine was built for.")
+@_json
+def run(engine: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Make a video with ENGINE, a folder that `turbocompile optimize` wrote."""
+    _quiet()
+    from turbocompile.generate import generate
+
+    _check_device(options["device"])
+    with _progress() as progress:
+        result = generate(engine, out=out, progress=progress, **options)
+    if as_json:
+        paths = [str(p) for p in result.paths]
+        _print_json({"paths": paths, "timings": result.timings, "shape": list(result.video.shape)})
+    else:
+        for path in result.paths:
+            click.echo(f"video: {path}")
+        click.echo("seconds: " + ", ".join(f"{stage} {s:.2f}" for stage, s in result.timings.items()))
+
+
+@main.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--after", metavar="PASS", help="Print the graph as it was after a pass (or normalize).")
+@click.option("--module", default="transformer", show_default=True, help="Which module's graph --after prints.")
+@click.option("--gpu", help="The card of the estimates, as in h100, rtx5090, rtx4090, a100.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write the report as a page.")
+@_json
+def explain(engine: Path, after: str | None, module: str, gpu: str | None, html: Path | None, as_json: bool) -> None:
+    """Show what was done to ENGINE, why not more, what it costs, and its graphs."""
+    _quiet()
+    if after is not None:
+        click.echo(_graph_text(engine, module, after), nl=False)
+        return
+    report = _read_report(engine)
+    if gpu is not None:
+        report.gpu(gpu)  # an unknown card is refused before anything is printed
+    if html is not None:
+        html.write_text(report.to_html(gpu), encoding="utf-8")
+        click.echo(f"page: {html}")
+    elif as_json:
+        more = {"gpu": report.gpu(gpu).key, "roofline": report.roofline(gpu)} if gpu is not None else {}
+        _print_json({**report.to_dict(), **more})
+    else:
+        _print(report.render(gpu))
+
+
+@main.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--numeric", is_flag=True, help="Compare with the source model too.")
+@_json
+@click.pass_context
+def verify(ctx: click.Context, engine: Path, numeric: bool, as_json: bool) -> None:
+    """Check that ENGINE is whole; exit code 1 where its numbers are off."""
+    _quiet()
+    from turbocompile.check import verify_folder
+
+    found = verify_folder(engine, numeric)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        click.echo(f"{engine}: {found.files} files, {found.bytes / 1e6:.1f} MB, all as they were built")
+        for name, error in found.errors.items():
+            limit = f", at most {found.limit:g} is right" if found.limit is not None else ""
+            click.echo(
+                f"{name} against its source model: cosine {error.cosine:.6f}, relative L1 {error.rel_l1:.2g}, "
+                f"largest difference {error.max_rel:.2g} of the largest value{limit}"
+            )
+    ctx.exit(0 if found.good else 1)
+
+
+@main.command()
+@_json
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """Say what this machine can run, and what is missing for what."""
+    _quiet()
+    from turbocompile.doctor import collect
+
+    found = collect()
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        _print(found)
+    ctx.exit(0 if found.healthy else 1)
+
+
+@main.command("init-example")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--variant", type=click.Choice(tuple(VARIANTS)), default="t2v", show_default=True)
+@click.option("--head-dim", type=click.Choice(["64", "128"]), default="64", show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of the random weights.")
+def init_example(folder: Path, variant: str, head_dim: str, seed: int) -> None:
+    """Write a tiny Wan pipeline with random weights, and its recipe, into FOLDER."""
+    _quiet()
+    from turbocompile.wan.example import write_example
+
+    recipe = write_example(folder, variant, int(head_dim), seed)
+    click.echo(f"recipe: {recipe} (`turbocompile optimize {recipe} -o engine/` builds it)")
+
+
+# ------------------------------------------------------------------------------------------------------ reading folders
+
+
+def _read_report(folder: Path) -> Report:
+    """The report of an engine, without opening its weights."""
+    from turbocompile.engine import check_files, inside, read_json, read_manifest
+    from turbocompile.report import Report
+
+    name = "report.json"
+    check_files(folder, read_manifest(folder), [name])
+    return Report.from_dict(read_json(inside(folder, name)))
+
+
+def _graph_text(folder: Path, module: str, stage: str) -> str:
+    """A printed graph of an engine, without control characters, which a terminal would obey."""
+    from turbocompile.engine import check_files, inside, read_manifest
+
+    manifest = read_manifest(folder)
+    name = f"graphs/{module}-{stage}.txt"
+    if name not in manifest["files"]:
+        start = f"graphs/{module}-"
+        known = [f.removeprefix(start).removesuffix(".txt") for f in manifest["files"] if f.startswith(start)]
+        have = f"it has {', '.join(known)}" if known else f"its modules are {', '.join(manifest['modules'])}"
+        raise UnsupportedError(f"the engine {folder} has no graph of {module} after {stage!r}; {have}")
+    check_files(folder, manifest, [name])
+    text = inside(folder, name).read_text(encoding="utf-8", errors="replace")
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UnsupportedError(f"there is no device {device!r} here ({str(error).splitlines()[0]})") from error
+
+
+# -------------------------------------------------------------------------------------------------------------- output
+
+
+def _print_json(value: Mapping[str, Any]) -> None:
+    click.echo(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def _print(value: RenderableType) -> None:
+    """Prints to stdout; tables have room where nobody's terminal is too narrow for them."""
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console = Console(markup=False, highlight=False, width=160)
+    console.print(value)
+
+
+def _print_summary(report: Report) -> None:
+    """One line a pass: how many of its sites were rewritten."""
+    for name, done in report.passes.items():
+        click.echo(f"{name}: {done.rewritten} of {done.sites} sites rewritten")
+    click.echo("seconds: " + ", ".join(f"{stage} {s:.2f}" for stage, s in report.stages.items()))
+    for sentence in report.warnings:
+        click.echo(f"Warning: {sentence}", err=True)
+
+
+def _quiet() -> None:
+    """Keeps other libraries' notes off the terminal; turbocompile's own warnings become one line each."""
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("always", category=UserWarning, module=r"turbocompile(\.|$)")
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    click.echo(f"Warning: {message}", err=True)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """Shows stages on stderr: a live line each in a terminal, elsewhere a line when one ends."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines()
+        return
+    with _bars(console) as progress:
+        yield progress
+
+
+class _Lines:
+    """Prints `stage 1.2 s` to stderr when a stage ends."""
+
+    def __init__(self) -> None:
+        self.started: dict[str, float] = {}
+
+    def __call__(self, stage: str, fraction: float) -> None:
+        if fraction < 1.0:
+            self.started.setdefault(stage, time.perf_counter())
+        elif stage in self.started:
+            click.echo(f"{stage} {time.perf_counter() - self.started.pop(stage):.1f} s", err=True)
+
+
+@contextlib.contextmanager
+def _bars(console: Console) -> Iterator[Callable[[str, float], None]]:
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, fraction: float) -> None:
+            if stage not in tasks or (fraction == 0.0 and bars.tasks[tasks[stage]].finished):
+                tasks[stage] = bars.add_task(stage, total=1.0)
+            bars.update(tasks[stage], completed=fraction)
+
+        yield update
