@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # what torchao says when it is imported under another torch
 
+# A path that cannot be used as it was given; a full disk is no mistake of the user's.
+USER_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+
 
 class _Group(click.Group):
     """Turns the errors that are raised on purpose into one sentence and an exit code; the rest keep their traceback."""
@@ -41,12 +44,11 @@ class _Group(click.Group):
             raise _failure(error, 1) from error
         except TurbocompileError as error:
             raise _failure(error, 2) from error
-        except PermissionError as error:
-            raise _failure(error, 2) from error
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            code = {**dict.fromkeys(USER_ERRNOS, 2), errno.ENOSPC: 1}.get(error.errno or 0)
+            if code is None:
                 raise
-            raise _failure(error, 1) from error
+            raise _failure(error, code) from error
 
 
 def _failure(error: Exception, code: int) -> click.ClickException:
