@@ -83,11 +83,11 @@ def features(x: torch.Tensor, feature_map: str) -> torch.Tensor:
     return F.elu(x) + 1 if feature_map == "elu" else torch.relu(x)
 
 
-class _Blocks(NamedTuple):
-    """q, k, v of some heads cut in blocks, quantized or not, and what their products are multiplied with.
+class _Operands(NamedTuple):
+    """What the two products of the sparse branch take, quantized or not, and what their results are multiplied with.
 
-    q (G, M, block_q, D), q_scale (G, M, block_q) including scale * log2(e); k, v (G, N, block_k, D), k_scale
-    (G, N, block_k); v_scale (G, 1, D) or None. Tokens beyond the last are zeros.
+    q, k, v (..., L, D); q_scale (..., L), including D^-0.5 log2(e); k_scale (..., L); v_scale (..., 1, D) or None.
+    Cut in blocks, L is (M, block_q) or (N, block_k) instead, and tokens beyond the last are zeros.
     """
 
     q: torch.Tensor
@@ -105,7 +105,7 @@ def _cut(x: torch.Tensor, block: int) -> torch.Tensor:
     return padded.reshape(x.shape[0], blocks, block, *x.shape[2:])
 
 
-def _rounded(
+def _operands(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -113,15 +113,23 @@ def _rounded(
     block_k: int,
     pv: str,
     fp8: Callable[[torch.Tensor], torch.Tensor] = e4m3,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """q, its scale (..., L) with D^-0.5 log2(e), k, its scale, v, its scale or None, from (..., L, D)."""
+) -> _Operands:
+    """The operands of q, k, v (..., L, D), quantized unless pv is "none"."""
     if pv == "none":
         q_scale, k_scale = torch.ones_like(q[..., 0]), torch.ones_like(k[..., 0])
     else:
         q, q_scale = quantize_rows(q, block_q)
         k, k_scale = quantize_rows(k - k.mean(-2, keepdim=True), block_k)
     v, v_scale = round_values(v, pv, fp8)
-    return q, q_scale * (q.shape[-1] ** -0.5 * LOG2E), k, k_scale, v, v_scale
+    return _Operands(q, q_scale * (q.shape[-1] ** -0.5 * LOG2E), k, k_scale, v, v_scale)
+
+
+def _in_blocks(x: _Operands, block_q: int, block_k: int) -> _Operands:
+    """The operands of some heads (G, L, D), cut in blocks."""
+    v_scale = None if x.v_scale is None else x.v_scale[:, None]
+    q, q_scale = (_cut(t, block_q) for t in (x.q, x.q_scale))
+    k, k_scale, v = (_cut(t, block_k) for t in (x.k, x.k_scale, x.v))
+    return _Operands(q, q_scale, k, k_scale, v, v_scale)
 
 
 def _gather(blocks: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -138,7 +146,7 @@ class _Chunk(NamedTuple):
     scores: torch.Tensor  # (G, m, block_q, K * block_k), in bits, -inf where there is no key
 
 
-def _chunks(blocks: _Blocks, chosen: torch.Tensor, tokens: int) -> Iterator[_Chunk]:
+def _chunks(blocks: _Operands, chosen: torch.Tensor, tokens: int) -> Iterator[_Chunk]:
     """The scores of the blocks chosen (G, M, N), a few query blocks at a time."""
     most = int(chosen.sum(-1).max())
     table = chosen.to(torch.uint8).topk(most, dim=-1).indices.sort(dim=-1).values
@@ -158,11 +166,9 @@ def _sparse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: torch.Tensor, block_q: int, block_k: int, pv: str
 ) -> torch.Tensor:
     """O_s of q, k, v (G, L, D) and the map (G, M, N): (G, L, D)."""
-    *cut, v_scale = _rounded(q, k, v, block_q, block_k, pv)
-    blocks = _Blocks(*(_cut(x, b) for x, b in zip(cut, (block_q,) * 2 + (block_k,) * 3, strict=True)), v_scale)
-    scale = None if v_scale is None else v_scale[:, None]
+    blocks = _in_blocks(_operands(q, k, v, block_q, block_k, pv), block_q, block_k)
     parts = [
-        softmax_values(chunk.scores, _gather(blocks.v, chunk.table), scale, pv)
+        softmax_values(chunk.scores, _gather(blocks.v, chunk.table), blocks.v_scale, pv)
         for chunk in _chunks(blocks, chosen, q.shape[1])
     ]
     return torch.cat(parts, dim=1).flatten(1, 2)[:, : q.shape[1]]
@@ -205,9 +211,10 @@ def reference(
     chosen = block_map(q, k, topk, block_q, block_k) if chosen is None else chosen
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for batch, heads in _head_groups(q, chosen, block_k):
-        some = [t[batch, :, heads].to(wide).transpose(0, 1) for t in (q, k, v)]
-        y = _sparse(*some, chosen[batch, heads], block_q, block_k, pv) + _linear(*some, weight, bias, feature_map)
-        out[batch, :, heads] = y.transpose(0, 1).to(q.dtype)
+        qh, kh, vh = (t[batch, :, heads].to(wide).transpose(0, 1) for t in (q, k, v))
+        sparse = _sparse(qh, kh, vh, chosen[batch, heads], block_q, block_k, pv)
+        linear = _linear(qh, kh, vh, weight, bias, feature_map)
+        out[batch, :, heads] = (sparse + linear).transpose(0, 1).to(q.dtype)
     return out
 
 
@@ -224,10 +231,9 @@ def _sparse_backward(
 
     dV = P^T dO, dP = dO V^T, dS = P (dP - rowsum(P dP)), dQ = D^-0.5 dS K, dK = D^-0.5 dS^T Q, over the chosen blocks.
     """
-    *cut, _ = _rounded(q, k, v, block_q, block_k, "none")
-    blocks = _Blocks(*(_cut(x, b) for x, b in zip(cut, (block_q,) * 2 + (block_k,) * 3, strict=True)), None)
+    blocks = _in_blocks(_operands(q, k, v, block_q, block_k, "none"), block_q, block_k)
     grads, scale = _cut(grad, block_q), q.shape[-1] ** -0.5
-    dq, dk, dv = (torch.zeros_like(t) for t in (blocks.q, blocks.k, blocks.v))
+    dq, dk, dv = (t.new_zeros(t.shape) for t in (blocks.q, blocks.k, blocks.v))  # contiguous, whatever the blocks are
     for part, table, scores in _chunks(blocks, chosen, q.shape[1]):
         p = torch.softmax(scores / LOG2E, dim=-1)
         dp = grads[:, part] @ _gather(blocks.v, table).transpose(-1, -2)
@@ -243,7 +249,7 @@ def _add_blocks(total: torch.Tensor, table: torch.Tensor, parts: torch.Tensor) -
     """Adds parts (G, m, K * block, D) to the blocks of total (G, N, block, D) that table (G, m, K) names."""
     groups, blocks = total.shape[:2]
     row = torch.arange(groups, device=table.device)[:, None, None] * blocks + table
-    total.flatten(0, 1).index_add_(0, row.flatten(), parts.reshape(-1, *total.shape[2:]))
+    total.view(groups * blocks, *total.shape[2:]).index_add_(0, row.flatten(), parts.reshape(-1, *total.shape[2:]))
 
 
 def _linear_backward(
@@ -288,17 +294,17 @@ def reference_backward(
     wide = compute_dtype(q.dtype)
     weight = proj_weight.to(wide)
     chosen = block_map(q, k, topk, block_q, block_k) if chosen is None else chosen
-    outs = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     dweight, dbias = torch.zeros_like(weight), torch.zeros_like(proj_bias, dtype=wide)
     for batch, heads in _head_groups(q, chosen, block_k):
-        some = [t[batch, :, heads].to(wide).transpose(0, 1) for t in (grad, q, k, v)]
-        sparse = _sparse_backward(*some, chosen[batch, heads], block_q, block_k)
-        *linear, dw, db = _linear_backward(*some, weight, feature_map)
+        dout, qh, kh, vh = (t[batch, :, heads].to(wide).transpose(0, 1) for t in (grad, q, k, v))
+        sparse = _sparse_backward(dout, qh, kh, vh, chosen[batch, heads], block_q, block_k)
+        *linear, dw, db = _linear_backward(dout, qh, kh, vh, weight, feature_map)
         dweight += dw
         dbias += db
-        for out, one, other in zip(outs, sparse, linear, strict=True):
+        for out, one, other in zip((dq, dk, dv), sparse, linear, strict=True):
             out[batch, :, heads] = (one + other).transpose(0, 1).to(out.dtype)
-    return (*outs, dweight.to(proj_weight.dtype), dbias.to(proj_bias.dtype))
+    return (dq, dk, dv, dweight.to(proj_weight.dtype), dbias.to(proj_bias.dtype))
 
 
 def _check(
@@ -402,11 +408,11 @@ def _decomposition(
     down, right = chosen.shape[-2:]
     mask = chosen[:, :, :, None, :, None].expand(-1, -1, down, block_q, right, block_k)
     mask = mask.reshape(*chosen.shape[:2], down * block_q, right * block_k)[:, :, :tokens, :tokens]
-    some = [t.to(wide).permute(0, 2, 1, 3) for t in (q, k, v)]
-    qi, q_scale, ki, k_scale, vi, v_scale = _rounded(*some, block_q, block_k, pv, e4m3_in_float)
-    scores = (qi @ ki.transpose(-1, -2)) * q_scale[..., None] * k_scale[..., None, :]
-    sparse = softmax_values(torch.where(mask, scores, -math.inf), vi, v_scale, pv, e4m3_in_float)
-    y = sparse + _linear(*some, proj_weight.to(wide), proj_bias.to(wide), feature_map)
+    q_, k_, v_ = (t.to(wide).permute(0, 2, 1, 3) for t in (q, k, v))
+    x = _operands(q_, k_, v_, block_q, block_k, pv, e4m3_in_float)
+    scores = (x.q @ x.k.transpose(-1, -2)) * x.q_scale[..., None] * x.k_scale[..., None, :]
+    sparse = softmax_values(torch.where(mask, scores, -math.inf), x.v, x.v_scale, pv, e4m3_in_float)
+    y = sparse + _linear(q_, k_, v_, proj_weight.to(wide), proj_bias.to(wide), feature_map)
     return y.permute(0, 2, 1, 3).to(q.dtype).contiguous()
 
 
