@@ -74,33 +74,39 @@ def terms(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, fx.Node | None]]:
         yield *sides[0], None
 
 
+def is_sum(node: fx.Node) -> bool:
+    """Whether node adds two tensors to a floating (batch, tokens, channels)."""
+    added = is_op(node, aten.add.Tensor) and len(node.args) == 2 and isinstance(node.args[1], fx.Node)
+    return added and len(shape(node)) == 3 and dtype(node).is_floating_point
+
+
 def residuals(sub: Subgraph) -> Iterator[fx.Node]:
-    """Sums of two (batch, tokens, channels), one of them a product or a norm behind them."""
+    """Sums, one side of which is a product, or that a norm follows."""
     for node in sub.graph.nodes:
-        if is_op(node, aten.add.Tensor) and len(node.args) == 2 and isinstance(node.args[1], fx.Node):
-            if len(shape(node)) == 3 and dtype(node).is_floating_point:
-                if any(gate is not None or following(node) is not None for _, _, gate in terms(node)):
-                    yield node
+        if is_sum(node) and any(gate is not None or following(node) for _, _, gate in terms(node)):
+            yield node
 
 
 @rewrite(candidates=residuals)
 def residual_norm(m: Match) -> fx.Node | dict[fx.Node, fx.Node] | str:
-    reason = None
+    reasons = []
     for x, y, gate in terms(m.root):
-        why = token_layout(m, gate) if gate is not None else None
-        if why is None:
-            return built(m, in_result_dtype(m, m.root, x), unwiden(y), gate, following(m.root))
-        reason = reason or why
-    return str(reason)
+        made: fx.Node | dict[fx.Node, fx.Node] | str | None = None if gate is None else token_layout(m, gate)
+        if made is None:
+            made = built(m, in_result_dtype(m, m.root, x), unwiden(y), gate, following(m.root))
+        if not isinstance(made, str):
+            return made
+        reasons.append(made)
+    return reasons[0]
 
 
 def built(
     m: Match, x: fx.Node, y: fx.Node, gate: fx.Node | None, found: Following | None
 ) -> fx.Node | dict[fx.Node, fx.Node] | str:
     """The op, with the norm where there is one that is computed in the residual's dtype."""
-    reason = None if found is None else unfit(m, found)
+    reason = "no norm follows the sum" if found is None else unfit(m, found)
     if found is None or reason is not None:
-        return reason if gate is None and reason else m.op(ops.gated_residual, x, y, gate)
+        return str(reason) if gate is None else m.op(ops.gated_residual, x, y, gate)
     norm = found.norm
     arguments = (x, y, gate, found.scale, found.shift, norm.weight, norm.bias, norm.eps, norm.kind)
     quantize = lone_quantize(found.node)

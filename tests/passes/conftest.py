@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
-
 from turbocompile.backends.triton import compile_program
+
 from turbocompile.capture import capture
 from turbocompile.normalize import normalize
 from turbocompile.pipeline import PASSES, PassResult, load_pass, run_passes
@@ -75,7 +75,7 @@ class Rewritten:
 
 @pytest.fixture
 def rewrite():
-    """rewrite(model, args, until="adaln", options={...}, target="cpu"): all passes up to one, on the model's Program."""
+    """rewrite(model, args, until="adaln", options={...}, target="cpu"): all passes up to one, on a model."""
 
     def make(
         model: nn.Module,
