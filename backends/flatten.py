@@ -1,0 +1,178 @@
+"""A Program as one module of plain ATen operators, for backends that take a whole graph.
+
+The calls of blocks are replaced by the blocks' nodes, turbocompile's operators by what they are in ATen, and what
+depends on constants alone (RoPE tables) by its value, once for all calls of a block.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from turbocompile.backends.triton import foldable
+from turbocompile.kernels import DECOMPOSITIONS
+
+from turbocompile.errors import EngineError, UnsupportedError
+from turbocompile.normalize import normalize
+from turbocompile.pipeline import load_pass, run_pass
+from turbocompile.program import SHELL, Program, Subgraph, call, walk_tensors
+from turbocompile.weights import Constant, emitted_name
+
+aten = torch.ops.aten
+
+_EIGHT_BITS = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+_QUANTIZED_INSIDE = ("sage_attention", "sla_attention")  # floating point goes in and comes out
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A Program as one module: `module(*tensors) -> tuple of tensors`.
+
+    names: the module's buffers -> the names under which the engine stores them; computed tables have names of their own
+    that start with "folded.". example: inputs of the Program's shapes without values.
+    """
+
+    module: fx.GraphModule
+    names: dict[str, str]
+    example: tuple[torch.Tensor, ...]
+
+
+def flatten(program: Program, weights: Mapping[str, torch.Tensor], backend: str) -> Flat:
+    """The Program and its weights (stored name -> tensor) as one module on the CPU; the Program is left as it is.
+
+    Raises UnsupportedError for an operator that computes in 8 bits: it has no form in plain operators that is worth
+    running. EngineError where a weight is missing.
+    """
+    refuse_quantized(program, backend)
+    plain = _plain(program, weights)
+    flat = _Flattener(plain, weights)
+    flat.inline(SHELL, "", [flat.graph.placeholder(n.name) for n in plain.shell.inputs()])
+    module = fx.GraphModule(flat.root, flat.graph)
+    example = tuple(torch.empty(i.shape, dtype=i.dtype) for i in program.signature.inputs)
+    return Flat(module, flat.names, example)
+
+
+def refuse_quantized(program: Program, backend: str) -> None:
+    """UnsupportedError, with the operator and what to switch off, where a graph computes in 8 bits."""
+    for sub in program.graphs.values():
+        for node in sub.graph.nodes:
+            if getattr(node.target, "namespace", "") != "turbocompile":
+                continue
+            name = node.target._opname
+            attends = name in _QUANTIZED_INSIDE
+            read = [node, *node.all_input_nodes]
+            if attends or any(t.dtype in _EIGHT_BITS for n in read for t in walk_tensors(n.meta["val"])):
+                off = "passes.attention: native" if attends else "passes.w8a8: off"
+                raise UnsupportedError(
+                    f"the {backend} backend holds standard floating-point operators alone, and the program uses "
+                    f"turbocompile::{name}; set {off}, or use backend: triton"
+                )
+
+
+def _plain(program: Program, weights: Mapping[str, torch.Tensor]) -> Program:
+    """A copy in normal form without turbocompile's operators, whose constants have their values."""
+    plain = program.copy()
+    for sub in plain.graphs.values():
+        for node in sub.graph.nodes:
+            if node.op == "call_function" and node.target in DECOMPOSITIONS:
+                node.target = DECOMPOSITIONS[node.target]  # traced through by the normalization below
+        for expr in sub.weights.values():
+            if isinstance(expr, Constant) and f"constants.{expr.key}" in weights:
+                plain.constants[expr.key] = weights[f"constants.{expr.key}"].cpu()
+    normalize(plain)
+    run_pass(
+        plain, load_pass("norms"), {"target": "cpu"}
+    )  # what the operators' definitions write out is one operator again
+    return plain
+
+
+class _Flattener:
+    """Copies graphs into one, each call with its own weights; tables are shared by all calls of a block."""
+
+    def __init__(self, program: Program, weights: Mapping[str, torch.Tensor]) -> None:
+        self.program, self.weights = program, weights
+        self.graph, self.root = fx.Graph(), nn.Module()
+        self.names: dict[str, str] = {}
+        self.buffers: dict[str, fx.Node] = {}  # stored name -> where it is read
+        self.folded = {
+            name: _fold(sub, lambda n, s=sub, g=name: self._weight(n, s, g, "")) for name, sub in program.graphs.items()
+        }
+
+    def inline(self, name: str, prefix: str, args: Sequence[fx.Node]) -> list[fx.Node]:
+        """Copies the graph `name` for one call and gives its outputs; the shell's become the flat graph's."""
+        sub = self.program.graphs[name]
+        kept, skip = self.folded[name]
+        env: dict[fx.Node, Any] = dict(zip(sub.inputs(), args, strict=True))
+        for node, value in kept.items():
+            env[node] = self._table(f"folded.{name}.{node.name}", value)
+        for node in sub.graph.nodes:
+            if node in env or node in skip or node.op == "placeholder":
+                continue
+            if node.op == "get_attr":
+                if any(u not in skip for u in node.users):
+                    env[node] = self._buffer(*self._weight(node, sub, name, prefix))
+            elif node.op == "output":
+                outputs = fx.map_arg(list(node.args[0]), env.__getitem__)
+            elif node.target is call:
+                graph, inner, _, *given = node.args
+                results = self.inline(graph, inner, [env[n] for n in given])
+                env[node] = results if isinstance(node.meta["val"], (tuple, list)) else results[0]
+            elif node.target is operator.getitem and isinstance(env[node.args[0]], list):
+                env[node] = env[node.args[0]][node.args[1]]
+            else:
+                mapped = fx.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
+                env[node] = self.graph.call_function(node.target, *mapped)
+        if name == SHELL:
+            self.graph.output(tuple(outputs))
+        return outputs
+
+    def _weight(self, node: fx.Node, sub: Subgraph, graph: str, prefix: str) -> tuple[str, torch.Tensor]:
+        """The stored name and the values of a weight; constants in another form than stored have their own name."""
+        local = str(node.target)
+        expr = sub.weights[local]
+        key = emitted_name(graph == SHELL, graph, local, expr, prefix)
+        if key in self.weights:
+            return key, self.weights[key].cpu()
+        if isinstance(expr, Constant) and expr.key in self.program.constants:
+            return f"folded.{expr.key}", self.program.constants[expr.key]
+        raise EngineError(f"the engine lacks the weight {key!r}; it is damaged, build it again")
+
+    def _buffer(self, name: str, value: torch.Tensor) -> fx.Node:
+        if name not in self.buffers:
+            attribute = f"buffer_{len(self.buffers)}"
+            self.root.register_buffer(attribute, value)
+            self.names[attribute] = name
+            self.buffers[name] = self.graph.get_attr(attribute)
+        return self.buffers[name]
+
+    def _table(self, name: str, value: torch.Tensor) -> fx.Node:
+        """A folded value; where it is a broadcast, the small tensor is held and broadcast in the graph."""
+        small = value
+        for dim, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
+            if size > 1 and stride == 0:
+                small = small.narrow(dim, 0, 1)
+        node = self._buffer(name, small.contiguous())
+        return (
+            node
+            if small.shape == value.shape
+            else self.graph.call_function(aten.expand.default, (node, list(value.shape)))
+        )
+
+
+def _fold(sub: Subgraph, weight: Any) -> tuple[dict[fx.Node, torch.Tensor], set[fx.Node]]:
+    """The values that the rest of the graph reads of what depends on constants alone, and all nodes of that part."""
+    folded = foldable(sub)
+    env: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for node in sub.graph.nodes:
+            if node in folded:
+                for n in node.all_input_nodes:
+                    if n not in env:
+                        env[n] = weight(n)[1]
+                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
+                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return {n: env[n] for n in folded if any(u not in folded for u in n.users)}, folded

@@ -1,0 +1,324 @@
+"""ONNX files: the whole model at one shape in standard operators (opset 23), run by onnxruntime.
+
+The file holds the graph. The weights stay where the engine has them: ONNX finds external data by file, offset and
+length, and a safetensors shard is such a file, so that all shapes of an engine share one copy of the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import struct
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from turbocompile.backends.flatten import Flat, flatten
+
+from turbocompile.engine import inside
+from turbocompile.errors import EngineError, UnsupportedError
+from turbocompile.program import Program
+
+SMALL = 256  # elements of a constant that is no weight: shapes, axes, scalars, epsilons
+OPSET = 23  # the first with Attention and RMSNormalization
+EXTRA = 'pip install "turbocompile[onnx]"'
+
+# onnx.TensorProto.DataType, as fixed by the format.
+_ONNX_TYPES = {
+    torch.float32: 1, torch.uint8: 2, torch.int8: 3, torch.int16: 5, torch.int32: 6, torch.int64: 7, torch.bool: 9,
+    torch.float16: 10, torch.float64: 11, torch.bfloat16: 16,
+}  # fmt: skip
+
+
+def check(target: str) -> None:
+    """The file serves every target; raises UnsupportedError where a package is missing."""
+    require("onnx", ("onnx", "onnxscript", "onnxruntime"), EXTRA)
+
+
+def require(backend: str, packages: Sequence[str], install: str) -> None:
+    """UnsupportedError that names the packages that are not installed and how to install them."""
+    missing = [p for p in packages if importlib.util.find_spec(p) is None]
+    if missing:
+        raise UnsupportedError(f"the {backend} backend needs {' and '.join(missing)}; {install}")
+
+
+def emit(program: Program, weights: Mapping[str, torch.Tensor], folder: Path, name: str, target: str) -> list[str]:
+    """Writes `name.onnx`, and `name.onnx.data` for what no safetensors file of the folder holds."""
+    check(target)
+    return write_model(program, weights, folder, name, "onnx")
+
+
+def write_model(
+    program: Program, weights: Mapping[str, torch.Tensor], folder: Path, name: str, backend: str
+) -> list[str]:
+    """As `emit`; backend is who asks, for messages. Raises UnsupportedError for what ONNX cannot express."""
+    import onnx_ir as ir
+
+    flat = flatten(program, weights, backend)
+    model = _export(flat, backend)
+    _tidy(model.graph, flat.names)
+    extra = _externalize(model.graph, weights, folder, f"{name}.onnx.data")
+    ir.save(model, folder / f"{name}.onnx")
+    return [f"{name}.onnx", *extra]
+
+
+def _export(flat: Flat, backend: str) -> Any:
+    """The module as an onnx_ir.Model with inputs input_i and outputs output_i."""
+    from onnxscript import optimizer
+
+    outputs = next(n for n in reversed(flat.module.graph.nodes) if n.op == "output").args[0]
+    try:
+        with _quiet(), torch.no_grad():
+            exported = torch.export.export(flat.module, flat.example, strict=False)
+            onnx_program = torch.onnx.export(
+                exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=False,
+                input_names=[f"input_{i}" for i in range(len(flat.example))],
+                output_names=[f"output_{i}" for i in range(len(outputs))],
+            )  # fmt: skip
+            assert onnx_program is not None  # None only where a file is named
+            optimizer.optimize_ir(onnx_program.model, should_fold=_may_fold)
+    except torch.onnx.OnnxExporterError as error:
+        raise UnsupportedError(
+            f"the {backend} backend cannot express the model in ONNX: {_reason(error)}; use backend: triton"
+        ) from error
+    return onnx_program.model
+
+
+def _may_fold(node: Any) -> bool | None:
+    """No for what reads a weight, else as the optimizer thinks.
+
+    A folded transpose would be a second copy of the weight, in memory here and in the engine; what runs the file folds
+    it when it is loaded.
+    """
+    sizes = [v.const_value.size for v in node.inputs if v is not None and v.const_value is not None]
+    return False if any(size > SMALL for size in sizes) else None
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, in a line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().split("\n")[0][:200]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of packages that it does without, and of its own deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _tidy(graph: Any, names: Mapping[str, str]) -> None:
+    """Initializers get the names under which the engine stores them; traces of the machine that built it go."""
+    for old, new in names.items():
+        value = graph.initializers.pop(old, None)
+        if value is not None:
+            value.name = new
+            graph.register_initializer(value)
+    for node in graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+    graph.metadata_props.clear()
+    graph.doc_string = None
+
+
+def _externalize(graph: Any, weights: Mapping[str, torch.Tensor], folder: Path, data: str) -> list[str]:
+    """Points initializers at the folder's weights and writes the other large ones into `data`; the files written."""
+    import onnx_ir as ir
+
+    stored = _stored(folder)
+    others = []
+    for name, value in graph.initializers.items():
+        tensor = value.const_value
+        place = next((p for p in stored.get(name, ()) if name in weights and p.holds(folder, weights[name])), None)
+        if place is not None:
+            value.const_value = ir.ExternalTensor(
+                place.file, place.offset, place.length, tensor.dtype, shape=tensor.shape, name=name, base_dir=folder
+            )
+        elif tensor.size > SMALL:  # what is smaller travels in the graph, which may not exceed 2 GiB
+            others.append(value)
+    if not others:
+        return []
+    tensors = ir.external_data.convert_tensors_to_external([v.const_value for v in others], folder, data)
+    for value, tensor in zip(others, tensors, strict=True):
+        value.const_value = tensor
+    return [data]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a file of the folder holds a tensor: `length` bytes from `offset`."""
+
+    file: str
+    offset: int
+    length: int
+
+    def holds(self, folder: Path, tensor: torch.Tensor) -> bool:
+        """Whether the bytes there are the tensor's: files of several modules have tensors of the same names."""
+        wanted = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        if wanted.numel() != self.length:
+            return False
+        if self.length == 0:
+            return True
+        found = torch.from_file(
+            str(folder / self.file), shared=False, size=self.offset + self.length, dtype=torch.uint8
+        )
+        return torch.equal(found[self.offset :], wanted)
+
+
+def _stored(folder: Path) -> dict[str, list[_Place]]:
+    """The tensors of the folder's safetensors files, by name."""
+    found: dict[str, list[_Place]] = {}
+    for path in sorted(folder.glob("weights-*.safetensors")):
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(size))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, stop = entry["data_offsets"]
+                found.setdefault(name, []).append(_Place(path.name, 8 + size + start, stop - start))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ running
+
+
+def compile_program(
+    program: Program,
+    weights: Mapping[str, torch.Tensor],
+    device: torch.device,
+    folder: Path | None = None,
+    files: tuple[str, ...] = (),
+) -> Runner:
+    """A callable over flat tensors on `device`. Without files (an engine in memory) the model is exported first."""
+    check("cpu")
+    if folder is not None and files:
+        _check_model(folder, files[0])
+        return Runner(folder / files[0], program, device)
+    with tempfile.TemporaryDirectory() as temporary:  # the session maps what it needs before the files go
+        written = emit(program, weights, Path(temporary), "model", "cpu")
+        return Runner(Path(temporary) / written[0], program, device)
+
+
+def _check_model(folder: Path, name: str) -> None:
+    """EngineError unless the file is an ONNX graph of standard operators whose data lies in plain files of the folder.
+
+    onnxruntime would follow names that lead out of the folder, and reads its own memory at addresses that a name gives.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    path = inside(folder, name)
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except DecodeError as error:
+        raise EngineError(f"{name} in the engine is no ONNX file; copy it again or build it again") from error
+    domains = {o.domain for o in model.opset_import} | {n.domain for n in model.graph.node}
+    if domains - {"", "ai.onnx"} or model.functions:
+        raise EngineError(f"{name} in the engine holds operators that are not ONNX's own; build it again")
+    for tensor in _tensors(model.graph):
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                inside(folder, entry.value)
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    """The constant tensors of a graph and of the graphs in it."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            yield from (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors(inner)
+
+
+class Runner:
+    """Runs an ONNX file: `runner(*tensors) -> tuple of tensors`, each result in memory of its own."""
+
+    def __init__(self, path: Path, program: Program, device: torch.device) -> None:
+        self.device = device
+        self.session = _session(path, device)
+        self.inputs = tuple((i.shape, i.dtype) for i in program.signature.inputs)
+        self.outputs = tuple((tuple(n.meta["val"].shape), n.meta["val"].dtype) for n in program.shell.outputs())
+        self.input_names = [i.name for i in self.session.get_inputs()]
+        self.output_names = [o.name for o in self.session.get_outputs()]
+        for found, wanted in ((self.session.get_inputs(), self.inputs), (self.session.get_outputs(), self.outputs)):
+            if [tuple(v.shape) for v in found] != [shape for shape, _ in wanted]:
+                raise EngineError(
+                    f"{path.name} has the shapes {[v.shape for v in found]} where its program has "
+                    f"{[list(shape) for shape, _ in wanted]}; build the engine again"
+                )
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # Held until the run is over: the session is given addresses.
+        given = [t.detach().to(dtype).contiguous() for t, (_, dtype) in zip(tensors, self.inputs, strict=True)]
+        results = tuple(torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.outputs)
+        binding = self.session.io_binding()
+        for name, tensor in zip(self.input_names, given, strict=True):
+            binding.bind_input(name, *self._place(tensor))
+        for name, tensor in zip(self.output_names, results, strict=True):
+            binding.bind_output(name, *self._place(tensor))
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # the session runs on a stream of its own
+        self.session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return results
+
+    def _place(self, tensor: torch.Tensor) -> tuple[str, int, int, list[int], int]:
+        return (
+            self.device.type,
+            self.device.index or 0,
+            _ONNX_TYPES[tensor.dtype],
+            list(tensor.shape),
+            tensor.data_ptr(),
+        )
+
+
+def _session(path: Path, device: torch.device) -> Any:
+    """An InferenceSession on the device. Raises UnsupportedError where onnxruntime cannot run the model there."""
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    if device.type == "cpu":
+        providers: list[Any] = ["CPUExecutionProvider"]
+    elif device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        providers = [("CUDAExecutionProvider", {"device_id": device.index or 0}), "CPUExecutionProvider"]
+    else:
+        raise UnsupportedError(
+            f"the installed onnxruntime does not run on {device.type}; pip install onnxruntime-gpu for CUDA, or move "
+            "the engine to the CPU"
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    failures = (
+        state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoSuchFile,
+        state.NotImplemented, state.RuntimeException, state.EPFail,
+    )  # fmt: skip
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except failures as error:
+        raise UnsupportedError(
+            f"onnxruntime {onnxruntime.__version__} cannot run {path.name} on {device.type}: {_reason(error)}; "
+            "use float32 there, or backend: triton"
+        ) from error

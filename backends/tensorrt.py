@@ -1,0 +1,189 @@
+"""TensorRT plans: the whole model at one shape, built from its ONNX graph for one kind of RTX card.
+
+`tensorrt_rtx` builds for a named compute capability on a machine without a GPU. Its networks are strongly typed: a plan
+computes in the dtypes of the graph. Facts of version 1.7: attention in float32 builds at all shapes only where the layer is
+marked decomposable; without a capability on the builder configuration a plan for an unknown card is built in silence.
+Data-centre cards have another product, `tensorrt`, which builds only on the card itself; this backend does not use it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from turbocompile.backends.onnx import require, write_model
+
+from turbocompile.engine import inside
+from turbocompile.errors import EngineError, UnsupportedError
+from turbocompile.hardware import check_target, target_of
+from turbocompile.program import Program
+
+TARGETS = ("sm86", "sm89", "sm120")  # the RTX cards; ComputeCapability has a member of the same name in capitals
+EXTRA = 'pip install "turbocompile[tensorrt,onnx]"'
+
+
+def check(target: str) -> None:
+    """Raises UnsupportedError where no plan can be built for the target, or a package is missing."""
+    if check_target(target) not in TARGETS:
+        why = "is no GPU" if target == "cpu" else "is a data-centre card, which tensorrt_rtx does not serve"
+        raise UnsupportedError(
+            f"the tensorrt backend builds plans for RTX cards ({', '.join(TARGETS)}), and {target} {why}; "
+            "use backend: triton"
+        )
+    require("tensorrt", ("tensorrt_rtx", "onnx", "onnxscript"), EXTRA)
+
+
+def emit(program: Program, weights: Mapping[str, torch.Tensor], folder: Path, name: str, target: str) -> list[str]:
+    """Writes `name-target.plan`, weights included. Raises UnsupportedError where TensorRT refuses the model."""
+    check(target)
+    model, *data = write_model(program, weights, folder, name, "tensorrt")
+    try:
+        plan = build_plan(folder / model, target)
+    finally:
+        for file in (model, *data):
+            (folder / file).unlink()
+    file = f"{name}-{target}.plan"
+    (folder / file).write_bytes(plan)
+    return [file]
+
+
+def build_plan(model: Path, target: str) -> Any:
+    """The serialized plan of an ONNX file for a target, as a buffer. Raises UnsupportedError with TensorRT's reason."""
+    import tensorrt_rtx as trt
+
+    check(target)
+    log = _logger()
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse(model.read_bytes(), str(model)):
+        reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        raise UnsupportedError(f"TensorRT cannot read the model: {(reasons or ['no reason given'])[0]}; {_INSTEAD}")
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # how the Python API casts a layer to what it is
+            # May be taken apart where no fused kernel fits (float32 with grouped heads, or an odd number of tokens).
+            layer.attention.decomposable = True
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; float32 means float32 in an engine, as it does in PyTorch
+    config.num_compute_capabilities = 1
+    if not config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), 0):
+        raise UnsupportedError(f"tensorrt_rtx {trt.__version__} does not build for {target}; upgrade it")
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise UnsupportedError(f"TensorRT cannot build a plan of the model for {target}: {log.reason()}; {_INSTEAD}")
+    return plan
+
+
+_INSTEAD = "use backend: triton"
+
+
+def _logger() -> Any:
+    """A TensorRT logger that keeps errors for the message instead of printing them."""
+    import tensorrt_rtx as trt
+
+    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.errors.append(message)
+
+        def reason(self) -> str:
+            return self.errors[0].strip().split("\n")[0][:300] if self.errors else "it gives no reason"
+
+    return Log()
+
+
+# ------------------------------------------------------------------------------------------------------------ running
+
+
+def compile_program(
+    program: Program,
+    weights: Mapping[str, torch.Tensor],
+    device: torch.device,
+    folder: Path | None = None,
+    files: tuple[str, ...] = (),
+) -> Runner:
+    """A callable over flat tensors on the card. Without files (an engine in memory) the plan is built first.
+
+    Raises UnsupportedError where the device is not a card of the kind that the plan was built for.
+    """
+    target = _card(device)
+    if folder is not None and files:
+        built_for = Path(files[0]).stem.rpartition("-")[2]
+        if built_for != target:
+            raise UnsupportedError(
+                f"the plan was built for {built_for}, and this machine's {torch.cuda.get_device_name(device)} is "
+                f"{target}; build the engine again with target: {target}"
+            )
+        require("tensorrt", ("tensorrt_rtx",), EXTRA)
+        return Runner(inside(folder, files[0]).read_bytes(), program, device)
+    with tempfile.TemporaryDirectory() as temporary:
+        (file,) = emit(program, weights, Path(temporary), "model", target)
+        return Runner((Path(temporary) / file).read_bytes(), program, device)
+
+
+def _card(device: torch.device) -> str:
+    """The target that the device is. Raises UnsupportedError where no plan runs on it."""
+    if device.type != "cuda":
+        raise UnsupportedError(
+            f"a TensorRT plan runs on the RTX card it was built for, and the engine is on {device.type}; "
+            "move it with engine.to('cuda') on a machine with that card, or build it with backend: triton"
+        )
+    target = target_of(torch.cuda.get_device_capability(device))
+    if target not in TARGETS:
+        raise UnsupportedError(
+            f"TensorRT plans run on RTX cards ({', '.join(TARGETS)}), and this machine has an "
+            f"{torch.cuda.get_device_name(device)}; build the engine with backend: triton"
+        )
+    return target
+
+
+class Runner:
+    """Runs a plan: `runner(*tensors) -> tuple of tensors`, each result in memory of its own, on the current stream."""
+
+    def __init__(self, plan: bytes, program: Program, device: torch.device) -> None:
+        import tensorrt_rtx as trt
+
+        card = torch.cuda.get_device_name(device)
+        log = _logger()
+        with torch.cuda.device(device):
+            runtime = trt.Runtime(log)
+            engine = runtime.deserialize_cuda_engine(plan)
+            context = engine.create_execution_context() if engine is not None else None
+        if context is None:
+            raise UnsupportedError(f"TensorRT does not open the plan on this {card}: {log.reason()}; build it again")
+        self.device = device
+        self._log, self._runtime, self._engine, self.context = (
+            log,
+            runtime,
+            engine,
+            context,
+        )  # each needs the ones before
+        self.inputs = tuple((i.shape, i.dtype) for i in program.signature.inputs)
+        self.outputs = tuple((tuple(n.meta["val"].shape), n.meta["val"].dtype) for n in program.shell.outputs())
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        wanted = {
+            **{f"input_{i}": shape for i, (shape, _) in enumerate(self.inputs)},
+            **{f"output_{i}": shape for i, (shape, _) in enumerate(self.outputs)},
+        }
+        if {n: tuple(engine.get_tensor_shape(n)) for n in names} != wanted:
+            raise EngineError("the plan has other inputs or outputs than its program; build the engine again")
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # What `given` holds is freed in the stream's order, so it may go before the plan has run.
+        given = [t.detach().to(dtype).contiguous() for t, (_, dtype) in zip(tensors, self.inputs, strict=True)]
+        results = tuple(torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.outputs)
+        for kind, group in (("input", given), ("output", results)):
+            for i, tensor in enumerate(group):
+                self.context.set_tensor_address(f"{kind}_{i}", tensor.data_ptr())
+        if not self.context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
+            raise EngineError(f"TensorRT failed to run the plan: {self._log.reason()}")
+        return results
