@@ -14,40 +14,21 @@ import torch
 from torch import fx
 from turbocompile.kernels import ops
 
-from turbocompile.match import Match, Pass, is_cast, rewrite
+from turbocompile.match import Match, Pass, rewrite
 from turbocompile.program import Subgraph, is_op, shape
 from turbocompile.sites import (
     BLHD,
+    Place,
     as_norm,
     attention_layout,
     attentions,
+    below_layout,
     in_result_dtype,
     permuted,
     reshaped,
 )
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Place:
-    """A node on the way from an attention's operand to its projection.
-
-    The node holds, row by row, the numbers of a tensor whose axes are named by `order` and have these sizes; it may have
-    another shape.
-    """
-
-    node: fx.Node
-    order: str
-    sizes: tuple[int, ...]
-
-    @property
-    def heads(self) -> int:
-        return self.sizes[self.order.index("h")]
-
-    @property
-    def whole(self) -> bool:
-        return shape(self.node) == self.sizes
 
 
 @dataclass(frozen=True)
@@ -61,20 +42,6 @@ class Rotary:
 
 
 NO_ROTARY = Rotary((), (), (), True)
-
-
-def below_layout(place: Place) -> Place:
-    """The place under casts, permutations and reshapes."""
-    while True:
-        node, source = place.node, place.node.args[0] if place.node.args else None
-        if is_cast(node) or is_op(node, aten.reshape.default):
-            place = replace(place, node=source)  # type: ignore[arg-type]
-        elif is_op(node, aten.permute.default) and place.whole:
-            axes = {d: (axis, size) for d, axis, size in zip(node.args[1], place.order, place.sizes, strict=True)}  # type: ignore[arg-type]
-            order, sizes = zip(*(axes[d] for d in range(4)), strict=True)
-            place = Place(source, "".join(order), sizes)  # type: ignore[arg-type]
-        else:
-            return place
 
 
 def operands(attention: fx.Node) -> list[Place]:
@@ -119,7 +86,7 @@ def rebuilt(m: Match, top: fx.Node, place: Place, rotary: Rotary | None) -> fx.N
     norm = as_norm(node)
     batch, tokens, head_dim = (place.sizes[place.order.index(axis)] for axis in "bld")
     size = shape(node)[-1]
-    per_head = size == head_dim
+    per_head = size == head_dim and place.order[-1] == "d"
     if norm is None or norm.kind != "rms" or not (per_head or (size == place.heads * head_dim and place.order == BLHD)):
         return None
     x = in_result_dtype(m, top, norm.x)

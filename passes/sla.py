@@ -1,4 +1,4 @@
-"""softmax(q k^T / sqrt(D)) v   ->   sla_attention(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, "softmax", "none")
+"""softmax(q k^T / sqrt(D)) v   ->   sla_attention(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, ..., "none")
 
 Sparse attention over the best key blocks of each query block, plus linear attention over all keys: another function,
 in floating point here, so that the attention pass, which quantizes it, is measured against it. It is done where the

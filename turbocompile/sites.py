@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -242,6 +242,41 @@ def token_layout(m: Match, *values: Any) -> str | None:
         if shape(value)[-1:] != shape(m.root)[-1:]:
             return f"{value.name} {list(shape(value))} has not the channels of {list(shape(m.root))}"
     return None
+
+
+@dataclass(frozen=True)
+class Place:
+    """A node on the way from an attention's operand to its projection.
+
+    The node holds, row by row, the numbers of a tensor whose axes are named by `order` and have these sizes; it may
+    have another shape.
+    """
+
+    node: fx.Node
+    order: str
+    sizes: tuple[int, ...]
+
+    @property
+    def heads(self) -> int:
+        return self.sizes[self.order.index("h")]
+
+    @property
+    def whole(self) -> bool:
+        return shape(self.node) == self.sizes
+
+
+def below_layout(place: Place) -> Place:
+    """The place under casts, permutations and reshapes."""
+    while True:
+        node, source = place.node, place.node.args[0] if place.node.args else None
+        if is_cast(node) or is_op(node, aten.reshape.default):
+            place = replace(place, node=source)  # type: ignore[arg-type]
+        elif is_op(node, aten.permute.default) and place.whole:
+            axes = {d: (axis, size) for d, axis, size in zip(node.args[1], place.order, place.sizes, strict=True)}  # type: ignore[arg-type]
+            order, sizes = zip(*(axes[d] for d in range(4)), strict=True)
+            place = Place(source, "".join(order), sizes)  # type: ignore[arg-type]
+        else:
+            return place
 
 
 # ------------------------------------------------------------------------------------------------- dtypes, quantize
