@@ -81,7 +81,9 @@ def test_save_pretrained_says_that_it_leaves_the_engine_out_and_how_to_keep_it(p
     engine = turbocompile.load(tmp_path / "engine")
     again = DiffusionPipeline.from_pretrained(tmp_path / "saved", transformer=engine)
     again.set_progress_bar_config(disable=True)
-    assert torch.equal(generate(again), expected)
+    # Weights that diffusers maps from a file start at other addresses than an engine's, and CPU matrix products sum in
+    # another order then: two steps of rounding, amplified by guidance, instead of equal bits.
+    assert (generate(again) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def test_model_cpu_offload_says_that_it_needs_an_accelerator_or_works(pipe, compiled):
@@ -105,17 +107,26 @@ def test_offload_hooks_run_the_engine(pipe, compiled):
     assert torch.equal(found, expected)
 
 
+class Block(torch.nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.norm, self.qkv, self.out = torch.nn.LayerNorm(dim), torch.nn.Linear(dim, 3 * dim), torch.nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.out(y)
+
+
 class Tiny(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.blocks = torch.nn.ModuleList(
-            torch.nn.TransformerEncoderLayer(64, 2, 64, 0.0, batch_first=True, norm_first=True) for _ in range(2)
-        )
+        self.blocks = torch.nn.ModuleList(Block(64) for _ in range(2))
 
     def forward(self, x, t):
         x = x + t[:, None, None]
         for block in self.blocks:
-            x = x + torch.nn.functional.layer_norm(block.linear1(x), (64,))
+            x = block(x)
         return x
 
 

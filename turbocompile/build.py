@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -19,7 +20,7 @@ from turbocompile.capture import capture
 from turbocompile.engine import Engine, module_entry, new_folder, seal, weight_plan
 from turbocompile.errors import EngineError, VerificationError
 from turbocompile.normalize import normalize
-from turbocompile.pipeline import PASSES, PassResult, run_passes
+from turbocompile.pipeline import PassResult, run_passes
 from turbocompile.printer import print_program
 from turbocompile.program import Program, is_op
 from turbocompile.recipe import Recipe, Shape, load_recipe
@@ -116,6 +117,7 @@ def compile_programs(
     programs: dict[str, Program] = {}
     printed: dict[str, str] = {}
     results: list[PassResult] = []
+    warned: dict[str, None] = {}
     judged: list[PassResult] | None = None
     verifier: _Vetoes | None = None
     if rewrite and twin is not None:
@@ -126,7 +128,8 @@ def compile_programs(
             normalize(small)
             verifier = _Vetoes(small, Evaluator(source, small.constants), options)
             verifier.check_captured(captured_small)
-            judged = run_passes(small, options, target, verifier)
+            with _collected():  # said again for the Programs that are built
+                judged = run_passes(small, options, target, verifier)
     for shape, make in captured.items():
         with stages("capture"):
             program = make()
@@ -138,7 +141,9 @@ def compile_programs(
                 printed["normalize"] = print_program(program)
             with stages("rewrite"):
                 recorder = _Recorder(verifier.refused if verifier else {}, printed if first else {})
-                found = run_passes(program, options, target, recorder)
+                with _collected() as said:
+                    found = run_passes(program, options, target, recorder)
+                warned |= dict.fromkeys(said)
             _must_agree(name, judged or results, found)
             results = results or found
         else:
@@ -148,7 +153,17 @@ def compile_programs(
         result.error, result.error_output = measured.error, measured.error_output
         result.error_reason = measured.error_reason
     plan = weight_plan(programs)
-    return Compiled(name, programs, results, printed, plan, merged_constants(programs))
+    return Compiled(name, programs, results, printed, plan, merged_constants(programs), list(warned))
+
+
+@contextlib.contextmanager
+def _collected() -> Iterator[list[str]]:
+    """What passes warn of, as text for the report."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield said
+    said += [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
 
 
 def merged_constants(programs: Mapping[str, Program]) -> dict[str, torch.Tensor]:
