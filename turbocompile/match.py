@@ -43,9 +43,10 @@ class Pattern:
         return -self + other
 
     def __mul__(self, other: Any) -> Pattern:
-        for a, b in ((self, other), (other, self)):
-            if isinstance(a, Op) and a.target is aten.neg.default:
-                return -(a.args[0] * b)
+        if isinstance(self, Op) and self.target is aten.neg.default:
+            return -(self.args[0] * other)
+        if isinstance(other, Op) and other.target is aten.neg.default:
+            return -(self * other.args[0])
         if other is self:
             return self**2
         return Op(aten.mul.Tensor, (self, other))

@@ -143,27 +143,30 @@ def _rebuild(traced: fx.Graph, sub: Subgraph, given: list[fx.Node]) -> fx.Graph:
     results = list(next(n for n in reversed(traced.nodes) if n.op == "output").args[0])
     reads = iter(results[len(sub.outputs()) :])
     calls = {n: [next(reads) for _ in n.args[3:]] for n in given if n.target is call}
-    owner = {p: n for n in calls for p in gives[n]}
+    waiting = list(calls)
 
-    def value(node: fx.Node) -> fx.Node:
-        if node not in env:
-            _emit_call(new, owner[node], [value(a) for a in calls[owner[node]]], gives[owner[node]], env)
-        return env[node]
+    def emit_calls() -> None:
+        """Calls stand as early as what they read allows, in their order."""
+        while waiting and all(n in env for n in calls[waiting[0]]):
+            node = waiting.pop(0)
+            _emit_call(new, node, [env[n] for n in calls[node]], gives[node], env)
 
     for op in ("placeholder", "get_attr"):
         for node in given:
             if node.op == op:
                 made = env[gives[node][0]] = new.create_node(op, node.target, name=node.name)
                 made.meta = {**node.meta, "val": gives[node][0].meta["val"]}
+    emit_calls()
     for node in traced.nodes:
         if node.op == "call_function" and not (is_op(node, aten.copy_) and not node.users):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
             kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "layout")}
             made = env[node] = new.call_function(_SHOWN.get(node.target, node.target), args, kwargs)
             made.meta = {k: node.meta[k] for k in ("val", "nn_module_stack", "stack_trace") if k in node.meta}
+            emit_calls()
         elif node.op == "get_attr":
             raise TurbocompileError(f"the normal form would hold the value of {node.target!r}, which is no weight")
-    new.output(tuple(value(n) for n in results[: len(sub.outputs())]))
+    new.output(tuple(env[n] for n in results[: len(sub.outputs())]))
     return new
 
 

@@ -184,6 +184,22 @@ def same_value(node: fx.Node, make: Maker) -> Answer:
     return node.args[0]  # type: ignore[return-value]
 
 
+@local(aten.squeeze.dim)
+def squeeze_under_permute(node: fx.Node, make: Maker) -> Answer:
+    x, dim = node.args
+    if not is_op(x, aten.permute.default) or shape(node) == shape(x):  # type: ignore[arg-type]
+        return None
+    source, dims = x.args  # type: ignore[union-attr]
+    dim %= len(shape(x))  # type: ignore[operator,arg-type]
+    return _permute_without(dim, dims, make(aten.squeeze.dim, source, dims[dim]))  # type: ignore[index,arg-type]
+
+
+def _permute_without(dim: int, dims: Sequence[int], source: fx.Node) -> Call:
+    """A permute of what lacks the dimension that stood at `dim`."""
+    gone = dims[dim]
+    return aten.permute.default, (source, [d - (d > gone) for d in dims if d != gone])
+
+
 @local(
     aten.view.default,
     aten._unsafe_view,
@@ -214,6 +230,9 @@ def select_is_narrow(node: fx.Node, make: Maker) -> Answer:
     x, dim, index = node.args
     sizes = shape(x)  # type: ignore[arg-type]
     dim, index = dim % len(sizes), index % sizes[dim]  # type: ignore[operator,index]
+    if is_op(x, aten.permute.default):  # under it at once, while it is known which dimension goes
+        source, dims = x.args  # type: ignore[union-attr]
+        return _permute_without(dim, dims, make(aten.select.int, source, dims[dim], index))  # type: ignore[index,arg-type]
     return aten.reshape.default, (make(aten.slice.Tensor, x, dim, index, index + 1), list(shape(node)))
 
 
@@ -552,9 +571,17 @@ def add_rules(node: fx.Node, make: Maker) -> Answer:
         return aten.add.Tensor, (a, b)
     if node.target is aten.add.Scalar or node.kwargs or len(node.args) > 2:
         return aten.add.Tensor, (a, b)
-    if not isinstance(b, fx.Node) and b == 0 and dtype(a) == dtype(node):
-        return a
+    if not isinstance(b, fx.Node) and dtype(a) == dtype(node):
+        if b == 0:
+            return a
+        if _whole(b):
+            return aten.add.Tensor, (a, int(b))
     return _broadcast_rules(node, a, b)
+
+
+def _whole(number: Any) -> bool:
+    """Whether a number is a whole one written as a float; 1 and 1.0 are one form."""
+    return isinstance(number, float) and number.is_integer() and 0 < abs(number) < 2**53
 
 
 @local(aten.mul.Scalar, aten.mul.Tensor)
@@ -567,6 +594,8 @@ def mul_rules(node: fx.Node, make: Maker) -> Answer:
             return a
         if b == -1 and dtype(a) == dtype(node):
             return aten.neg.default, (a,)
+        if _whole(b) and dtype(a) == dtype(node):
+            return aten.mul.Tensor, (a, int(b))
         if is_op(a, aten.sum.dim_IntList) and _real(node) and math.isclose(b * _reduced(a), 1, rel_tol=1e-6):
             return aten.mean.dim, a.args
     elif a is b and _real(node):
@@ -709,31 +738,44 @@ def reductions_keep_dims(node: fx.Node, make: Maker) -> Answer:
 
 @local(aten.var, aten.std)
 def var_is_mean_of_squares(node: fx.Node, make: Maker) -> Answer:
-    """var(x) is mean((x - mean(x))**2) * n / (n - correction)."""
-    names = {a.name for a in node.target._schema.arguments}  # type: ignore[union-attr]
-    given = dict(
-        zip(
-            [a.name for a in node.target._schema.arguments],  # type: ignore[union-attr]
-            arguments(node.target, node.args, node.kwargs),  # type: ignore[arg-type]
-            strict=True,
-        )
-    )
+    value = _variance(node, make)
+    if value is not None and is_op(node, aten.std):
+        value = make(aten.pow.Tensor_Scalar, value, 0.5)
+    return value and (aten.reshape.default, (_as_dtype(value, dtype(node), make), list(shape(node))))
+
+
+def _variance(node: fx.Node, make: Maker) -> fx.Node | None:
+    """var(x) as mean((x - mean(x))**2) * n / (n - correction), dimensions kept, in float32 at least."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(names, arguments(node.target, node.args, node.kwargs), strict=True))  # type: ignore[arg-type]
     x, rank = given["self"], len(shape(given["self"]))
     dims = sorted(d % rank for d in (given.get("dim") or range(rank)))
-    correction = given.get("correction", 1) if "correction" in names else int(given.get("unbiased", True))
+    correction = given["correction"] if "correction" in given else int(given.get("unbiased", True))
     correction = 1 if correction is None else correction
-    wide = torch.float32 if dtype(x) in (torch.bfloat16, torch.float16) else dtype(x)
-    x = _as_dtype(x, wide, make)
-    centred = make(aten.add.Tensor, x, make(aten.neg.default, make(aten.mean.dim, x, dims, True)))
-    value = make(aten.mean.dim, make(aten.pow.Tensor_Scalar, centred, 2), dims, True)
     n = math.prod(shape(x)[d] for d in dims)
     if n <= correction:
         return None
-    if correction:
-        value = make(aten.mul.Tensor, value, n / (n - correction))
-    if is_op(node, aten.std):
-        value = make(aten.pow.Tensor_Scalar, value, 0.5)
-    return aten.reshape.default, (_as_dtype(value, dtype(node), make), list(shape(node)))
+    x = _as_dtype(x, torch.float32, make) if dtype(x) in (torch.bfloat16, torch.float16) else x
+    centred = make(aten.add.Tensor, x, make(aten.neg.default, make(aten.mean.dim, x, dims, True)))
+    value = make(aten.mean.dim, make(aten.pow.Tensor_Scalar, centred, 2), dims, True)
+    return make(aten.mul.Tensor, value, n / (n - correction)) if correction else value
+
+
+@local(operator.getitem)
+def item_of_moments(node: fx.Node, make: Maker) -> Answer:
+    """The parts of var_mean, and the normed tensor of native_layer_norm."""
+    source, i = node.args
+    if is_op(source, aten.native_layer_norm.default) and i == 0:
+        return aten.layer_norm.default, tuple(source.args)  # type: ignore[union-attr]
+    if not is_op(source, aten.var_mean):
+        return None
+    value: fx.Node | None
+    if i == 0:
+        value = _variance(source, make)  # type: ignore[arg-type]
+    else:
+        x, dims = source.args[0], (list(source.args[1]) if len(source.args) > 1 and source.args[1] else [])  # type: ignore[union-attr]
+        value = make(aten.mean.dim, x, dims or list(range(len(shape(x)))), True)  # type: ignore[arg-type]
+    return value and (aten.reshape.default, (_as_dtype(value, dtype(node), make), list(shape(node))))
 
 
 @local(aten.layer_norm.default)
