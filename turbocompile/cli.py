@@ -51,10 +51,13 @@ class _Group(click.Group):
             raise _failure(error, code) from error
 
 
+class _UserError(click.ClickException):
+    exit_code = 2
+
+
 def _failure(error: Exception, code: int) -> click.ClickException:
-    failure = click.ClickException(" ".join(str(error).split()))
-    failure.exit_code = code
-    return failure
+    sentence = " ".join(str(error).split())
+    return _UserError(sentence) if code == 2 else click.ClickException(sentence)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
