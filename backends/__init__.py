@@ -1,4 +1,4 @@
-"""Ways to run a Program. Each backend is a module with the functions of `Backend`; nothing above knows which one it is."""
+"""Ways to run a Program. Each backend is a module with the functions of `Backend`; nothing above knows which it is."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Backend(Protocol):
     def emit(
         self, program: Program, weights: Mapping[str, torch.Tensor], folder: Path, name: str, target: str
     ) -> list[str]:
-        """Writes what the backend needs beside the program's JSON and the weights; the files, relative to the folder."""
+        """Writes what is needed beside the program's JSON and the weights; the files, relative to the folder."""
 
     def compile_program(
         self,

@@ -1,7 +1,7 @@
 """The backend that runs a Program as it is: generated Python over ATen and turbocompile's operators.
 
-A block's graph is compiled once and called with the weights of each of its places. What depends on constants alone (RoPE
-tables) is computed once for a device.
+A block's graph is compiled once and called with the weights of each of its places. What depends on constants alone
+(RoPE tables) is computed once for a device.
 """
 
 from __future__ import annotations
@@ -117,9 +117,9 @@ class _Compiled:
 
 def place(node: fx.Node, kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Keyword arguments with the device for operators that make a tensor out of nothing."""
-    if not node.all_input_nodes and isinstance(node.target, torch._ops.OpOverload):
-        if any(a.name == "device" for a in node.target._schema.arguments):
-            return {**kwargs, "device": device}
+    overload = isinstance(node.target, torch._ops.OpOverload) and not node.all_input_nodes
+    if overload and any(a.name == "device" for a in node.target._schema.arguments):  # type: ignore[union-attr]
+        return {**kwargs, "device": device}
     return kwargs
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from turbocompile.backends.triton import compile_program
 
 from turbocompile import signature as sig
-from turbocompile.backends.triton import compile_program
 from turbocompile.capture import capture
 from turbocompile.engine import weight_plan
 from turbocompile.errors import CaptureError
@@ -138,7 +138,7 @@ def test_parameters_need_no_memory(wan, wan_call):
 def test_meta_buffers_that_are_in_no_checkpoint_are_named(wan, wan_call):
     with torch.device("meta"):
         model = wan()
-    with pytest.raises(CaptureError, match="freqs_cos.*meta device"):
+    with pytest.raises(CaptureError, match=r"freqs_cos.*meta device"):
         capture(model, kwargs=wan_call())
 
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from turbocompile.kernels.quantize import dequantize, quantize
 
 from turbocompile.errors import EngineError
-from turbocompile.kernels.quantize import dequantize, quantize
 from turbocompile.serialize import expr_from_json, expr_json
 from turbocompile.weights import (
     AddLora,
@@ -61,7 +61,10 @@ def load(name, *shape, dtype=F32):
 def table():
     torch.manual_seed(0)
     return Table(
-        **{"q": torch.randn(6, 8), "k": torch.randn(4, 8), "a": torch.randn(2, 8), "b": torch.randn(6, 2)},
+        q=torch.randn(6, 8),
+        k=torch.randn(4, 8),
+        a=torch.randn(2, 8),
+        b=torch.randn(6, 2),
         **{"blocks.1.w": torch.randn(6, 8)},
     )
 

@@ -50,7 +50,7 @@ class Compiled:
 
 
 class Stages:
-    """Times the stages of a build and tells whoever watches. progress(stage, fraction) gets 0 at a start and 1 at an end."""
+    """Times the stages of a build and tells whoever watches: progress(stage, 0) at a start, (stage, 1) at an end."""
 
     def __init__(self, progress: Progress | None = None) -> None:
         self.seconds: dict[str, float] = {}
@@ -108,9 +108,9 @@ def compile_programs(
 ) -> Compiled:
     """Captures and rewrites the Programs of one module.
 
-    captured: shape name -> a function that captures it. rewrite: False leaves the graphs as captured. twin: captures the
-    small shape at which rewrites are measured; None measures nothing. Raises VerificationError where the shapes end with
-    different rewrites.
+    captured: shape name -> a function that captures it. rewrite: False leaves the graphs as captured. twin: captures
+    the small shape at which rewrites are measured; None measures nothing. Raises VerificationError where the shapes end
+    with different rewrites.
     """
     stages = stages or Stages()
     options = {k: {**v, "checkpoint_keys": frozenset(source.keys())} for k, v in options.items()}
@@ -318,7 +318,7 @@ def make_report(
     model: str | None = None,
     weights: str | None = None,
 ) -> Report:
-    """The report of all modules. components: bytes of the models around them; written: bytes of the engine, if built."""
+    """The report of all modules. components: bytes of the models around them; written: of the engine, if built."""
     reports = {}
     for name, item in compiled.items():
         reports[name] = Report.from_results(
@@ -378,8 +378,8 @@ def optimize(
 
     model: any module; it is left as it was. args, kwargs: an example call, or several (a list of (args, kwargs) pairs
     given as `args`), one Program each. Without an example the returned module captures at its first call.
-    recipe: what the passes do: a Recipe, its fields as a mapping (`{"passes": {"w8a8": "int8"}}`), or a file; its model,
-    shapes and dtype are not looked at. target: "cpu", "sm90", ...; by default what the model's device is.
+    recipe: what the passes do: a Recipe, its fields as a mapping (`{"passes": {"w8a8": "int8"}}`), or a file; its
+    model, shapes and dtype are not looked at. target: "cpu", "sm90", ...; by default what the model's device is.
     verify_args: a smaller example call to measure rewrites on, for calls of over 4,096 tokens.
 
     Raises CaptureError, VerificationError, UnsupportedError, RecipeError.
@@ -423,7 +423,7 @@ class EngineBuild:
 
 
 class LazyEngine(nn.Module):
-    """A module that compiles itself at its first call, for that call's shapes; later calls of other shapes add theirs."""
+    """A module that compiles itself at its first call, for that call's shapes; calls of other shapes add theirs."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, verify_args: Any, progress: Progress | None) -> None:
         super().__init__()

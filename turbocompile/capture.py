@@ -81,8 +81,8 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
             if buffer is not None and buffer.device.type == "meta":
                 if name in module._non_persistent_buffers_set:
                     raise CaptureError(
-                        f"the buffer {name!r} of {type(module).__name__} is on the meta device and in no checkpoint, so its "
-                        "values are unknown; build the model with its buffers on the CPU"
+                        f"the buffer {name!r} of {type(module).__name__} is on the meta device and in no checkpoint, "
+                        "so its values are unknown; build the model with its buffers on the CPU"
                     )
                 with mode:  # a buffer of the checkpoint that was not loaded: shape and dtype are enough
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")

@@ -10,6 +10,7 @@ import torch
 
 from turbocompile.engine import Engine, check_files, load, read_manifest
 from turbocompile.errors import EngineError
+from turbocompile.program import Program
 from turbocompile.recipe import Recipe
 from turbocompile.verify import Error, compare, random_inputs
 from turbocompile.wan.source import open_source
@@ -58,7 +59,7 @@ def verify_folder(folder: str | Path, numeric: bool = False) -> Checked:
 
 
 def _compare(engine: Engine, manifest: dict[str, Any]) -> tuple[dict[str, Error], bool]:
-    if not isinstance(manifest.get("recipe"), dict) or not manifest["components"] and "task" not in manifest:
+    if not isinstance(manifest.get("recipe"), dict) or "task" not in manifest:
         raise EngineError(
             "this engine was made from a module in memory, so there is no source model to compare with; "
             "compare engine(*args) with model(*args) where you have both"
@@ -66,7 +67,7 @@ def _compare(engine: Engine, manifest: dict[str, Any]) -> tuple[dict[str, Error]
     source = open_source(Recipe.from_dict(manifest["recipe"], "manifest.json"))
     errors, exact = {}, True
     for name, expert in engine.experts.items():
-        program = min(expert.programs.values(), key=lambda p: sum(torch.Size(i.shape).numel() for i in p.signature.inputs))
+        program = min(expert.programs.values(), key=_elements)
         tensors = random_inputs(program)
         names = [i.path for i in program.signature.inputs]
         call = dict(zip(names, tensors, strict=True))
@@ -74,8 +75,10 @@ def _compare(engine: Engine, manifest: dict[str, Any]) -> tuple[dict[str, Error]
         with torch.no_grad():
             expected = model(**call, return_dict=False)[0]
             errors[name] = compare(expert(**call, return_dict=False)[0], expected)
-        operators = {
-            getattr(n.target, "_opname", "") for sub in program.graphs.values() for n in sub.graph.nodes
-        }
+        operators = {getattr(n.target, "_opname", "") for sub in program.graphs.values() for n in sub.graph.nodes}
         exact = exact and not operators & set(QUANTIZED) and expected.dtype == torch.float32
     return errors, exact
+
+
+def _elements(program: Program) -> int:
+    return sum(torch.Size(i.shape).numel() for i in program.signature.inputs)

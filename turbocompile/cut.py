@@ -1,8 +1,8 @@
 """Cuts the repeated blocks out of a flat graph.
 
 Nodes are grouped by the first `X.<index>` of their module path. A group that can be taken out whole (nothing leaves it
-and comes back) becomes a piece; pieces that are alike in every operation, shape and weight suffix share one graph. What a
-piece reads that is computed from constants alone (RoPE tables) moves into it, so that passes on the block see it.
+and comes back) becomes a piece; pieces that are alike in every operation, shape and weight suffix share one graph. What
+a piece reads that is computed from constants alone (RoPE tables) moves into it, so that passes on the block see it.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _alike(pieces: list[Piece], lists: set[str]) -> list[Piece]:
 
 
 def _structure(piece: Piece) -> Any:
-    """What two pieces must share to be one graph: operations, arguments, shapes, weights by their names after the prefix."""
+    """What two pieces must share to be one graph: operations, arguments, shapes, weights by names after the prefix."""
     number = {n: f"in{i}" for i, n in enumerate(piece.inputs)}
     number |= {n: f"n{i}" for i, n in enumerate(piece.nodes)}
 

@@ -19,8 +19,11 @@ from turbocompile.errors import UnsupportedError
 _PART = re.compile(r"\.(\w+)|\[['\"]?(\w+)['\"]?\]")
 
 
-def backend(graph: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
-    """Compiles a graph that Dynamo captured. options: `recipe`, `target` and `backend` as `turbocompile.optimize` takes them.
+def backend(
+    graph: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compiles a graph that Dynamo captured. options: `recipe`, `target` and `backend` as `turbocompile.optimize` takes
+    them.
 
     Raises UnsupportedError under autograd: an engine is for inference.
     """
@@ -58,7 +61,7 @@ def _is_static(node: fx.Node, value: Any) -> bool:
 
 
 def module_name(source: str) -> str:
-    """`L['self']._modules['blocks']._modules['0']._parameters['w']` -> `blocks.0.w`; the first part is a local variable."""
+    """`L['self']._modules['blocks']._modules['0']._parameters['w']` -> `blocks.0.w`; the first part is a variable."""
     parts = [a or b for a, b in _PART.findall(source)]
     return ".".join(p for p in parts[1:] if p not in ("__dict__", "_modules", "_parameters", "_buffers"))
 
@@ -67,13 +70,18 @@ class Replay(nn.Module):
     """Dynamo's graph as a module: its parameters by name, its tensors as arguments, its sizes fixed."""
 
     def __init__(
-        self, graph: fx.GraphModule, weights: Mapping[int, Any], sizes: Mapping[int, int], placeholders: Sequence[fx.Node]
+        self,
+        graph: fx.GraphModule,
+        weights: Mapping[int, Any],
+        sizes: Mapping[int, int],
+        placeholders: Sequence[fx.Node],
     ) -> None:
         super().__init__()
         object.__setattr__(self, "graph_module", graph)
         for node in graph.graph.nodes:
             stack = node.meta.get("nn_module_stack") or {}
-            node.meta["nn_module_stack"] = {k: (f"model.{module_name(path)}", kind) for k, (path, kind) in stack.items()}
+            named = {k: (f"model.{module_name(path)}", kind) for k, (path, kind) in stack.items()}
+            node.meta["nn_module_stack"] = named
         self.places: dict[int, str] = {}
         self.sizes = dict(sizes)
         self.count = len(placeholders)

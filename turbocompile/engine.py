@@ -37,6 +37,7 @@ MANIFEST = "manifest.json"
 CHUNK = 64 << 20  # bytes of a weights file that share one hash, so that files can be checked in parallel
 MAX_JSON = 256 << 20
 MAX_DEPTH = 96
+_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]')  # strings are tokens, so that brackets in them do not count
 _PLAIN_NAME = re.compile(r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$")
 
 
@@ -76,8 +77,8 @@ def weight_plan(programs: Mapping[str, Program]) -> dict[str, Emission]:
 class Engine(nn.Module):
     """A compiled model, at one or several shapes, with its weights.
 
-    Called like the model it came from. `.to(device)` moves the weights; no `.to(dtype)` changes them. `experts` maps the
-    names of all modules in the same folder ("transformer", "transformer_2") to their engines.
+    Called like the model it came from. `.to(device)` moves the weights; no `.to(dtype)` changes them. `experts` maps
+    the names of all modules in the same folder ("transformer", "transformer_2") to their engines.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class Engine(nn.Module):
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the Program whose shapes the call has. Raises CaptureError where there is none, or an argument differs."""
+        """Runs the Program whose shapes the call has. CaptureError where there is none, or an argument differs."""
         first = next(iter(self.programs.values()))
         tensors, wrapped = sig.bind(first.signature, args, kwargs, self.model_name)
         for name, program in self.programs.items():
@@ -193,8 +194,9 @@ class Engine(nn.Module):
             yield nn.Parameter(tensor, requires_grad=False)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """The same as `save`, under the name that diffusers uses. A pipeline's own `save_pretrained` leaves an engine out
-        and says so, since `from_pretrained` could not open it; give it back by `from_pretrained(..., transformer=engine)`.
+        """The same as `save`, under the name that diffusers uses. A pipeline's own `save_pretrained` leaves an engine
+        out and says so, since `from_pretrained` could not open it; give it back by `from_pretrained(...,
+        transformer=engine)`.
         """
         self.save(save_directory, force=True)
 
@@ -281,25 +283,11 @@ def read_json(path: Path) -> Any:
     if path.stat().st_size > MAX_JSON:
         raise EngineError(f"{path.name} is {path.stat().st_size >> 20} MiB, more than any engine needs; build it again")
     text = path.read_bytes()
-    depth = deepest = 0
-    in_string = escaped = False
-    for byte in text:
-        if in_string:
-            if escaped:
-                escaped = False
-            elif byte == 0x5C:
-                escaped = True
-            elif byte == 0x22:
-                in_string = False
-        elif byte == 0x22:
-            in_string = True
-        elif byte in (0x5B, 0x7B):
-            depth += 1
-            deepest = max(deepest, depth)
-            if deepest > MAX_DEPTH:
-                raise EngineError(f"{path.name} is nested more than {MAX_DEPTH} deep, so it is no engine file")
-        elif byte in (0x5D, 0x7D):
-            depth -= 1
+    depth = 0
+    for token in _BRACKETS.findall(text):  # before parsing: the parser recurses
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token, 0)
+        if depth > MAX_DEPTH:
+            raise EngineError(f"{path.name} is nested more than {MAX_DEPTH} deep, so it is no engine file")
     try:
         return json.loads(text)
     except (ValueError, UnicodeDecodeError) as error:
@@ -351,7 +339,8 @@ def check_files(folder: Path, manifest: Mapping[str, Any], names: Sequence[str] 
             raise EngineError(f"the engine's {name} is not in its manifest; build it again")
         if path.stat().st_size != entry.get("size"):
             raise EngineError(
-                f"the engine's {name} has {path.stat().st_size} bytes and should have {entry.get('size')}; copy it again"
+                f"the engine's {name} has {path.stat().st_size} bytes and should have {entry.get('size')}; "
+                "copy it again"
             )
         if _hashes(path) != entry.get("sha256"):
             raise EngineError(f"the engine's {name} was altered (its hash differs); copy it again or build it again")

@@ -14,7 +14,7 @@ class CaptureError(TurbocompileError):
 
 
 class EngineError(TurbocompileError):
-    """An engine folder, or a checkpoint, is damaged, hostile, newer than this version, or does not hold what is asked of it."""
+    """An engine folder or a checkpoint is damaged, hostile, newer than this version, or lacks what is asked of it."""
 
 
 class UnsupportedError(TurbocompileError):

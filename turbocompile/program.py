@@ -5,7 +5,8 @@ In memory a graph is a `torch.fx.Graph` in which
 * a `placeholder` is an activation,
 * a `get_attr` is a weight; its target is the weight's local name, a key of `Subgraph.weights`,
 * a `call_function` has an ATen or `turbocompile::` overload as target, or `call`,
-* every node carries `meta["val"]`, a FakeTensor (or a tuple of them), and `meta["nn_module_stack"]` where it came from a module.
+* every node carries `meta["val"]`, a FakeTensor (or a tuple of them), and `meta["nn_module_stack"]` where it came from
+a module.
 
 `call(graph, prefix, phase, *args)` runs the named graph with the weights whose names start with `prefix`.
 """
@@ -98,7 +99,8 @@ class Input:
 class Signature:
     """How the model is called, as data.
 
-    parameters: (name, kind, has_default, default) of `forward`, kind as in `inspect.Parameter.kind.name`; a default that
+    parameters: (name, kind, has_default, default) of `forward`, kind as in `inspect.Parameter.kind.name`; a default
+    that
         is no plain value is recorded as None with has_default True.
     inputs: the tensors, in the order of the shell's placeholders.
     guards: path -> plain value of every other argument, fixed at capture.

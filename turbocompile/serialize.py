@@ -1,7 +1,7 @@
 """Programs as data: JSON with operators from an allow-list of exact overloads, no Python source, no pickle.
 
-`to_json` and `from_json` are inverse. Reading trusts nothing: operators, names, argument kinds and sizes are checked, and
-the shapes are computed anew with fake tensors and must equal the recorded ones.
+`to_json` and `from_json` are inverse. Reading trusts nothing: operators, names, argument kinds and sizes are checked,
+and the shapes are computed anew with fake tensors and must equal the recorded ones.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ MAX_TENSOR_BYTES = 1 << 40  # an activation larger than this is a mistake or an 
 # What a graph in a saved engine may call: pure tensor mathematics and the in-place writes that captured models do to
 # tensors of their own. Nothing here reads files, runs code, or reinterprets memory.
 _PACKETS = """
-abs acos add add_ addcdiv addcmul addmm alias all amax amin any arange argmax argmin asin atan atan2 avg_pool1d avg_pool2d
-avg_pool3d baddbmm bitwise_and bitwise_not bitwise_or bmm broadcast_tensors cat ceil chunk clamp clamp_ clamp_max clamp_min
-clone complex concat constant_pad_nd contiguous conv1d conv2d conv3d convolution copy copy_ cos cosh cumsum detach diagonal div div_
-dropout einsum elu embedding empty empty_like eq erf exp exp_ expand expand_as expm1 eye fill fill_ flatten flip floor
-floor_divide fmod full full_like gather ge gelu glu group_norm gt hardswish hardtanh index index_copy index_put index_select
-isinf isnan layer_norm le leaky_relu lerp lift_fresh_copy linear linspace log log1p log2 logaddexp logical_and logical_not
-logical_or logsumexp lt masked_fill masked_fill_ matmul max maximum mean meshgrid min minimum mish mm movedim mul mul_ mv
-nan_to_num narrow native_group_norm native_layer_norm ne neg neg_ new_empty new_full new_ones new_zeros norm numpy_T ones
-ones_like outer pad permute pixel_shuffle pixel_unshuffle polar pow prod real imag reciprocal relu relu_ remainder repeat
-repeat_interleave reshape reshape_as rms_norm roll round rsqrt rsqrt_ rsub scalar_tensor scaled_dot_product_attention scatter
-scatter_ select select_scatter sigmoid sigmoid_ sign silu silu_ sin sinh slice slice_scatter softmax _softmax softplus sort
-split split_with_sizes sqrt square squeeze stack std sub sub_ sum t tan tanh tanh_ tensor_split tile to topk transpose tril
-triu trunc type_as unbind unflatten unfold unsafe_chunk unsafe_split _unsafe_view unsqueeze upsample_nearest1d
-upsample_nearest2d upsample_nearest3d upsample_bilinear2d var var_mean vector_norm linalg_vector_norm view view_as
-view_as_complex view_as_real where zero_ zeros zeros_like zeros_
+abs acos add add_ addcdiv addcmul addmm alias all amax amin any arange argmax argmin asin atan atan2 avg_pool1d
+avg_pool2d avg_pool3d baddbmm bitwise_and bitwise_not bitwise_or bmm broadcast_tensors cat ceil chunk clamp clamp_
+clamp_max clamp_min clone complex concat constant_pad_nd contiguous conv1d conv2d conv3d convolution copy copy_ cos cosh
+cumsum detach diagonal div div_ dropout einsum elu embedding empty empty_like eq erf exp exp_ expand expand_as expm1 eye
+fill fill_ flatten flip floor floor_divide fmod full full_like gather ge gelu glu group_norm gt hardswish hardtanh index
+index_copy index_put index_select isinf isnan layer_norm le leaky_relu lerp lift_fresh_copy linear linspace log log1p
+log2 logaddexp logical_and logical_not logical_or logsumexp lt masked_fill masked_fill_ matmul max maximum mean meshgrid
+min minimum mish mm movedim mul mul_ mv nan_to_num narrow native_group_norm native_layer_norm ne neg neg_ new_empty
+new_full new_ones new_zeros norm numpy_T ones ones_like outer pad permute pixel_shuffle pixel_unshuffle polar pow prod
+real imag reciprocal relu relu_ remainder repeat repeat_interleave reshape reshape_as rms_norm roll round rsqrt rsqrt_
+rsub scalar_tensor scaled_dot_product_attention scatter scatter_ select select_scatter sigmoid sigmoid_ sign silu silu_
+sin sinh slice slice_scatter softmax _softmax softplus sort split split_with_sizes sqrt square squeeze stack std sub
+sub_ sum t tan tanh tanh_ tensor_split tile to topk transpose tril triu trunc type_as unbind unflatten unfold
+unsafe_chunk unsafe_split _unsafe_view unsqueeze upsample_nearest1d upsample_nearest2d upsample_nearest3d
+upsample_bilinear2d var var_mean vector_norm linalg_vector_norm view view_as view_as_complex view_as_real where zero_
+zeros zeros_like zeros_
 """
 
 

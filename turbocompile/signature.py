@@ -1,7 +1,8 @@
-"""How a model is called, as data: names, kinds, defaults, the tensors' shapes, the plain values, the tree of the result.
+"""How a model is called, as data: names, kinds, defaults, the tensors' shapes, the plain values, the tree of the
+result.
 
-A graph takes flat tensors. `describe` records how a call of `forward` maps to them, and `bind` maps any later spelling of
-the call (positional, keyword, omitted defaults) the same way, or says in one sentence why it does not fit.
+A graph takes flat tensors. `describe` records how a call of `forward` maps to them, and `bind` maps any later spelling
+of the call (positional, keyword, omitted defaults) the same way, or says in one sentence why it does not fit.
 """
 
 from __future__ import annotations
@@ -101,9 +102,6 @@ def _bind(parameters: Sequence[tuple[str, str, bool, Any]], args: Any, kwargs: A
     return dict(bound.arguments)
 
 
-_EMPTY = {"tuple": (), "list": [], "dict": {}}
-
-
 def _is_marker(value: Any) -> bool:
     """An empty or opened container leaves a marker, so that a call with another structure is refused."""
     return isinstance(value, dict) and set(value) == {"container", "keys"}
@@ -127,7 +125,7 @@ def _walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def _unwalk(path: str, leaves: Mapping[str, Any], guards: Mapping[str, Any]) -> Any:
     marker = guards.get(path)
     if not _is_marker(marker):
-        return leaves[path] if path in leaves else marker
+        return leaves.get(path, marker)
     items = [_unwalk(f"{path}.{key}", leaves, guards) for key in marker["keys"]]
     if marker["container"] == "dict":
         return dict(zip(marker["keys"], items, strict=True))

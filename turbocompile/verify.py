@@ -1,9 +1,10 @@
 """Verification: numbers, not shapes, say whether a rewrite is right.
 
-Truth is the captured graph's normal form in float64 (the graph as captured is compared with it first). After each pass every site is computed anew from the true values of what it reads,
-in the dtype that the engine uses, and compared with the true value of what it replaced; the block's output, run as a
-whole, is a second figure. Exact passes may move by a rounding, quantizing ones have a budget, and a site over it is left
-alone. A semantic pass (another function, meant so) sets a new truth: the graph after it.
+Truth is the captured graph's normal form in float64 (the graph as captured is compared with it first). After each pass
+every site is computed anew from the true values of what it reads, in the dtype that the engine uses, and compared with
+the true value of what it replaced; the block's output, run as a whole, is a second figure. Exact passes may move by a
+rounding, quantizing ones have a budget, and a site over it is left alone. A semantic pass (another function, meant so)
+sets a new truth: the graph after it.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ class Evaluation:
     """Runs one graph on the CPU, recording every node's value.
 
     wide: a floating dtype in which everything is computed (float64 for truth, float32 for an exact rewrite of a bf16
-    model); None runs the graph as it is. Casts between floating types are dropped when wide, but for those of constants:
-    a table cast to bf16 is meant so.
+    model); None runs the graph as it is. Casts between floating types are dropped when wide, but for those of
+    constants: a table cast to bf16 is meant so.
     """
 
     def __init__(self, sub: Subgraph, weight: Callable[[fx.Node], torch.Tensor], wide: torch.dtype | None) -> None:
@@ -97,8 +98,7 @@ class Evaluation:
                 if isinstance(sub.weights[str(node.target)], Constant):
                     self.constant.add(node)
             elif node.op == "call_function" and node.target is not call:
-                if all(n in self.constant for n in node.all_input_nodes):
-                    self.constant.add(node)
+                self.constant |= {node} if all(n in self.constant for n in node.all_input_nodes) else set()
 
     def __call__(self, given: Mapping[str, Any], calls: Callable[[fx.Node, Any], Any] | None = None) -> Values:
         """Values by node name. given: values that are taken as they are (inputs, and nodes already known)."""
@@ -276,7 +276,8 @@ class Verifier:
             given = {n.name: _as(truth[n.name], n, None) for n in sub.inputs()}
             given |= {c.node.name: _as(truth[c.node.name], c.node, None) for c in program.calls() if graph == SHELL}
             values = Evaluation(sub, self._weight(program, graph), None)(given)
-            errors += [compare(values[n.name], truth_) for n, truth_ in zip(sub.outputs(), self.outputs[graph], strict=True)]
+            pairs = zip(sub.outputs(), self.outputs[graph], strict=True)
+            errors += [compare(values[n.name], true) for n, true in pairs]
         return worst(errors) or Error(1.0, 0.0, 0.0, 0.0)
 
     # ------------------------------------------------------------------------------------------------- sites

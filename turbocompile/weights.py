@@ -306,8 +306,8 @@ class Evaluator:
         value = self._value(expr, prefix)
         if tuple(value.shape) != expr.shape or value.dtype != expr.dtype:
             raise EngineError(
-                f"a weight is {list(value.shape)} {value.dtype} where the graph expects {list(expr.shape)} {expr.dtype}; "
-                "the checkpoint is of another model"
+                f"a weight is {list(value.shape)} {value.dtype} where the graph expects {list(expr.shape)} "
+                f"{expr.dtype}; the checkpoint is of another model"
             )
         return value.contiguous()
 
@@ -424,9 +424,9 @@ def write_shards(
 def _write_shard(shard: dict[str, torch.Tensor], folder: Path, stem: str, number: int) -> str:
     """Writes one safetensors file whose tensors start at multiples of 64 bytes once it is mapped.
 
-    The library's own writer aligns to 8. CPU matrix products take other paths for other alignments: a mapped engine then
-    differed from its source model by an ulp (1e-6 of the values). Tensors of odd sizes stand last, so that no gap is
-    needed, which the format does not allow.
+    The library's own writer aligns to 8. CPU matrix products take other paths for other alignments: a mapped engine
+    then differed from its source model by an ulp (1e-6 of the values). Tensors of odd sizes stand last, so that no gap
+    is needed, which the format does not allow.
     """
     name = f"{stem}-{number:05d}.safetensors"
     ordered = sorted(shard, key=lambda k: (shard[k].nbytes % ALIGNMENT != 0, k))

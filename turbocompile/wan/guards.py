@@ -22,6 +22,6 @@ def check_call(model: nn.Module, signature: Signature) -> None:
     text = shapes.get("encoder_hidden_states")
     if text is not None and text[1] != TEXT_TOKENS:
         raise CaptureError(
-            f"a Wan with image tokens needs exactly {TEXT_TOKENS} text tokens, and the call has {text[1]}: the model splits "
-            f"image and text at {TEXT_TOKENS}; pad the text embeddings with zeros to {TEXT_TOKENS}"
+            f"a Wan with image tokens needs exactly {TEXT_TOKENS} text tokens, and the call has {text[1]}: the model "
+            f"splits image and text at {TEXT_TOKENS}; pad the text embeddings with zeros to {TEXT_TOKENS}"
         )
