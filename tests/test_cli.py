@@ -128,8 +128,8 @@ def test_explain_shows_passes_graphs_json_and_a_page(engine, tmp_path):
     assert report["passes"]["adaln"]["rewritten"] == 5
     assert report["gpu"] == "a100"
     assert report["roofline"][0]["seconds"] > 0
-    assert call("explain", engine, "--html", tmp_path / "report.html").exit_code == 0
-    assert "residual_norm" in (tmp_path / "report.html").read_text()
+    assert call("explain", engine, "--html", tmp_path / "new" / "report.html").exit_code == 0
+    assert "residual_norm" in (tmp_path / "new" / "report.html").read_text()
 
 
 def test_verify_says_that_the_engine_is_whole_and_right(engine):
@@ -177,6 +177,7 @@ def test_an_example_can_be_built(tmp_path):
         (("run", "{engine}", "--prompt", "x", "--steps", "9"), "steps must be 1 to 4 for rcm"),
         (("run", "{engine}", "--prompt", "x", "-o", "x.gif"), "written as .mp4"),
         (("run", "{engine}", "--prompt", "x", "--device", "tpu"), "there is no device 'tpu'"),
+        (("run", "{engine}", "--prompt", "x", "--seed", "-1"), "-1 is not in the range"),
         (("explain", "{engine}", "--after", "nothing"), "it has adaln, attention"),
         (("explain", "{engine}", "--after", "adaln", "--module", "x"), "its modules are transformer"),
         (("explain", "{engine}", "--gpu", "voodoo"), "no figure for a GPU"),

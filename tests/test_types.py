@@ -29,7 +29,10 @@ def installed(tmp_path_factory) -> Path:
         ["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
     )
     listed = names.stdout.split("\0") if names.returncode == 0 else []
-    files = [ROOT / n for n in listed if n and (ROOT / n).is_file()] or [p for p in ROOT.rglob("*") if p.is_file()]
+    if not listed:  # sources without their repository
+        found = [p.relative_to(ROOT) for p in ROOT.rglob("*")]
+        listed = [str(p) for p in found if not any(part.startswith(".") or part == "build" for part in p.parts)]
+    files = [ROOT / n for n in listed if n and (ROOT / n).is_file()]
     for file in files:  # a build leaves folders behind, which must not be the checkout's
         target = source / file.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,8 @@ NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # what torchao says when it 
 # A path that cannot be used as it was given; a full disk is no mistake of the user's.
 USER_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
+SEED = click.IntRange(0, 2**63 - 1)
+
 
 class _Group(click.Group):
     """Turns the errors that are raised on purpose into one sentence and an exit code; the rest keep their traceback."""
@@ -100,7 +102,9 @@ def optimize(recipe: Path, out: Path | None, overrides: tuple[str, ...], dry_run
 @click.option("--negative-prompt", help="What it must not show; for samplers with guidance.")
 @click.option("-o", "--out", default="out.mp4", show_default=True, type=click.Path(path_type=Path), help="The video.")
 @click.option("--frames", type=click.Path(path_type=Path), help="A folder for the frames as PNG, besides.")
-@click.option("--seed", default=0, show_default=True, help="The same seed gives the same video on one device.")
+@click.option(
+    "--seed", type=SEED, default=0, show_default=True, help="The same seed gives the same video on one device."
+)
 @click.option("--steps", type=int, help="Steps of the sampler, instead of the recipe's.")
 @click.option("--guidance", type=float, help="Classifier-free guidance, instead of the recipe's.")
 @click.option("--shape", metavar="HxWxF", help="One of the engine's shapes, as in 480x832x81; the first by default.")
@@ -141,6 +145,7 @@ def explain(engine: Path, after: str | None, module: str, gpu: str | None, html:
     if gpu is not None:
         report.gpu(gpu)  # an unknown card is refused before anything is printed
     if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(report.to_html(gpu), encoding="utf-8")
         click.echo(f"page: {html}")
     elif as_json:
@@ -194,7 +199,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--variant", type=click.Choice(tuple(VARIANTS)), default="t2v", show_default=True)
 @click.option("--head-dim", type=click.Choice(["64", "128"]), default="64", show_default=True)
-@click.option("--seed", default=0, show_default=True, help="Of the random weights.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random weights.")
 def init_example(folder: Path, variant: str, head_dim: str, seed: int) -> None:
     """Write a tiny Wan pipeline with random weights, and its recipe, into FOLDER."""
     _quiet()
