@@ -8,6 +8,7 @@ the reciprocal root of a mean; what it is multiplied with is looked for upwards.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -30,6 +31,7 @@ from turbocompile.match import (
 from turbocompile.program import Subgraph, dtype, is_op, shape
 
 aten = torch.ops.aten
+Node = Any  # an fx.Node, whose arguments fx types too widely to read them
 x, weight, bias, eps = variables("x weight bias eps")
 
 
@@ -55,21 +57,21 @@ RMS_NORM = [p for r in inverse_roots(average(x**2)) for p in affine(x, r)]
 FORM = "(x - mean(x)) / sqrt(mean((x - mean(x))**2) + eps) or x / sqrt(mean(x**2) + eps) over the last axis"
 
 
-def reciprocal_roots(sub: Subgraph) -> Iterator[fx.Node]:
+def reciprocal_roots(sub: Subgraph) -> Iterator[Node]:
     """Negative powers of a mean, whatever lies between the two: what a norm multiplies with."""
     for node in sub.graph.nodes:
         if is_op(node, aten.pow.Tensor_Scalar) and node.args[1] in (-0.5, -1) and _of_mean(node.args[0], 5):
             yield node
 
 
-def _of_mean(node: fx.Node, depth: int) -> bool:
+def _of_mean(node: Node, depth: int) -> bool:
     through = (aten.add.Tensor, aten.mul.Tensor, aten.neg.default, aten.pow.Tensor_Scalar, aten.to.dtype)
     if is_op(node, aten.mean.dim, aten.reshape.default):
         return is_op(node, aten.mean.dim) or _of_mean(node.args[0], depth)
     return depth > 0 and is_op(node, *through) and any(_of_mean(n, depth - 1) for n in node.all_input_nodes)
 
 
-def constant(node: fx.Node) -> bool:
+def constant(node: Node) -> bool:
     """Whether node depends on weights alone."""
     seen, todo = set(), [node]
     while todo:
@@ -82,7 +84,7 @@ def constant(node: fx.Node) -> bool:
     return True
 
 
-def upwards(node: fx.Node) -> list[fx.Node]:
+def upwards(node: Node) -> list[Node]:
     """The products and sums above node that nothing else reads, outermost first; those that it feeds directly last."""
     readers = [n for u in node.users for n in (u.users if is_cast(u) else [u])]
     found = [n for n in readers if is_op(n, aten.mul.Tensor)]
@@ -99,8 +101,8 @@ def upwards(node: fx.Node) -> list[fx.Node]:
 
 
 @rewrite(candidates=reciprocal_roots)
-def written_out(m: Match) -> dict[fx.Node, fx.Node] | str:
-    done: dict[fx.Node, fx.Node] = {}
+def written_out(m: Match) -> dict[Node, Node] | str:
+    done: dict[Node, Node] = {}
     for root in upwards(m.root):
         if any(_above(root, other) for other in done):
             continue
@@ -112,7 +114,7 @@ def written_out(m: Match) -> dict[fx.Node, fx.Node] | str:
     return done or f"does not have the form {FORM}"
 
 
-def _above(node: fx.Node, other: fx.Node) -> bool:
+def _above(node: Node, other: Node) -> bool:
     """Whether `other`, already rewritten, is a product or sum above node."""
     while len(node.users) == 1:
         (node,) = node.users
@@ -121,7 +123,7 @@ def _above(node: fx.Node, other: fx.Node) -> bool:
     return False
 
 
-def _fits(bound: dict[str, object], root: fx.Node) -> bool:
+def _fits(bound: dict[str, object], root: Node) -> bool:
     """x has the root's shape, eps is a number, weight and bias are constant vectors of the last axis."""
     size, source = shape(root)[-1], bound["x"]
     if not isinstance(source, fx.Node) or shape(source) != shape(root) or not isinstance(bound["eps"], (int, float)):
@@ -130,19 +132,19 @@ def _fits(bound: dict[str, object], root: fx.Node) -> bool:
     return all(isinstance(v, fx.Node) and _is_vector(v, size) and constant(v) for v in vectors)
 
 
-def _is_vector(node: fx.Node, size: int) -> bool:
+def _is_vector(node: Node, size: int) -> bool:
     return shape(node)[-1:] == (size,) and node.meta["val"].numel() == size
 
 
 def norm(
     m: Match,
-    root: fx.Node,
+    root: Node,
     target: torch._ops.OpOverload,
-    source: fx.Node,
-    scale: fx.Node | None,
-    shift: fx.Node | None,
+    source: Node,
+    scale: Node | None,
+    shift: Node | None,
     epsilon: float,
-) -> fx.Node:
+) -> Node:
     """The op, in the type of x where the result is used in that type, else in the widest type involved.
 
     The op computes in float32 inside and rounds once: never more often than what it replaces.
@@ -155,7 +157,7 @@ def norm(
     chosen = narrow if used == {narrow} and all(dtype(unwiden(v)) == narrow for v in vectors) else wide
     size = shape(root)[-1]
 
-    def as_chosen(node: fx.Node | None) -> fx.Node | None:
+    def as_chosen(node: Node | None) -> Node | None:
         if node is None:
             return None
         node = uncast(node) if dtype(uncast(node)) == chosen else node
@@ -178,7 +180,7 @@ PLAIN = layer_norm(x, LAST, None, None, eps)
 PLAIN_RMS = rms_norm(x, LAST, None, eps)
 
 
-def plain_norms(sub: Subgraph) -> Iterable[fx.Node]:
+def plain_norms(sub: Subgraph) -> Iterable[Node]:
     """Norms without a weight that one constant vector multiplies."""
     for node in sub.graph.nodes:
         plain = is_op(node, aten.layer_norm.default, aten.rms_norm.default) and (
@@ -191,9 +193,9 @@ def plain_norms(sub: Subgraph) -> Iterable[fx.Node]:
                 break
 
 
-def upwards_of_norm(node: fx.Node) -> list[fx.Node]:
+def upwards_of_norm(node: Node) -> list[Node]:
     """The product and the sum that alone read a norm, outermost first."""
-    found: list[fx.Node] = []
+    found: list[Node] = []
     while len(node.users) == 1 and len(found) < 2:
         (node,) = node.users
         if is_op(node, aten.mul.Tensor, aten.add.Tensor):
@@ -204,7 +206,7 @@ def upwards_of_norm(node: fx.Node) -> list[fx.Node]:
 
 
 @rewrite(candidates=plain_norms)
-def weight_after(m: Match) -> dict[fx.Node, fx.Node] | str:
+def weight_after(m: Match) -> dict[Node, Node] | str:
     for plain, target in ((PLAIN, aten.layer_norm.default), (PLAIN_RMS, aten.rms_norm.default)):
         patterns = [plain * weight + bias, plain * weight] if plain is PLAIN else [plain * weight]
         for root in upwards_of_norm(m.root):

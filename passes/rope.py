@@ -21,6 +21,7 @@ from turbocompile.match import Match, Pass, matches, rewrite, uncast, unwiden, v
 from turbocompile.program import Subgraph, dtype, is_op, shape
 
 aten = torch.ops.aten
+Node = Any  # an fx.Node, whose arguments fx types too widely to read them
 x, turned, x1, x2, cos, sin, cos2, sin2 = variables("x turned x1 x2 cos sin cos2 sin2")
 
 ROTATED = [x1 * cos - x2 * sin, x2 * cos2 + x1 * sin2]
@@ -36,14 +37,14 @@ class Rotated:
     interleaved: whether its pairs lie side by side, or half a head apart.
     """
 
-    source: fx.Node
+    source: Node
     narrow: tuple[int, int, int] | None
     dims: tuple[int, ...] | None
     sizes: tuple[int, ...]
     interleaved: bool
 
 
-def rotations(sub: Subgraph) -> Iterator[fx.Node]:
+def rotations(sub: Subgraph) -> Iterator[Node]:
     """Two sums of products side by side in the last axis, and sums of products with a tensor that is half negated."""
     for node in sub.graph.nodes:
         parts = two_parts(node)
@@ -58,7 +59,7 @@ def rotations(sub: Subgraph) -> Iterator[fx.Node]:
                     break
 
 
-def two_parts(node: Any) -> list[fx.Node] | None:
+def two_parts(node: Any) -> list[Node] | None:
     """The parts of a stack in one of the last two axes, or of a cat in the last, of two like tensors."""
     if not is_op(node, aten.stack.default, aten.cat.default) or len(node.args[0]) != 2:
         return None
@@ -68,11 +69,11 @@ def two_parts(node: Any) -> list[fx.Node] | None:
     return list(parts) if dim in last and shape(parts[0]) == shape(parts[1]) else None
 
 
-def _interleaved(node: fx.Node) -> bool:
+def _interleaved(node: Node) -> bool:
     return is_op(node, aten.stack.default) and node.args[1] == len(shape(node)) - 1
 
 
-def _sum_of_products(node: fx.Node) -> bool:
+def _sum_of_products(node: Node) -> bool:
     node = uncast(node)
     if not is_op(node, aten.add.Tensor):
         return False
@@ -80,13 +81,13 @@ def _sum_of_products(node: fx.Node) -> bool:
     return all(is_op(t, aten.mul.Tensor) and all(isinstance(a, fx.Node) for a in t.args) for t in terms)
 
 
-def _unshaped(node: fx.Node) -> fx.Node:
+def _unshaped(node: Node) -> Node:
     while is_op(node, aten.reshape.default, aten.permute.default, aten.to.dtype):
         node = node.args[0]
     return node
 
 
-def pairs(a: fx.Node, b: fx.Node) -> Rotated | None:
+def pairs(a: Node, b: Node) -> Rotated | None:
     """The tensor whose pairs (or halves) in the last axis are a, b; None where they are not such."""
     a, b = uncast(a), uncast(b)
     if is_op(a, aten.permute.default) and is_op(b, aten.permute.default) and a.args[1] == b.args[1]:
@@ -104,7 +105,7 @@ def pairs(a: fx.Node, b: fx.Node) -> Rotated | None:
     return _joined(source, dim, start, stop, shape(a))
 
 
-def _joined(source: fx.Node, dim: int, start: int, stop: int, part: tuple[int, ...]) -> Rotated | None:
+def _joined(source: Node, dim: int, start: int, stop: int, part: tuple[int, ...]) -> Rotated | None:
     """source from start to stop along dim, whose two equal parts have the sizes `part`, as one tensor."""
     sizes, rank = shape(source), len(shape(source))
     whole = (start, stop) == (0, sizes[dim])
@@ -119,10 +120,10 @@ def _joined(source: fx.Node, dim: int, start: int, stop: int, part: tuple[int, .
     return None
 
 
-Place = tuple[fx.Node, Any, Any, tuple[int, ...]]
+Place = tuple[Node, Any, Any, tuple[int, ...]]
 
 
-def described(node: fx.Node) -> Place:
+def described(node: Node) -> Place:
     """(source, narrow of its last axis, permutation, sizes): two tensors of which these are equal are one."""
     node, narrow, dims, sizes = unwiden(node), None, None, shape(node)
     if is_op(node, aten.permute.default):
@@ -134,7 +135,7 @@ def described(node: fx.Node) -> Place:
     return node, narrow, dims, sizes
 
 
-def _same_tensor(rotated: Rotated, node: fx.Node) -> bool:
+def _same_tensor(rotated: Rotated, node: Node) -> bool:
     source, narrow, _, _ = described(rotated.source)
     if rotated.narrow is not None:
         source, narrow = unwiden(rotated.source), rotated.narrow
@@ -142,7 +143,7 @@ def _same_tensor(rotated: Rotated, node: fx.Node) -> bool:
 
 
 @rewrite(candidates=rotations)
-def rotary(m: Match) -> fx.Node | str:
+def rotary(m: Match) -> Node | str:
     reasons = []
     for rotated, c, s in _readings(m):
         outcome = _rope(m, rotated, c, s)
@@ -152,7 +153,7 @@ def rotary(m: Match) -> fx.Node | str:
     return reasons[0] if reasons else f"does not have the form {FORM}"
 
 
-def _readings(m: Match) -> Iterator[tuple[Rotated, tuple[fx.Node, fx.Node], tuple[fx.Node, fx.Node]]]:
+def _readings(m: Match) -> Iterator[tuple[Rotated, tuple[Node, Node], tuple[Node, Node]]]:
     """(what is turned, cosines, sines) for every way to read the site; the tables of both halves of each pair."""
     parts = two_parts(m.root)
     if parts is not None:
@@ -168,12 +169,12 @@ def _readings(m: Match) -> Iterator[tuple[Rotated, tuple[fx.Node, fx.Node], tupl
         for found in matches(TURNED, halves) if halves is not None else ():
             rotated = pairs(found["x1"], found["x2"])
             fits = rotated is not None and rotated.interleaved == _interleaved(shaped)
-            if fits and _same_tensor(rotated, b["x"]) and rotated.sizes == shape(node):  # type: ignore[arg-type,union-attr]
-                both = [repeated(m, b[name], rotated.interleaved) for name in ("cos", "sin")]  # type: ignore[union-attr]
-                yield rotated, both[0], both[1]  # type: ignore[misc]
+            if fits and _same_tensor(rotated, b["x"]) and rotated.sizes == shape(node):
+                both = [repeated(m, b[name], rotated.interleaved) for name in ("cos", "sin")]
+                yield rotated, both[0], both[1]
 
 
-def _rope(m: Match, rotated: Rotated, cosines: Any, sines: Any) -> fx.Node | str:
+def _rope(m: Match, rotated: Rotated, cosines: Any, sines: Any) -> Node | str:
     sizes = rotated.sizes
     if math.prod(sizes) != m.root.meta["val"].numel() or sizes[-1] % 2:
         return f"does not have the form {FORM}"
@@ -215,7 +216,7 @@ def token_axis(sizes: Sequence[int], tables: Sequence[tuple[int, ...]]) -> int |
     return axis
 
 
-def _widened(m: Match, table: fx.Node, sizes: tuple[int, ...], axis: int) -> fx.Node:
+def _widened(m: Match, table: Node, sizes: tuple[int, ...], axis: int) -> Node:
     """A table that does not vary along tokens or channels (a cosine of zero angles), repeated to do so."""
     wide = [1] * len(sizes[:-1]) + [sizes[-1] // 2]
     wide[axis] = sizes[axis]
@@ -225,7 +226,7 @@ def _widened(m: Match, table: fx.Node, sizes: tuple[int, ...], axis: int) -> fx.
     return m.op(aten.expand.default, m.op(aten.reshape.default, table, padded), wide)
 
 
-def _build(m: Match, rotated: Rotated) -> fx.Node:
+def _build(m: Match, rotated: Rotated) -> Node:
     """The turned tensor, in the type that the result is used in where its own type is that one."""
     source = unwiden(rotated.source)
     wide = dtype(m.root) if m.result_dtype() != dtype(source) else dtype(source)

@@ -15,13 +15,14 @@ from turbocompile.program import dtype, is_op, shape
 from turbocompile.weights import Constant
 
 aten = torch.ops.aten
+Node = Any  # an fx.Node, whose arguments fx types too widely to read them
 POINTWISE = (aten.to.dtype, aten.cos.default, aten.sin.default, aten.exp.default, aten.neg.default)
 WITH_SCALAR = (aten.mul.Tensor, aten.add.Tensor, aten.pow.Tensor_Scalar)
 
 # ---------------------------------------------------------------------------------------------------------- sameness
 
 
-def alike(m: Match, a: fx.Node, b: fx.Node) -> bool:
+def alike(m: Match, a: Node, b: Node) -> bool:
     """Whether two tables have the same values: the same node, or constants that are equal when computed."""
     if uncast(a) is uncast(b):
         return True
@@ -29,9 +30,9 @@ def alike(m: Match, a: fx.Node, b: fx.Node) -> bool:
     return left is not None and right is not None and torch.equal(left, right)
 
 
-def value(m: Match, node: fx.Node) -> torch.Tensor | None:
+def value(m: Match, node: Node) -> torch.Tensor | None:
     """The value of a node that depends on stored constants alone; None where it depends on anything else."""
-    values: dict[fx.Node, Any] = {}
+    values: dict[Node, Any] = {}
     stack = [node]
     while stack:
         top = stack[-1]
@@ -57,7 +58,7 @@ def value(m: Match, node: fx.Node) -> torch.Tensor | None:
 # -------------------------------------------------------------------------------------------------------- repetition
 
 
-def repeated(m: Match, table: fx.Node, interleaved: bool) -> tuple[fx.Node, fx.Node]:
+def repeated(m: Match, table: Node, interleaved: bool) -> tuple[Node, Node]:
     """The two tables of half the width of a full-width one: of first and second elements of pairs (or of halves).
 
     Where the graph shows that they are one table, it is the same node twice.
@@ -72,39 +73,39 @@ def repeated(m: Match, table: fx.Node, interleaved: bool) -> tuple[fx.Node, fx.N
         sizes = [*lead, width // 2]
         return m.op(aten.reshape.default, first, sizes), m.op(aten.reshape.default, second, sizes)
     half = width // 2
-    return tuple(m.op(aten.slice.Tensor, table, len(lead), i, i + half) for i in (0, half))  # type: ignore[return-value]
+    return tuple(m.op(aten.slice.Tensor, table, len(lead), i, i + half) for i in (0, half))
 
 
-def _repeated(m: Match, table: fx.Node, interleaved: bool) -> tuple[fx.Node, fx.Node] | None:
+def _repeated(m: Match, table: Node, interleaved: bool) -> tuple[Node, Node] | None:
     lead, half = list(shape(table)[:-1]), shape(table)[-1] // 2
     source = table.args[0] if table.args and isinstance(table.args[0], fx.Node) else None
 
-    def on_both(found: tuple[fx.Node, fx.Node] | None, target: Any, *rest: Any) -> tuple[fx.Node, fx.Node] | None:
+    def on_both(found: tuple[Node, Node] | None, target: Any, *rest: Any) -> tuple[Node, Node] | None:
         if found is None:
             return None
         first = m.op(target, found[0], *rest)
         return first, first if found[1] is found[0] else m.op(target, found[1], *rest)
 
     if pointwise(table):
-        return on_both(_repeated(m, source, interleaved), table.target, *table.args[1:])  # type: ignore[arg-type]
-    if is_op(table, aten.expand.default) and shape(source)[-1:] == shape(table)[-1:]:  # type: ignore[arg-type]
-        return on_both(_repeated(m, source, interleaved), table.target, [*lead, half])  # type: ignore[arg-type]
-    if is_op(table, aten.reshape.default) and shape(source)[-1:] == shape(table)[-1:]:  # type: ignore[arg-type]
-        return on_both(_repeated(m, source, interleaved), table.target, [*lead, half])  # type: ignore[arg-type]
+        return on_both(_repeated(m, source, interleaved), table.target, *table.args[1:])
+    if is_op(table, aten.expand.default) and shape(source)[-1:] == shape(table)[-1:]:
+        return on_both(_repeated(m, source, interleaved), table.target, [*lead, half])
+    if is_op(table, aten.reshape.default) and shape(source)[-1:] == shape(table)[-1:]:
+        return on_both(_repeated(m, source, interleaved), table.target, [*lead, half])
     if not interleaved and is_op(table, aten.cat.default) and table.args[1] == len(lead):
-        return _cat_of_two(m, list(table.args[0]))  # type: ignore[arg-type]
-    if interleaved and is_op(table, aten.reshape.default) and shape(source)[-2:] == (half, 2):  # type: ignore[arg-type]
-        if is_op(source, aten.stack.default) and source.args[1] == len(shape(source)) - 1:  # type: ignore[union-attr,arg-type]
-            return on_both(tuple(source.args[0]), aten.reshape.default, [*lead, half])  # type: ignore[union-attr,arg-type]
-        if is_op(source, aten.expand.default) and shape(source.args[0])[-2:] == (half, 1):  # type: ignore[union-attr,arg-type]
-            under = source.args[0]  # type: ignore[union-attr]
-            if math.prod(shape(under)) == math.prod(lead) * half:  # type: ignore[arg-type]
+        return _cat_of_two(m, list(table.args[0]))
+    if interleaved and is_op(table, aten.reshape.default) and shape(source)[-2:] == (half, 2):
+        if is_op(source, aten.stack.default) and source.args[1] == len(shape(source)) - 1:
+            return on_both(tuple(source.args[0]), aten.reshape.default, [*lead, half])
+        if is_op(source, aten.expand.default) and shape(source.args[0])[-2:] == (half, 1):
+            under = source.args[0]
+            if math.prod(shape(under)) == math.prod(lead) * half:
                 one = m.op(aten.reshape.default, under, [*lead, half])
                 return one, one
     return None
 
 
-def _cat_of_two(m: Match, parts: list[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
+def _cat_of_two(m: Match, parts: list[Node]) -> tuple[Node, Node] | None:
     n, last = len(parts) // 2, len(shape(parts[0])) - 1
     halves = parts[:n], parts[n:]
     if len(parts) % 2 or [shape(p) for p in halves[0]] != [shape(p) for p in halves[1]]:
@@ -115,7 +116,7 @@ def _cat_of_two(m: Match, parts: list[fx.Node]) -> tuple[fx.Node, fx.Node] | Non
     return first, first if halves[0] == halves[1] else m.op(aten.cat.default, halves[1], last)
 
 
-def pointwise(node: fx.Node) -> bool:
+def pointwise(node: Node) -> bool:
     """Whether node computes each element from one element of one tensor."""
     return is_op(node, *POINTWISE) or (is_op(node, *WITH_SCALAR) and not isinstance(node.args[1], fx.Node))
 
@@ -131,22 +132,22 @@ class Factored:
     """
 
     grid: tuple[int, ...]
-    pieces: tuple[tuple[int | None, fx.Node], ...]
+    pieces: tuple[tuple[int | None, Node], ...]
 
 
 def tables_per_axis(
-    m: Match, cos: fx.Node, sin: fx.Node, tokens: int, columns: int, wanted: torch.dtype
-) -> tuple[list[int], list[fx.Node], list[fx.Node]]:
+    m: Match, cos: Node, sin: Node, tokens: int, columns: int, wanted: torch.dtype
+) -> tuple[list[int], list[Node], list[Node]]:
     """(grid, cosine tables, sine tables): one (grid[i], columns) table an axis, else one (tokens, columns) table.
 
     cos, sin: (1, ..., tokens, ..., 1, columns). wanted: the type that is rotated; no table stays wider.
     """
     both = [_settled(m, _factor(m, t)) for t in (cos, sin)]
     found = []
-    if None not in both and both[0].grid == both[1].grid and math.prod(both[0].grid) == tokens:  # type: ignore[union-attr]
-        found = [[table for _, table in b.pieces] for b in both]  # type: ignore[union-attr]
+    if None not in both and both[0].grid == both[1].grid and math.prod(both[0].grid) == tokens:
+        found = [[table for _, table in b.pieces] for b in both]
     if found and [shape(t) for t in found[0]] == [shape(t) for t in found[1]]:
-        grid = list(both[0].grid)  # type: ignore[union-attr]
+        grid = list(both[0].grid)
     else:
         grid, found = [tokens], [[m.op(aten.reshape.default, t, [tokens, columns])] for t in (cos, sin)]
     narrow = wanted if wanted == torch.float64 else torch.float32
@@ -156,28 +157,28 @@ def tables_per_axis(
     return grid, cast[0], cast[1]
 
 
-def _factor(m: Match, node: fx.Node) -> Factored | None:
+def _factor(m: Match, node: Node) -> Factored | None:
     """The pieces of a table; None where it is not put together from such."""
     sizes, last = shape(node), len(shape(node)) - 1
     source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     found: Factored | None = None
     if pointwise(node):
-        inner = _factor(m, source)  # type: ignore[arg-type]
+        inner = _factor(m, source)
         found = inner and _each(inner, lambda t: m.op(node.target, t, *node.args[1:]))
-    elif is_op(node, aten.reshape.default) and shape(source)[-1:] == sizes[-1:]:  # type: ignore[arg-type]
-        inner = _factor(m, source)  # type: ignore[arg-type]
+    elif is_op(node, aten.reshape.default) and shape(source)[-1:] == sizes[-1:]:
+        inner = _factor(m, source)
         found = inner if inner and len(inner.pieces) > 1 else None
     elif is_op(node, aten.reshape.default) and _is_unsqueezed(source, sizes[-1]):
-        found = _factor(m, _squeezed(m, source))  # type: ignore[arg-type]
+        found = _factor(m, _squeezed(m, source))
     elif is_op(node, aten.reshape.default):
         found = _picked(m, node)
     elif is_op(node, aten.slice.Tensor) and node.args[1] == last:
-        found = _columns(m, _factor(m, source), *node.args[2:4])  # type: ignore[arg-type]
-    elif is_op(node, aten.expand.default) and len(shape(source)) == len(sizes) and shape(source)[-1] == sizes[-1]:  # type: ignore[arg-type]
-        inner = _base(m, source) or _factor(m, source)  # type: ignore[arg-type]
-        found = Factored(sizes[:-1], inner.pieces) if inner and inner.grid == shape(source)[:-1] else None  # type: ignore[arg-type]
+        found = _columns(m, _factor(m, source), *node.args[2:4])
+    elif is_op(node, aten.expand.default) and len(shape(source)) == len(sizes) and shape(source)[-1] == sizes[-1]:
+        inner = _base(m, source) or _factor(m, source)
+        found = Factored(sizes[:-1], inner.pieces) if inner and inner.grid == shape(source)[:-1] else None
     elif is_op(node, aten.cat.default) and node.args[1] == last:
-        parts = [_factor(m, p) for p in node.args[0]]  # type: ignore[union-attr]
+        parts = [_factor(m, p) for p in node.args[0]]
         known = [p for p in parts if p is not None]
         if len(known) == len(parts) and all(p.grid == known[0].grid for p in known):
             found = Factored(known[0].grid, tuple(piece for p in known for piece in p.pieces))
@@ -188,17 +189,17 @@ def _is_unsqueezed(node: Any, columns: int) -> bool:
     return is_op(node, aten.cat.default, aten.expand.default) and shape(node)[-2:] == (columns, 1)
 
 
-def _squeezed(m: Match, node: fx.Node) -> fx.Node:
+def _squeezed(m: Match, node: Node) -> Node:
     """A table without its last dimension, of one element: one of the two parts of complex numbers."""
     sizes = list(shape(node)[:-1])
-    if is_op(node, aten.cat.default) and node.args[1] < len(sizes):  # type: ignore[operator]
-        return m.op(aten.cat.default, [_squeezed(m, p) for p in node.args[0]], node.args[1])  # type: ignore[union-attr]
-    if is_op(node, aten.expand.default) and len(shape(node.args[0])) == len(sizes) + 1:  # type: ignore[arg-type]
-        return m.op(aten.expand.default, _squeezed(m, node.args[0]), sizes)  # type: ignore[arg-type]
+    if is_op(node, aten.cat.default) and node.args[1] < len(sizes):
+        return m.op(aten.cat.default, [_squeezed(m, p) for p in node.args[0]], node.args[1])
+    if is_op(node, aten.expand.default) and len(shape(node.args[0])) == len(sizes) + 1:
+        return m.op(aten.expand.default, _squeezed(m, node.args[0]), sizes)
     return m.op(aten.reshape.default, node, sizes)
 
 
-def _base(m: Match, node: fx.Node) -> Factored | None:
+def _base(m: Match, node: Node) -> Factored | None:
     sizes = shape(node)
     axes = [d for d, n in enumerate(sizes[:-1]) if n > 1]
     if len(axes) > 1 or len(sizes) < 2:
@@ -225,20 +226,20 @@ def _columns(m: Match, found: Factored | None, start: int, stop: int) -> Factore
     return Factored(found.grid, tuple(pieces))
 
 
-def _picked(m: Match, node: fx.Node) -> Factored | None:
+def _picked(m: Match, node: Node) -> Factored | None:
     """Every n-th column: reshape(slice(reshape(table, (..., columns, n)), -1, i, i + 1), (..., columns))."""
     narrow = node.args[0]
-    if not is_op(narrow, aten.slice.Tensor) or not is_op(narrow.args[0], aten.reshape.default):  # type: ignore[union-attr]
+    if not is_op(narrow, aten.slice.Tensor) or not is_op(narrow.args[0], aten.reshape.default):
         return None
-    split, dim, i, stop = narrow.args  # type: ignore[union-attr]
-    table, n, columns = split.args[0], shape(split)[-1], shape(node)[-1]  # type: ignore[union-attr,arg-type]
-    if dim != len(shape(split)) - 1 or stop != i + 1 or shape(split)[-2] != columns or shape(table)[-1] != columns * n:  # type: ignore[arg-type,operator]
+    split, dim, i, stop = narrow.args
+    table, n, columns = split.args[0], shape(split)[-1], shape(node)[-1]
+    if dim != len(shape(split)) - 1 or stop != i + 1 or shape(split)[-2] != columns or shape(table)[-1] != columns * n:
         return None
     inner = _factor(m, table)
     if inner is None or any(shape(t)[-1] % n for _, t in inner.pieces):
         return None
 
-    def pick(t: fx.Node) -> fx.Node:
+    def pick(t: Node) -> Node:
         rows, width = shape(t)
         narrow = m.op(aten.slice.Tensor, m.op(aten.reshape.default, t, [rows, width // n, n]), 2, i, stop)
         return m.op(aten.reshape.default, narrow, [rows, width // n])
@@ -250,7 +251,7 @@ def _settled(m: Match, found: Factored | None) -> Factored | None:
     """One piece an axis, in the order of the axes; None where the pieces lie otherwise."""
     if found is None:
         return None
-    merged: list[tuple[int | None, list[fx.Node]]] = []
+    merged: list[tuple[int | None, list[Node]]] = []
     for axis, table in found.pieces:
         if merged and axis is not None and merged[-1][0] == axis:
             merged[-1][1].append(table)

@@ -355,8 +355,8 @@ def weight_expr(node: Any, sub: Subgraph) -> Expr | None:
     if is_op(node, aten.cat.default):
         parts = [weight_expr(n, sub) for n in node.args[0]]  # type: ignore[union-attr]
         known = tuple(p for p in parts if p is not None)
-        dim = node.args[1] if len(node.args) > 1 else 0
-        return Cat(known, dim % len(known[0].shape)) if len(known) == len(parts) else None  # type: ignore[operator]
+        dim: Any = node.args[1] if len(node.args) > 1 else 0
+        return Cat(known, dim % len(known[0].shape)) if len(known) == len(parts) else None
     layouts = (aten.to.dtype, aten.reshape.default, aten.permute.default, aten.slice.Tensor)
     of = weight_expr(node.args[0], sub) if is_op(node, *layouts) else None
     if of is None:

@@ -48,9 +48,9 @@ class Rewrite:
 class PassResult:
     """What a pass did. Counts are over the whole model: a site in a block that is called n times counts n.
 
-    skipped: (site, reason, count). raw: each rewritten graph before clean-up, with its rewrites by the names there: what a
-    verifier measures, since clean-up may take in a site's last node. error and error_output are filled by a verifier;
-    error_reason says why they are not.
+    skipped: (site, reason, count). raw: each rewritten graph before clean-up, with its rewrites by the names there:
+    what a verifier measures, since clean-up may take in a site's last node. error and error_output are filled by a
+    verifier; error_reason says why they are not.
     """
 
     name: str

@@ -15,7 +15,7 @@ import math
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,10 +27,11 @@ from turbocompile.match import arguments, exact
 from turbocompile.program import dtype, infer, is_op, shape
 
 aten = torch.ops.aten
+Node = Any  # an fx.Node, whose arguments fx types too widely to read them
 ROUNDS = 20  # a fixpoint is reached in three or four; more means that two rules undo each other
 
 Call = tuple[Any, tuple[Any, ...]]
-Answer = fx.Node | Call | None
+Answer = Node | Call | None
 
 
 @dataclass
@@ -39,11 +40,9 @@ class Maker:
 
     graph: fx.Graph
     mode: FakeTensorMode
-    at: fx.Node | None = None
-    made: list[fx.Node] = field(default_factory=list)
+    at: Node = None
 
-    def __call__(self, target: Any, *args: Any) -> fx.Node:
-        assert self.at is not None
+    def __call__(self, target: Any, *args: Any) -> Node:
         with self.graph.inserting_before(self.at):
             node = self.graph.create_node("call_function", target, args, name=target._opname.strip("_"))
         for key in ("nn_module_stack", "stack_trace"):
@@ -53,7 +52,7 @@ class Maker:
         return node
 
 
-Local = Callable[[fx.Node, Maker], Answer]
+Local = Callable[[Node, Maker], Answer]
 RULES: dict[Any, list[Local]] = defaultdict(list)
 
 
@@ -88,7 +87,7 @@ def simplify(graph: fx.Graph, mode: FakeTensorMode, moved: dict[str, str]) -> No
     raise TurbocompileError("the normal form's rules do not come to an end on this graph; please report it")
 
 
-def _simplify_node(node: fx.Node, make: Maker, moved: dict[str, str]) -> bool:
+def _simplify_node(node: Node, make: Maker, moved: dict[str, str]) -> bool:
     changed = False
     for _ in range(ROUNDS):
         make.at = node
@@ -111,7 +110,7 @@ def _simplify_node(node: fx.Node, make: Maker, moved: dict[str, str]) -> bool:
     raise TurbocompileError(f"the normal form's rules do not come to an end at {node.name} ({node.target})")
 
 
-def _check(node: fx.Node, target: Any, new: Any) -> None:
+def _check(node: Node, target: Any, new: Any) -> None:
     old = node.meta["val"]
     if tuple(old.shape) != tuple(new.shape) or old.dtype != new.dtype:
         raise TurbocompileError(
@@ -122,7 +121,7 @@ def _check(node: fx.Node, target: Any, new: Any) -> None:
 
 def merge_equal(graph: fx.Graph, moved: dict[str, str]) -> bool:
     """Common subexpressions: the later of two equal nodes becomes the earlier one."""
-    seen: dict[Any, fx.Node] = {}
+    seen: dict[Any, Node] = {}
     changed = False
     for node in list(graph.nodes):
         pure = (
@@ -132,7 +131,7 @@ def merge_equal(graph: fx.Graph, moved: dict[str, str]) -> bool:
             continue
         args = node.args
         if is_op(node, aten.add.Tensor, aten.mul.Tensor) and isinstance(args[1], fx.Node) and len(args) == 2:
-            args = tuple(sorted(args, key=lambda a: a.name))  # type: ignore[union-attr]
+            args = tuple(sorted(args, key=lambda a: a.name))
         key = (node.op, node.target, _frozen(args), _frozen(node.kwargs))
         first = seen.setdefault(key, node)
         if first is not node:
@@ -143,7 +142,7 @@ def merge_equal(graph: fx.Graph, moved: dict[str, str]) -> bool:
     return changed
 
 
-def _random(node: fx.Node) -> bool:
+def _random(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
@@ -160,14 +159,14 @@ def _frozen(value: Any) -> Any:
 
 
 @local(aten.to, aten._to_copy, aten.type_as)
-def one_cast(node: fx.Node, make: Maker) -> Answer:
+def one_cast(node: Node, make: Maker) -> Answer:
     return (
         None if node.target is aten.to.dtype and len(node.args) == 2 else (aten.to.dtype, (node.args[0], dtype(node)))
     )
 
 
 @local(aten.to.dtype)
-def cast_of_cast(node: fx.Node, make: Maker) -> Answer:
+def cast_of_cast(node: Node, make: Maker) -> Answer:
     source = node.args[0]
     if dtype(source) == dtype(node):
         return source
@@ -180,21 +179,21 @@ def cast_of_cast(node: fx.Node, make: Maker) -> Answer:
 
 
 @local(aten.clone, aten.alias, aten.detach, aten.lift_fresh, aten.lift_fresh_copy, aten.contiguous)
-def same_value(node: fx.Node, make: Maker) -> Answer:
-    return node.args[0]  # type: ignore[return-value]
+def same_value(node: Node, make: Maker) -> Answer:
+    return node.args[0]
 
 
 @local(aten.squeeze.dim)
-def squeeze_under_permute(node: fx.Node, make: Maker) -> Answer:
+def squeeze_under_permute(node: Node, make: Maker) -> Answer:
     x, dim = node.args
-    if not is_op(x, aten.permute.default) or shape(node) == shape(x):  # type: ignore[arg-type]
+    if not is_op(x, aten.permute.default) or shape(node) == shape(x):
         return None
-    source, dims = x.args  # type: ignore[union-attr]
-    dim %= len(shape(x))  # type: ignore[operator,arg-type]
-    return _permute_without(dim, dims, make(aten.squeeze.dim, source, dims[dim]))  # type: ignore[index,arg-type]
+    source, dims = x.args
+    dim %= len(shape(x))
+    return _permute_without(dim, dims, make(aten.squeeze.dim, source, dims[dim]))
 
 
-def _permute_without(dim: int, dims: Sequence[int], source: fx.Node) -> Call:
+def _permute_without(dim: int, dims: Sequence[int], source: Node) -> Call:
     """A permute of what lacks the dimension that stood at `dim`."""
     gone = dims[dim]
     return aten.permute.default, (source, [d - (d > gone) for d in dims if d != gone])
@@ -211,121 +210,126 @@ def _permute_without(dim: int, dims: Sequence[int], source: fx.Node) -> Call:
     aten.unflatten.int,
     aten._reshape_alias,
 )
-def view_is_reshape(node: fx.Node, make: Maker) -> Answer:
+def view_is_reshape(node: Node, make: Maker) -> Answer:
     return aten.reshape.default, (node.args[0], list(shape(node)))
 
 
 @local(aten.transpose.int, aten.t.default)
-def transpose_is_permute(node: fx.Node, make: Maker) -> Answer:
+def transpose_is_permute(node: Node, make: Maker) -> Answer:
     rank = len(shape(node))
     dims = list(range(rank))
     if rank > 1:
-        a, b = (d % rank for d in node.args[1:3]) if len(node.args) == 3 else (0, 1)  # type: ignore[operator]
+        a, b = (d % rank for d in node.args[1:3]) if len(node.args) == 3 else (0, 1)
         dims[a], dims[b] = dims[b], dims[a]
     return aten.permute.default, (node.args[0], dims)
 
 
 @local(aten.select.int)
-def select_is_narrow(node: fx.Node, make: Maker) -> Answer:
+def select_is_narrow(node: Node, make: Maker) -> Answer:
     x, dim, index = node.args
-    sizes = shape(x)  # type: ignore[arg-type]
-    dim, index = dim % len(sizes), index % sizes[dim]  # type: ignore[operator,index]
+    sizes = shape(x)
+    dim, index = dim % len(sizes), index % sizes[dim]
     if is_op(x, aten.permute.default):  # under it at once, while it is known which dimension goes
-        source, dims = x.args  # type: ignore[union-attr]
-        return _permute_without(dim, dims, make(aten.select.int, source, dims[dim], index))  # type: ignore[index,arg-type]
+        source, dims = x.args
+        return _permute_without(dim, dims, make(aten.select.int, source, dims[dim], index))
     return aten.reshape.default, (make(aten.slice.Tensor, x, dim, index, index + 1), list(shape(node)))
 
 
 @local(operator.getitem)
-def item_of_split(node: fx.Node, make: Maker) -> Answer:
+def item_of_split(node: Node, make: Maker) -> Answer:
     """An item of a split, chunk or unbind is a narrow."""
     source, i = node.args
     if not is_op(source, aten.split, aten.split_with_sizes, aten.chunk, aten.unbind, aten.tensor_split):
         return None
-    x, parts = source.args[0], source.meta["val"]  # type: ignore[union-attr]
-    names = [a.name for a in source.target._schema.arguments]  # type: ignore[union-attr]
-    given = arguments(source.target, source.args, source.kwargs)  # type: ignore[union-attr,arg-type]
-    dim = given[names.index("dim")] % len(shape(x))  # type: ignore[arg-type]
+    x, parts = source.args[0], source.meta["val"]
+    names = [a.name for a in source.target._schema.arguments]
+    given = arguments(source.target, source.args, source.kwargs)
+    dim = given[names.index("dim")] % len(shape(x))
     if is_op(source, aten.unbind):
         return aten.select.int, (x, dim, i)
-    start = sum(p.shape[dim] for p in parts[:i])  # type: ignore[misc]
-    return aten.slice.Tensor, (x, dim, start, start + parts[i].shape[dim])  # type: ignore[index]
+    start = sum(p.shape[dim] for p in parts[:i])
+    return aten.slice.Tensor, (x, dim, start, start + parts[i].shape[dim])
 
 
 @local(aten.copy.default)
-def copy_is_source(node: fx.Node, make: Maker) -> Answer:
+def copy_is_source(node: Node, make: Maker) -> Answer:
     """What is written into a tensor, in the tensor's type and shape."""
-    source = _as_dtype(node.args[1], dtype(node), make)  # type: ignore[arg-type]
+    source = _as_dtype(node.args[1], dtype(node), make)
     return source if shape(source) == shape(node) else (aten.expand.default, (source, list(shape(node))))
 
 
 @local(aten.reshape.default)
-def reshape_rules(node: fx.Node, make: Maker) -> Answer:
+def reshape_rules(node: Node, make: Maker) -> Answer:
     source, sizes = node.args
-    if shape(source) == shape(node):  # type: ignore[arg-type]
-        return source  # type: ignore[return-value]
+    if shape(source) == shape(node):
+        return source
     if is_op(source, aten.reshape.default):
-        return aten.reshape.default, (source.args[0], list(shape(node)))  # type: ignore[union-attr]
-    return (aten.reshape.default, (source, list(shape(node)))) if list(sizes) != list(shape(node)) else None  # type: ignore[call-overload]
+        return aten.reshape.default, (source.args[0], list(shape(node)))
+    return (aten.reshape.default, (source, list(shape(node)))) if list(sizes) != list(shape(node)) else None
 
 
 @local(aten.reshape.default)
-def unit_dims_before_cat_and_expand(node: fx.Node, make: Maker) -> Answer:
-    """A reshape that only adds or drops dimensions of one element goes to the parts of a cat, and under an expand."""
+def unit_dims_before_cat_and_expand(node: Node, make: Maker) -> Answer:
+    """A reshape that only adds or drops dimensions of one element goes to the parts of a cat, and under an expand.
+
+    Not before it has met the layout changes that read it: the dimension that einsum adds goes away again there.
+    """
     source = node.args[0]
-    if not is_op(source, aten.cat.default, aten.expand.default) or len(source.users) > 1:  # type: ignore[union-attr]
+    if not is_op(source, aten.cat.default, aten.expand.default) or len(source.users) > 1:
         return None
-    old, new = shape(source), shape(node)  # type: ignore[arg-type]
+    if any(is_op(user, aten.permute.default, aten.reshape.default) for user in node.users):
+        return None
+    old, new = shape(source), shape(node)
     kept = [d for d, n in enumerate(old) if n != 1], [d for d, n in enumerate(new) if n != 1]
     if [old[d] for d in kept[0]] != [new[d] for d in kept[1]]:
         return None
     place = dict(zip(*kept, strict=True))
 
-    def resized(part: fx.Node) -> list[int]:
+    def resized(part: Node) -> list[int]:
         sizes = [1] * len(new)
         for was, now in place.items():
             sizes[now] = shape(part)[was]
         return sizes
 
     if is_op(source, aten.expand.default):
-        under = source.args[0]  # type: ignore[union-attr]
+        under = source.args[0]
         if len(shape(under)) != len(old):
             return None
         return aten.expand.default, (make(aten.reshape.default, under, resized(under)), list(new))
-    parts, dim = source.args  # type: ignore[union-attr]
+    parts, dim = source.args
     if dim not in place or any(shape(p)[dim] == old[dim] for p in parts):
         return None
     return aten.cat.default, ([make(aten.reshape.default, p, resized(p)) for p in parts], place[dim])
 
 
 @local(aten.permute.default)
-def permute_rules(node: fx.Node, make: Maker) -> Answer:
+def permute_rules(node: Node, make: Maker) -> Answer:
     source, given = node.args
     rank = len(shape(node))
-    dims = [d % rank for d in given]  # type: ignore[union-attr]
+    dims = [d % rank for d in given]
     if dims == list(range(rank)):
-        return source  # type: ignore[return-value]
+        return source
     if is_op(source, aten.permute.default):
-        inner = source.args[1]  # type: ignore[union-attr]
-        return aten.permute.default, (source.args[0], [inner[d] % rank for d in dims])  # type: ignore[union-attr,index,operator]
-    if list(given) != dims:  # type: ignore[call-overload]
+        inner = source.args[1]
+        return aten.permute.default, (source.args[0], [inner[d] % rank for d in dims])
+    if list(given) != dims:
         return aten.permute.default, (source, dims)
-    inserted = _inserted_ones(source)  # type: ignore[arg-type]
+    inserted = _inserted_ones(source)
     if inserted:  # axes of size 1 are inserted last, where they meet other reshapes
         kept = [d for d in range(rank) if d not in inserted]
-        inner = make(aten.permute.default, source.args[0], [kept.index(d) for d in dims if d in kept])  # type: ignore[union-attr]
+        inner = make(aten.permute.default, source.args[0], [kept.index(d) for d in dims if d in kept])
         return aten.reshape.default, (inner, list(shape(node)))
-    wide = [d for d in dims if shape(source)[d] != 1]  # type: ignore[arg-type]
+    wide = [d for d in dims if shape(source)[d] != 1]
     if wide == sorted(wide) and all(is_op(user, aten.reshape.default) for user in node.users):
         return aten.reshape.default, (source, list(shape(node)))
     return None
 
 
-def _inserted_ones(node: fx.Node) -> list[int]:
+def _inserted_ones(node: Node) -> list[int]:
     """The axes of size 1 that a reshape inserts, where it does nothing else."""
     if not is_op(node, aten.reshape.default):
         return []
-    rest, inserted = list(shape(node.args[0])), []  # type: ignore[arg-type]
+    rest, inserted = list(shape(node.args[0])), []
     for axis, size in enumerate(shape(node)):
         if rest and rest[0] == size:
             rest.pop(0)
@@ -337,23 +341,23 @@ def _inserted_ones(node: fx.Node) -> list[int]:
 
 
 @local(aten.expand.default)
-def expand_rules(node: fx.Node, make: Maker) -> Answer:
+def expand_rules(node: Node, make: Maker) -> Answer:
     source, sizes = node.args[:2]
-    if shape(source) == shape(node):  # type: ignore[arg-type]
-        return source  # type: ignore[return-value]
+    if shape(source) == shape(node):
+        return source
     if is_op(source, aten.expand.default):
-        return aten.expand.default, (source.args[0], list(shape(node)))  # type: ignore[union-attr]
-    return (aten.expand.default, (source, list(shape(node)))) if list(sizes) != list(shape(node)) else None  # type: ignore[call-overload]
+        return aten.expand.default, (source.args[0], list(shape(node)))
+    return (aten.expand.default, (source, list(shape(node)))) if list(sizes) != list(shape(node)) else None
 
 
 @local(aten.repeat.default)
-def repeat_is_expand(node: fx.Node, make: Maker) -> Answer:
+def repeat_is_expand(node: Node, make: Maker) -> Answer:
     """repeat(x, r): a new dimension before each repeated one, expanded."""
     x, repeats = node.args
-    lead = len(repeats) - len(shape(x))  # type: ignore[arg-type]
-    sizes = (1,) * lead + shape(x)  # type: ignore[arg-type]
-    split = [s for r, n in zip(repeats, sizes, strict=True) for s in ((1, n) if r > 1 and n > 1 else (n,))]  # type: ignore[call-overload]
-    wide = [s for r, n in zip(repeats, sizes, strict=True) for s in ((r, n) if r > 1 and n > 1 else (n * r,))]  # type: ignore[call-overload]
+    lead = len(repeats) - len(shape(x))
+    sizes = (1,) * lead + shape(x)
+    split = [s for r, n in zip(repeats, sizes, strict=True) for s in ((1, n) if r > 1 and n > 1 else (n,))]
+    wide = [s for r, n in zip(repeats, sizes, strict=True) for s in ((r, n) if r > 1 and n > 1 else (n * r,))]
     if 0 in wide:
         return None
     expanded = make(aten.expand.default, make(aten.reshape.default, x, split), wide)
@@ -361,7 +365,7 @@ def repeat_is_expand(node: fx.Node, make: Maker) -> Answer:
 
 
 @local(aten.slice.Tensor)
-def slice_is_narrow(node: fx.Node, make: Maker) -> Answer:
+def slice_is_narrow(node: Node, make: Maker) -> Answer:
     """Non-negative bounds, no step: `x[..., i::n]` is the i-th of the last axis of x unflattened by n."""
     x, dim, start, end, step = arguments(aten.slice.Tensor, node.args, node.kwargs)
     sizes = list(shape(x))
@@ -379,39 +383,39 @@ def slice_is_narrow(node: fx.Node, make: Maker) -> Answer:
 
 
 @local(aten.slice.Tensor)
-def narrow_of_layout(node: fx.Node, make: Maker) -> Answer:
+def narrow_of_layout(node: Node, make: Maker) -> Answer:
     """Narrows go to the source: a slice of fused q, k, v is one form, however the heads were arranged."""
     if len(node.args) != 4 or node.kwargs:
         return None
     x, dim, start, stop = node.args
-    if is_op(x, aten.slice.Tensor) and len(x.args) == 4 and x.args[1] == dim:  # type: ignore[union-attr]
-        return aten.slice.Tensor, (x.args[0], dim, x.args[2] + start, x.args[2] + stop)  # type: ignore[union-attr,operator]
+    if is_op(x, aten.slice.Tensor) and len(x.args) == 4 and x.args[1] == dim:
+        return aten.slice.Tensor, (x.args[0], dim, x.args[2] + start, x.args[2] + stop)
     if is_op(x, aten.permute.default):
-        source, dims = x.args  # type: ignore[union-attr]
-        return aten.permute.default, (make(aten.slice.Tensor, source, dims[dim], start, stop), dims)  # type: ignore[index]
+        source, dims = x.args
+        return aten.permute.default, (make(aten.slice.Tensor, source, dims[dim], start, stop), dims)
     if is_op(x, aten.reshape.default):
-        place = narrow_before_reshape(shape(x.args[0]), shape(x), dim, start, stop)  # type: ignore[union-attr,arg-type]
+        place = narrow_before_reshape(shape(x.args[0]), shape(x), dim, start, stop)
         if place is not None:
-            return aten.reshape.default, (make(aten.slice.Tensor, x.args[0], *place), list(shape(node)))  # type: ignore[union-attr]
-    if is_op(x, aten.expand.default) and len(shape(x)) == len(shape(x.args[0])):  # type: ignore[union-attr,arg-type]
-        source = x.args[0]  # type: ignore[union-attr]
-        inner = source if shape(source)[dim] == 1 else make(aten.slice.Tensor, source, dim, start, stop)  # type: ignore[index,arg-type]
+            return aten.reshape.default, (make(aten.slice.Tensor, x.args[0], *place), list(shape(node)))
+    if is_op(x, aten.expand.default) and len(shape(x)) == len(shape(x.args[0])):
+        source = x.args[0]
+        inner = source if shape(source)[dim] == 1 else make(aten.slice.Tensor, source, dim, start, stop)
         return aten.expand.default, (inner, list(shape(node)))
     if is_op(x, aten.cat.default):
-        return _narrow_of_cat(x, dim, start, stop, make)  # type: ignore[arg-type]
-    if is_op(x, aten.stack.default) and x.args[1] == dim and stop == start + 1:  # type: ignore[union-attr,operator]
-        return aten.reshape.default, (x.args[0][start], list(shape(node)))  # type: ignore[union-attr,index]
+        return _narrow_of_cat(x, dim, start, stop, make)
+    if is_op(x, aten.stack.default) and x.args[1] == dim and stop == start + 1:
+        return aten.reshape.default, (x.args[0][start], list(shape(node)))
     return None
 
 
-def _narrow_of_cat(x: fx.Node, dim: int, start: int, stop: int, make: Maker) -> Answer:
+def _narrow_of_cat(x: Node, dim: int, start: int, stop: int, make: Maker) -> Answer:
     parts, along = x.args
     if along != dim:  # worth it where nothing else reads the cat: then it is gone
         if not all(is_op(u, aten.slice.Tensor) and u.args[1] == dim for u in x.users):
             return None
-        return aten.cat.default, ([make(aten.slice.Tensor, p, dim, start, stop) for p in parts], along)  # type: ignore[union-attr]
+        return aten.cat.default, ([make(aten.slice.Tensor, p, dim, start, stop) for p in parts], along)
     at, kept = 0, []
-    for part in parts:  # type: ignore[union-attr]
+    for part in parts:
         size = shape(part)[dim]
         a, b = max(start - at, 0), min(stop - at, size)
         if a < b:
@@ -472,17 +476,17 @@ def _groups(source: Sequence[int], result: Sequence[int]) -> list[tuple[list[int
 
 
 @local(aten.reshape.default, aten.permute.default, aten.slice.Tensor)
-def layout_before_cast(node: fx.Node, make: Maker) -> Answer:
+def layout_before_cast(node: Node, make: Maker) -> Answer:
     """A cast that only a layout change reads comes after it, so that layout changes meet."""
     source = node.args[0]
-    if is_op(source, aten.to.dtype) and len(source.users) == 1 and source.args[0].op != "get_attr":  # type: ignore[union-attr]
-        moved = make(node.target, source.args[0], *node.args[1:])  # type: ignore[union-attr]
+    if is_op(source, aten.to.dtype) and len(source.users) == 1 and source.args[0].op != "get_attr":
+        moved = make(node.target, source.args[0], *node.args[1:])
         return aten.to.dtype, (moved, dtype(node))
     return None
 
 
 @local(aten.cat.default)
-def cat_rules(node: fx.Node, make: Maker) -> Answer:
+def cat_rules(node: Node, make: Maker) -> Answer:
     parts, given = arguments(aten.cat.default, node.args, node.kwargs)
     dim = given % len(shape(node))
     full = [p for p in parts if shape(p) != (0,) and shape(p)[dim] > 0 and dtype(p) == dtype(node)]
@@ -497,28 +501,28 @@ def cat_rules(node: fx.Node, make: Maker) -> Answer:
     return (aten.cat.default, (list(parts), dim)) if node.kwargs or node.args[1:] != (dim,) else None
 
 
-def _cat_along(node: fx.Node, dim: int) -> bool:
+def _cat_along(node: Node, dim: int) -> bool:
     return is_op(node, aten.cat.default) and len(node.users) == 1 and node.args[1:] == (dim,)
 
 
 @local(aten.stack.default)
-def stack_rules(node: fx.Node, make: Maker) -> Answer:
+def stack_rules(node: Node, make: Maker) -> Answer:
     parts, given = arguments(aten.stack.default, node.args, node.kwargs)
     dim = given % len(shape(node))
     return (aten.stack.default, (list(parts), dim)) if node.kwargs or node.args[1:] != (dim,) else None
 
 
 @local(aten.select_scatter.default)
-def select_scatter_is_slice_scatter(node: fx.Node, make: Maker) -> Answer:
+def select_scatter_is_slice_scatter(node: Node, make: Maker) -> Answer:
     base, source, dim, index = node.args
     sizes = list(shape(node))
-    dim, index = dim % len(sizes), index % sizes[dim]  # type: ignore[operator,index]
+    dim, index = dim % len(sizes), index % sizes[dim]
     sizes[dim] = 1
     return aten.slice_scatter.default, (base, make(aten.reshape.default, source, sizes), dim, index, index + 1)
 
 
 @local(aten.slice_scatter.default)
-def scatter_is_cat(node: fx.Node, make: Maker) -> Answer:
+def scatter_is_cat(node: Node, make: Maker) -> Answer:
     """Writes that fill a tensor: interleaved ones are reshape(stack), a narrow one is a cat with what stays."""
     base, source, dim, start, stop, step = _scatter(node)
     if step == 1:
@@ -539,11 +543,11 @@ def scatter_is_cat(node: fx.Node, make: Maker) -> Answer:
     return aten.reshape.default, (make(aten.stack.default, parts, dim + 1), list(shape(node)))
 
 
-def _as_dtype(node: fx.Node, wanted: torch.dtype, make: Maker) -> fx.Node:
+def _as_dtype(node: Node, wanted: torch.dtype, make: Maker) -> Node:
     return node if dtype(node) == wanted else make(aten.to.dtype, node, wanted)
 
 
-def _scatter(node: Any) -> tuple[fx.Node, fx.Node, int, int, int, int]:
+def _scatter(node: Any) -> tuple[Node, Node, int, int, int, int]:
     """(base, source, dim, start, stop, step) of a slice_scatter, with non-negative bounds."""
     rank, sizes = len(shape(node)), shape(node)
     base, source, dim, start, stop, step = arguments(aten.slice_scatter.default, node.args, node.kwargs)
@@ -554,18 +558,18 @@ def _scatter(node: Any) -> tuple[fx.Node, fx.Node, int, int, int, int]:
 # --------------------------------------------------------------------------------------------------------- arithmetic
 
 
-def _opmath(node: fx.Node) -> torch.dtype:
+def _opmath(node: Node) -> torch.dtype:
     """What an elementwise kernel computes in, for a result of the node's type."""
     return torch.float32 if dtype(node) in (torch.bfloat16, torch.float16) else dtype(node)
 
 
-def _real(node: fx.Node) -> bool:
+def _real(node: Node) -> bool:
     return dtype(node).is_floating_point
 
 
 @local(aten.add.Scalar, aten.add.Tensor)
-def add_rules(node: fx.Node, make: Maker) -> Answer:
-    a, b, alpha = arguments(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+def add_rules(node: Node, make: Maker) -> Answer:
+    a, b, alpha = arguments(node.target, node.args, node.kwargs)
     if alpha != 1:
         b = make(aten.mul.Tensor, b, alpha) if isinstance(b, fx.Node) else b * alpha
         return aten.add.Tensor, (a, b)
@@ -585,8 +589,8 @@ def _whole(number: Any) -> bool:
 
 
 @local(aten.mul.Scalar, aten.mul.Tensor)
-def mul_rules(node: fx.Node, make: Maker) -> Answer:
-    a, b = arguments(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+def mul_rules(node: Node, make: Maker) -> Answer:
+    a, b = arguments(node.target, node.args, node.kwargs)
     if node.target is aten.mul.Scalar:
         return aten.mul.Tensor, (a, b)
     if not isinstance(b, fx.Node):
@@ -608,12 +612,12 @@ def mul_rules(node: fx.Node, make: Maker) -> Answer:
     return _broadcast_rules(node, a, b)
 
 
-def _reduced(node: fx.Node) -> int:
+def _reduced(node: Node) -> int:
     """How many elements go into one of a reduction."""
-    return math.prod(shape(node.args[0])) // max(1, math.prod(shape(node)))  # type: ignore[arg-type]
+    return math.prod(shape(node.args[0])) // max(1, math.prod(shape(node)))
 
 
-def _broadcast_rules(node: fx.Node, a: Any, b: Any) -> Answer:
+def _broadcast_rules(node: Node, a: Any, b: Any) -> Answer:
     """An operand that is expanded though broadcasting does it, or that is a constant filled with one number."""
     for x, y, first in ((b, a, False), (a, b, True)):
         if not isinstance(x, fx.Node):
@@ -623,15 +627,16 @@ def _broadcast_rules(node: fx.Node, a: Any, b: Any) -> Answer:
             if fits and not (isinstance(x.args[1], float) and not _real(node)):
                 return node.target, (y, x.args[1])
         if is_op(x, aten.expand.default):
-            small, other = shape(x.args[0]), shape(y) if isinstance(y, fx.Node) else ()  # type: ignore[arg-type]
-            if tuple(torch.broadcast_shapes(small, other)) == shape(node):
-                return node.target, ((x.args[0], y) if first else (y, x.args[0]))
+            source: Node = x.args[0]
+            other = shape(y) if isinstance(y, fx.Node) else ()
+            if tuple(torch.broadcast_shapes(shape(source), other)) == shape(node):
+                return node.target, ((source, y) if first else (y, source))
     return None
 
 
 @local(aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Tensor, aten.rsub.Scalar)
-def sub_is_add_neg(node: fx.Node, make: Maker) -> Answer:
-    a, b, alpha = arguments(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+def sub_is_add_neg(node: Node, make: Maker) -> Answer:
+    a, b, alpha = arguments(node.target, node.args, node.kwargs)
     if not _real(node) and not dtype(node).is_complex:
         return None
     if alpha != 1:
@@ -645,7 +650,7 @@ def sub_is_add_neg(node: fx.Node, make: Maker) -> Answer:
 
 
 @local(aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor)
-def div_is_mul_pow(node: fx.Node, make: Maker) -> Answer:
+def div_is_mul_pow(node: Node, make: Maker) -> Answer:
     """a / b is a * b**-1, in the type that the kernel computes in; at most one unit in the last place apart."""
     a, b = node.args
     if not _real(node):
@@ -653,50 +658,50 @@ def div_is_mul_pow(node: fx.Node, make: Maker) -> Answer:
     if not isinstance(b, fx.Node):
         if b == 0:
             return None
-        return aten.mul.Tensor, (_as_dtype(a, dtype(node), make), 1.0 / b)  # type: ignore[arg-type,operator]
+        return aten.mul.Tensor, (_as_dtype(a, dtype(node), make), 1.0 / b)
     inverse = make(aten.pow.Tensor_Scalar, _as_dtype(b, _opmath(node), make), -1)
     if dtype(node) == _opmath(node):
         return aten.mul.Tensor, (a, inverse)
-    return aten.to.dtype, (make(aten.mul.Tensor, _as_dtype(a, _opmath(node), make), inverse), dtype(node))  # type: ignore[arg-type]
+    return aten.to.dtype, (make(aten.mul.Tensor, _as_dtype(a, _opmath(node), make), inverse), dtype(node))
 
 
 @local(aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default, aten.square.default)
-def roots_are_pow(node: fx.Node, make: Maker) -> Answer:
+def roots_are_pow(node: Node, make: Maker) -> Answer:
     exponents = {aten.sqrt.default: 0.5, aten.rsqrt.default: -0.5, aten.reciprocal.default: -1, aten.square.default: 2}
     if not _real(node):
         return None
-    return aten.pow.Tensor_Scalar, (_as_dtype(node.args[0], dtype(node), make), exponents[node.target])  # type: ignore[arg-type,index]
+    return aten.pow.Tensor_Scalar, (_as_dtype(node.args[0], dtype(node), make), exponents[node.target])
 
 
 @local(aten.pow.Tensor_Scalar)
-def pow_of_pow(node: fx.Node, make: Maker) -> Answer:
+def pow_of_pow(node: Node, make: Maker) -> Answer:
     """1 / sqrt(x) is x**-0.5. Roots come from non-negative x, where exponents multiply; x**2 then a root do not."""
     x, exponent = node.args
     if not _real(node):
         return None
-    if exponent == 1 and dtype(x) == dtype(node):  # type: ignore[arg-type]
-        return x  # type: ignore[return-value]
-    if is_op(x, aten.pow.Tensor_Scalar) and x.args[1] in (0.5, -0.5) and exponent == -1:  # type: ignore[union-attr]
-        return aten.pow.Tensor_Scalar, (x.args[0], -x.args[1])  # type: ignore[union-attr,operator]
-    if is_op(x, aten.pow.Tensor_Scalar) and x.args[1] == -1 and exponent in (0.5, -0.5):  # type: ignore[union-attr]
-        return aten.pow.Tensor_Scalar, (x.args[0], -exponent)  # type: ignore[union-attr,operator]
+    if exponent == 1 and dtype(x) == dtype(node):
+        return x
+    if is_op(x, aten.pow.Tensor_Scalar) and x.args[1] in (0.5, -0.5) and exponent == -1:
+        return aten.pow.Tensor_Scalar, (x.args[0], -x.args[1])
+    if is_op(x, aten.pow.Tensor_Scalar) and x.args[1] == -1 and exponent in (0.5, -0.5):
+        return aten.pow.Tensor_Scalar, (x.args[0], -exponent)
     return None
 
 
 @local(aten.neg.default)
-def neg_rules(node: fx.Node, make: Maker) -> Answer:
+def neg_rules(node: Node, make: Maker) -> Answer:
     x = node.args[0]
     if is_op(x, aten.neg.default):
-        return x.args[0]  # type: ignore[union-attr,return-value]
-    if is_op(x, aten.mul.Tensor) and not isinstance(x.args[1], fx.Node) and len(x.users) == 1:  # type: ignore[union-attr]
-        return aten.mul.Tensor, (x.args[0], -x.args[1])  # type: ignore[union-attr,operator]
+        return x.args[0]
+    if is_op(x, aten.mul.Tensor) and not isinstance(x.args[1], fx.Node) and len(x.users) == 1:
+        return aten.mul.Tensor, (x.args[0], -x.args[1])
     return None
 
 
 @local(aten.addcmul.default, aten.addcdiv.default)
-def addcmul_is_add_mul(node: fx.Node, make: Maker) -> Answer:
+def addcmul_is_add_mul(node: Node, make: Maker) -> Answer:
     """a + value * b * c, in the type that the kernel computes in."""
-    a, b, c, value = arguments(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+    a, b, c, value = arguments(node.target, node.args, node.kwargs)
     if not _real(node):
         return None
     wide = _opmath(node)
@@ -707,7 +712,7 @@ def addcmul_is_add_mul(node: fx.Node, make: Maker) -> Answer:
 
 
 @local(aten.lerp.Scalar, aten.lerp.Tensor)
-def lerp_is_add_mul(node: fx.Node, make: Maker) -> Answer:
+def lerp_is_add_mul(node: Node, make: Maker) -> Answer:
     a, b, weight = node.args
     difference = make(aten.add.Tensor, b, make(aten.neg.default, a))
     return aten.add.Tensor, (a, make(aten.mul.Tensor, difference, weight))
@@ -717,18 +722,18 @@ def lerp_is_add_mul(node: fx.Node, make: Maker) -> Answer:
 
 
 @local(aten.mean.dim, aten.sum.dim_IntList, aten.mean.default, aten.sum.default)
-def reductions_keep_dims(node: fx.Node, make: Maker) -> Answer:
+def reductions_keep_dims(node: Node, make: Maker) -> Answer:
     packet = aten.mean if is_op(node, aten.mean) else aten.sum
     target = packet.dim if packet is aten.mean else packet.dim_IntList
     if node.target is packet.default:
         x, dims, keep, out = node.args[0], None, False, node.kwargs.get("dtype")
     else:
-        x, dims, keep, out = arguments(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
-    rank = len(shape(x))  # type: ignore[arg-type]
+        x, dims, keep, out = arguments(node.target, node.args, node.kwargs)
+    rank = len(shape(x))
     dims = sorted(d % rank for d in (dims or range(rank))) if rank else []
     if rank == 0 or not _real(node):
         return None
-    if out is not None and dtype(x) != out:  # type: ignore[arg-type]
+    if out is not None and dtype(x) != out:
         x = make(aten.to.dtype, x, out)
     args = (x, dims, True)
     if keep:
@@ -737,17 +742,17 @@ def reductions_keep_dims(node: fx.Node, make: Maker) -> Answer:
 
 
 @local(aten.var, aten.std)
-def var_is_mean_of_squares(node: fx.Node, make: Maker) -> Answer:
+def var_is_mean_of_squares(node: Node, make: Maker) -> Answer:
     value = _variance(node, make)
     if value is not None and is_op(node, aten.std):
         value = make(aten.pow.Tensor_Scalar, value, 0.5)
     return value and (aten.reshape.default, (_as_dtype(value, dtype(node), make), list(shape(node))))
 
 
-def _variance(node: fx.Node, make: Maker) -> fx.Node | None:
+def _variance(node: Node, make: Maker) -> Node | None:
     """var(x) as mean((x - mean(x))**2) * n / (n - correction), dimensions kept, in float32 at least."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = dict(zip(names, arguments(node.target, node.args, node.kwargs), strict=True))  # type: ignore[arg-type]
+    names = [a.name for a in node.target._schema.arguments]
+    given = dict(zip(names, arguments(node.target, node.args, node.kwargs), strict=True))
     x, rank = given["self"], len(shape(given["self"]))
     dims = sorted(d % rank for d in (given.get("dim") or range(rank)))
     correction = given["correction"] if "correction" in given else int(given.get("unbiased", True))
@@ -762,49 +767,49 @@ def _variance(node: fx.Node, make: Maker) -> fx.Node | None:
 
 
 @local(operator.getitem)
-def item_of_moments(node: fx.Node, make: Maker) -> Answer:
+def item_of_moments(node: Node, make: Maker) -> Answer:
     """The parts of var_mean, and the normed tensor of native_layer_norm."""
     source, i = node.args
     if is_op(source, aten.native_layer_norm.default) and i == 0:
-        return aten.layer_norm.default, tuple(source.args)  # type: ignore[union-attr]
+        return aten.layer_norm.default, tuple(source.args)
     if not is_op(source, aten.var_mean):
         return None
-    value: fx.Node | None
+    value: Node | None
     if i == 0:
-        value = _variance(source, make)  # type: ignore[arg-type]
+        value = _variance(source, make)
     else:
-        x, dims = source.args[0], (list(source.args[1]) if len(source.args) > 1 and source.args[1] else [])  # type: ignore[union-attr]
-        value = make(aten.mean.dim, x, dims or list(range(len(shape(x)))), True)  # type: ignore[arg-type]
+        x, dims = source.args[0], (list(source.args[1]) if len(source.args) > 1 and source.args[1] else [])
+        value = make(aten.mean.dim, x, dims or list(range(len(shape(x)))), True)
     return value and (aten.reshape.default, (_as_dtype(value, dtype(node), make), list(shape(node))))
 
 
 @local(aten.layer_norm.default)
-def layer_norm_without_hint(node: fx.Node, make: Maker) -> Answer:
+def layer_norm_without_hint(node: Node, make: Maker) -> Answer:
     """Without the choice of a cuDNN kernel, and with its eps."""
     args = tuple(arguments(aten.layer_norm.default, node.args, node.kwargs)[:5])
     return (aten.layer_norm.default, args) if tuple(node.args) != args or node.kwargs else None
 
 
 @local(aten._softmax.default, aten.softmax.int)
-def one_softmax(node: fx.Node, make: Maker) -> Answer:
+def one_softmax(node: Node, make: Maker) -> Answer:
     x, dim = node.args[:2]
-    dim %= len(shape(x))  # type: ignore[arg-type,operator]
+    dim %= len(shape(x))
     if node.target is aten.softmax.int and tuple(node.args) == (x, dim) and not node.kwargs:
         return None
-    return aten.softmax.int, (_as_dtype(x, dtype(node), make), dim)  # type: ignore[arg-type]
+    return aten.softmax.int, (_as_dtype(x, dtype(node), make), dim)
 
 
 # ----------------------------------------------------------------------------------------------------------- products
 
 
 @local(aten.mm.default, aten.bmm.default)
-def one_matmul(node: fx.Node, make: Maker) -> Answer:
+def one_matmul(node: Node, make: Maker) -> Answer:
     return aten.matmul.default, node.args
 
 
 @local(aten.baddbmm.default, aten.addmm.default)
-def addmm_is_matmul_add(node: fx.Node, make: Maker) -> Answer:
-    bias, a, b, beta, alpha = arguments(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+def addmm_is_matmul_add(node: Node, make: Maker) -> Answer:
+    bias, a, b, beta, alpha = arguments(node.target, node.args, node.kwargs)
     product = make(aten.matmul.default, a, b)
     product = product if alpha == 1 else make(aten.mul.Tensor, product, alpha)
     if beta == 0:
@@ -813,45 +818,45 @@ def addmm_is_matmul_add(node: fx.Node, make: Maker) -> Answer:
 
 
 @local(aten.matmul.default)
-def matmul_of_weight_is_linear(node: fx.Node, make: Maker) -> Answer:
+def matmul_of_weight_is_linear(node: Node, make: Maker) -> Answer:
     """x @ w.T of a weight is a linear."""
     a, b = node.args
-    if is_op(b, aten.permute.default) and b.args[1] == [1, 0] and b.args[0].op == "get_attr" and len(shape(a)) > 1:  # type: ignore[union-attr,arg-type]
-        return aten.linear.default, (a, b.args[0])  # type: ignore[union-attr]
+    if is_op(b, aten.permute.default) and b.args[1] == [1, 0] and b.args[0].op == "get_attr" and len(shape(a)) > 1:
+        return aten.linear.default, (a, b.args[0])
     return None
 
 
 @local(aten.matmul.default)
-def matmul_keeps_batch_dims(node: fx.Node, make: Maker) -> Answer:
+def matmul_keeps_batch_dims(node: Node, make: Maker) -> Answer:
     """bmm over merged leading dimensions (einsum) is a matmul over the dimensions themselves."""
     a, b = node.args
     if not (is_op(a, aten.reshape.default) and is_op(b, aten.reshape.default)):
         return None
-    x, y = a.args[0], b.args[0]  # type: ignore[union-attr]
-    sx, sy = shape(x), shape(y)  # type: ignore[arg-type]
-    merged = len(shape(a)) == len(shape(b)) == 3 and len(sx) == len(sy) > 3  # type: ignore[arg-type]
-    if merged and sx[:-2] == sy[:-2] and sx[-2:] == shape(a)[1:] and sy[-2:] == shape(b)[1:]:  # type: ignore[arg-type]
+    x, y = a.args[0], b.args[0]
+    sx, sy = shape(x), shape(y)
+    merged = len(shape(a)) == len(shape(b)) == 3 and len(sx) == len(sy) > 3
+    if merged and sx[:-2] == sy[:-2] and sx[-2:] == shape(a)[1:] and sy[-2:] == shape(b)[1:]:
         return aten.reshape.default, (make(aten.matmul.default, x, y), list(shape(node)))
     return None
 
 
 @local(aten.add.Tensor)
-def linear_takes_bias(node: fx.Node, make: Maker) -> Answer:
+def linear_takes_bias(node: Node, make: Maker) -> Answer:
     """linear(x, w) + b of a vector weight is linear(x, w, b)."""
     if len(node.args) != 2 or node.kwargs:
         return None
     for product, bias in (node.args, node.args[::-1]):
-        plain = is_op(product, aten.linear.default) and len([a for a in product.args if a is not None]) == 2  # type: ignore[union-attr]
+        plain = is_op(product, aten.linear.default) and len([a for a in product.args if a is not None]) == 2
         vector = isinstance(bias, fx.Node) and bias.op == "get_attr" and shape(bias) == shape(node)[-1:]
-        if plain and vector and len(product.users) == 1 and dtype(bias) == dtype(product) == dtype(node):  # type: ignore[union-attr,arg-type]
-            return aten.linear.default, (*product.args[:2], bias)  # type: ignore[union-attr]
+        if plain and vector and len(product.users) == 1 and dtype(bias) == dtype(product) == dtype(node):
+            return aten.linear.default, (*product.args[:2], bias)
     return None
 
 
 # ------------------------------------------------------------------------------------------------------------ complex
 
 
-def _pairs(z: Any, make: Maker) -> fx.Node:
+def _pairs(z: Any, make: Maker) -> Node:
     """A complex tensor as real pairs; a conjugate, which cannot be viewed so, with its sign turned."""
     if is_op(z, aten._conj.default, aten.conj_physical.default, aten.resolve_conj.default):
         inner = _pairs(z.args[0], make)
@@ -863,45 +868,45 @@ def _pairs(z: Any, make: Maker) -> fx.Node:
     return make(aten.view_as_real.default, z)
 
 
-def _part(pairs: fx.Node, i: int, make: Maker) -> fx.Node:
+def _part(pairs: Node, i: int, make: Maker) -> Node:
     """The real (0) or imaginary (1) parts of pairs."""
     sizes = list(shape(pairs))
     return make(aten.reshape.default, make(aten.slice.Tensor, pairs, len(sizes) - 1, i, i + 1), sizes[:-1])
 
 
 @local(aten.view_as_real.default)
-def complex_is_pairs(node: fx.Node, make: Maker) -> Answer:
+def complex_is_pairs(node: Node, make: Maker) -> Answer:
     """Complex numbers become real pairs in a last axis of 2: layout, cast, product, conjugate and polar form."""
     z = node.args[0]
-    last = len(shape(z))  # type: ignore[arg-type]
+    last = len(shape(z))
     if is_op(z, aten.view_as_complex.default):
-        return z.args[0]  # type: ignore[union-attr,return-value]
+        return z.args[0]
     if is_op(z, aten._conj.default, aten.conj_physical.default, aten.resolve_conj.default):
         return _pairs(z, make)
-    if is_op(z, aten.to.dtype) and dtype(z.args[0]).is_complex:  # type: ignore[union-attr,arg-type]
-        return z.target, (_pairs(z.args[0], make), dtype(node))  # type: ignore[union-attr]
+    if is_op(z, aten.to.dtype) and dtype(z.args[0]).is_complex:
+        return z.target, (_pairs(z.args[0], make), dtype(node))
     if is_op(z, aten.reshape.default, aten.expand.default):
-        return z.target, (_pairs(z.args[0], make), [*shape(z), 2])  # type: ignore[union-attr,arg-type]
+        return z.target, (_pairs(z.args[0], make), [*shape(z), 2])
     if is_op(z, aten.permute.default):
-        return z.target, (_pairs(z.args[0], make), [*z.args[1], last])  # type: ignore[union-attr,misc]
+        return z.target, (_pairs(z.args[0], make), [*z.args[1], last])
     if is_op(z, aten.slice.Tensor):
-        return z.target, (_pairs(z.args[0], make), *z.args[1:])  # type: ignore[union-attr]
+        return z.target, (_pairs(z.args[0], make), *z.args[1:])
     if is_op(z, aten.cat.default, aten.stack.default):
-        return z.target, ([_pairs(p, make) for p in z.args[0]], *z.args[1:])  # type: ignore[union-attr]
+        return z.target, ([_pairs(p, make) for p in z.args[0]], *z.args[1:])
     if is_op(z, aten.polar.default):
-        radius, angle = z.args  # type: ignore[union-attr]
+        radius, angle = z.args
         x, y = (make(aten.mul.Tensor, radius, make(f, angle)) for f in (aten.cos.default, aten.sin.default))
         return aten.stack.default, ([x, y], last)
     if is_op(z, aten.complex.default):
-        return aten.stack.default, (list(z.args), last)  # type: ignore[union-attr]
-    if is_op(z, aten.mul.Tensor) and isinstance(z.args[1], fx.Node):  # type: ignore[union-attr]
-        return _complex_product(z, make)  # type: ignore[arg-type]
+        return aten.stack.default, (list(z.args), last)
+    if is_op(z, aten.mul.Tensor) and isinstance(z.args[1], fx.Node):
+        return _complex_product(z, make)
     return None
 
 
-def _complex_product(z: fx.Node, make: Maker) -> Answer:
+def _complex_product(z: Node, make: Maker) -> Answer:
     a, b = z.args
-    if not (dtype(a).is_complex and dtype(b).is_complex):  # type: ignore[arg-type]
+    if not (dtype(a).is_complex and dtype(b).is_complex):
         return None
     ar, ai, br, bi = (_part(_pairs(x, make), i, make) for x in (a, b) for i in (0, 1))
     mul, add = aten.mul.Tensor, aten.add.Tensor
