@@ -56,6 +56,8 @@ class Runner:
 class _Bound(nn.Module):
     """A compiled graph with the weights of one call."""
 
+    code: fx.GraphModule
+
     def __init__(self, code: fx.GraphModule, operands: Sequence[torch.Tensor], single: bool) -> None:
         super().__init__()
         object.__setattr__(self, "code", code)  # shared by all calls, so it is not a child of each
@@ -63,7 +65,7 @@ class _Bound(nn.Module):
         self.single = single
 
     def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        return self.code.forward(*self.operands, *tensors)  # type: ignore[attr-defined]
+        return self.code.forward(*self.operands, *tensors)
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         out = self.run(tensors)

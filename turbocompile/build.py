@@ -425,21 +425,25 @@ class EngineBuild:
 class LazyEngine(nn.Module):
     """A module that compiles itself at its first call, for that call's shapes; calls of other shapes add theirs."""
 
+    model: nn.Module
+    engine: Engine | None
+
     def __init__(self, model: nn.Module, recipe: Recipe, verify_args: Any, progress: Progress | None) -> None:
         super().__init__()
         object.__setattr__(self, "model", model)
         self.recipe, self.verify_args, self.progress = recipe, verify_args, progress
         self.calls: list[tuple[Any, Any]] = []
-        self.engine: Engine | None = None
+        self.engine = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.engine is None or not self.engine.accepts(args, kwargs):
             example = [*self.calls, (args, kwargs)]
-            self.engine = optimize(
+            made = optimize(
                 self.model, example, recipe=self.recipe, backend=self.recipe.backend, target=self.recipe.target,
                 verify_args=self.verify_args, progress=self.progress,
             )  # fmt: skip
-            self.calls = [(_to_meta(a), _to_meta(k)) for a, k in example]
+            assert isinstance(made, Engine)  # there is an example, so it is no LazyEngine
+            self.engine, self.calls = made, [(_to_meta(a), _to_meta(k)) for a, k in example]
         return self.engine(*args, **kwargs)
 
     @property
@@ -566,7 +570,7 @@ def write_engine(engine: Engine, folder: Path) -> None:
     finish(folder, {item.name: item}, {item.name: entry}, {}, recipe, build.stages)
 
 
-class _Stored:
+class _Stored(Evaluator):
     """Hands the evaluated weights of an engine to `write_shards`, in the order of the plan."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], names: Sequence[str]) -> None:

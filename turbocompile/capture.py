@@ -216,10 +216,12 @@ def _program(
         elif node.op == "output":
             made = shell.graph.output(tuple(env[n] for n in _user_outputs(exported, node)))
         else:
-            made = _operation(shell.graph, node, env)
-            if made is None or made.meta:  # an assertion, or a cast that changes nothing
-                if made is not None:
-                    env[node] = made
+            operation = _operation(shell.graph, node, env)
+            if operation is None:  # an assertion
+                continue
+            made = operation
+            if made.meta:  # a cast that changes nothing: the tensor itself
+                env[node] = made
                 continue
         made.meta.update({k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")})
         made.meta["nn_module_stack"] = _strip(made.meta.get("nn_module_stack"))
@@ -303,7 +305,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
     return head + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _operation(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node | None:
+def _operation(graph: fx.Graph, node: Any, env: dict[fx.Node, fx.Node]) -> fx.Node | None:
     """A copy of an operation without device literals: the device is the engine's, chosen when it is loaded."""
     target, args, kwargs = node.target, node.args, dict(node.kwargs)
     if isinstance(target, torch._ops.HigherOrderOperator):

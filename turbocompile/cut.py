@@ -196,14 +196,10 @@ def _structure(piece: Piece) -> Any:
     return (piece.list_path, "\n".join(lines))
 
 
-class _Name:
+class _Name(str):
     """Prints as a bare name within an argument list."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __repr__(self) -> str:
-        return self.text
+    __repr__ = str.__str__
 
 
 def _spec(node: fx.Node) -> str:
@@ -304,10 +300,10 @@ def _shell(flat: Subgraph, pieces: list[Piece], names: dict[Any, str]) -> Subgra
                     env[top] = _copy(shell, flat, top, env)
 
     for node in flat.graph.nodes:
-        piece = owner.get(node)
-        if piece is None and any(owner.get(n) and n not in env for n in node.all_input_nodes):
+        own = owner.get(node)
+        if own is None and any(owner.get(n) and n not in env for n in node.all_input_nodes):
             continue  # emitted on demand, after the block that it reads
-        if piece is None or node is last[id(piece)]:
+        if own is None or node is last[id(own)]:
             emit(node)
     for node in flat.graph.nodes:
         if node not in env and node not in owner and (node.op == "output" or _mutates(node)):

@@ -69,6 +69,8 @@ def module_name(source: str) -> str:
 class Replay(nn.Module):
     """Dynamo's graph as a module: its parameters by name, its tensors as arguments, its sizes fixed."""
 
+    graph_module: fx.GraphModule
+
     def __init__(
         self,
         graph: fx.GraphModule,
@@ -98,7 +100,7 @@ class Replay(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         rest = iter(tensors)
-        arguments = []
+        arguments: list[Any] = []
         for i in range(self.count):
             if i in self.places:
                 arguments.append(self.get_buffer(self.places[i]))

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,6 +31,9 @@ from turbocompile.report import Report
 from turbocompile.serialize import dtype_name, from_json, parse_dtype
 from turbocompile.version import __version__
 from turbocompile.weights import Emission, emitted_name
+
+if TYPE_CHECKING:
+    from turbocompile.build import EngineBuild
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -80,6 +83,9 @@ class Engine(nn.Module):
     Called like the model it came from. `.to(device)` moves the weights; no `.to(dtype)` changes them. `experts` maps
     the names of all modules in the same folder ("transformer", "transformer_2") to their engines.
     """
+
+    experts: dict[str, Engine]
+    build: EngineBuild | None = None  # how it was built, where that was in this process; `save` needs it
 
     def __init__(
         self,

@@ -123,7 +123,7 @@ def _walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _unwalk(path: str, leaves: Mapping[str, Any], guards: Mapping[str, Any]) -> Any:
-    marker = guards.get(path)
+    marker: Any = guards.get(path)
     if not _is_marker(marker):
         return leaves.get(path, marker)
     items = [_unwalk(f"{path}.{key}", leaves, guards) for key in marker["keys"]]
