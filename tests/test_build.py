@@ -305,3 +305,46 @@ def test_the_true_1_3b_is_planned_in_a_minute_and_4_gb():
     assert memory < 4e9
     assert report["passes"]["attention"]["rewritten"] == 60
     assert report["passes"]["w8a8"]["rewritten"] == 300
+
+
+def maximum_error(made, dtype=torch.float32):
+    """The engine's and eager's errors against float64, as parts of the largest value, and between each other."""
+    engine_folder = made[1]
+    engine = load(engine_folder)
+    model = open_source(made[0]).transformers["transformer"].load()
+    inputs = call(engine)
+    with torch.no_grad():
+        eager = model(**inputs, return_dict=False)[0].double()
+        wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+        truth = model.double()(**wide, return_dict=False)[0]
+    found = engine(**inputs).sample.double()
+    top = truth.abs().max()
+    return [float((a - b).abs().max() / top) for a, b in ((found, truth), (eager, truth), (found, eager))]
+
+
+def test_thirty_layers_of_exact_rewrites_stay_within_1e_4(tmp_path):
+    made = recipe(
+        model={"preset": "wan-tiny", "weights": "synthetic", "config": {"num_layers": 30}}, components="none"
+    )
+    report = optimize_recipe(made, tmp_path / "engine")
+    assert report.to_dict()["passes"]["residual_norm"]["rewritten"] == 90
+    _, _, between = maximum_error((made, tmp_path / "engine"))
+    assert between <= 1e-4
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_exact_rewrites_in_bf16_round_no_more_than_eager_does(tmp_path, head_dim):
+    """The bound is derived from eager itself: a fused op rounds where its parts did, or less often.
+
+    Two ways of rounding at the same places differ at random, so the largest of some thousand errors may be larger by
+    chance; twice eager's own distance from the float64 truth is far beyond that chance and far below any wrong rewrite.
+    """
+    preset = "wan-tiny" if head_dim == 64 else "wan-tiny-128"
+    made = recipe(
+        model={"preset": preset, "weights": "synthetic"}, dtype="bfloat16", components="none",
+        passes={"attention": "native", "w8a8": "off"},
+    )  # fmt: skip
+    optimize_recipe(made, tmp_path / "engine")
+    engine_error, eager_error, _ = maximum_error((made, tmp_path / "engine"))
+    assert 1e-4 < eager_error < 0.1
+    assert engine_error <= 2 * eager_error
