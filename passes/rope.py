@@ -168,8 +168,9 @@ def _readings(m: Match) -> Iterator[tuple[Rotated, tuple[Node, Node], tuple[Node
         halves = two_parts(shaped)
         for found in matches(TURNED, halves) if halves is not None else ():
             rotated = pairs(found["x1"], found["x2"])
-            fits = rotated is not None and rotated.interleaved == _interleaved(shaped)
-            if fits and _same_tensor(rotated, b["x"]) and rotated.sizes == shape(node):
+            if rotated is None or rotated.interleaved != _interleaved(shaped):
+                continue
+            if _same_tensor(rotated, b["x"]) and rotated.sizes == shape(node):
                 both = [repeated(m, b[name], rotated.interleaved) for name in ("cos", "sin")]
                 yield rotated, both[0], both[1]
 

@@ -78,7 +78,7 @@ def repeated(m: Match, table: Node, interleaved: bool) -> tuple[Node, Node]:
 
 def _repeated(m: Match, table: Node, interleaved: bool) -> tuple[Node, Node] | None:
     lead, half = list(shape(table)[:-1]), shape(table)[-1] // 2
-    source = table.args[0] if table.args and isinstance(table.args[0], fx.Node) else None
+    source: Any = table.args[0] if table.args and isinstance(table.args[0], fx.Node) else None
 
     def on_both(found: tuple[Node, Node] | None, target: Any, *rest: Any) -> tuple[Node, Node] | None:
         if found is None:
@@ -144,10 +144,11 @@ def tables_per_axis(
     """
     both = [_settled(m, _factor(m, t)) for t in (cos, sin)]
     found = []
-    if None not in both and both[0].grid == both[1].grid and math.prod(both[0].grid) == tokens:
-        found = [[table for _, table in b.pieces] for b in both]
-    if found and [shape(t) for t in found[0]] == [shape(t) for t in found[1]]:
-        grid = list(both[0].grid)
+    c, s = both
+    if c is not None and s is not None and c.grid == s.grid and math.prod(c.grid) == tokens:
+        found = [[table for _, table in b.pieces] for b in (c, s)]
+    if c is not None and found and [shape(t) for t in found[0]] == [shape(t) for t in found[1]]:
+        grid = list(c.grid)
     else:
         grid, found = [tokens], [[m.op(aten.reshape.default, t, [tokens, columns])] for t in (cos, sin)]
     narrow = wanted if wanted == torch.float64 else torch.float32

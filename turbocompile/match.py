@@ -15,7 +15,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
@@ -374,7 +374,7 @@ def weight_expr(node: Any, sub: Subgraph) -> Expr | None:
     return Slice(of, dim % len(of.shape), start, stop) if step == 1 and start < stop else None
 
 
-Outcome = fx.Node | dict[fx.Node, fx.Node] | str
+Outcome: TypeAlias = fx.Node | dict[fx.Node, fx.Node] | str
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ class Verifier:
     def check_captured(self, captured: Program) -> None:
         """Compares the graph as captured, run as it is, with the truth, which is the normal form in float64.
 
-        In float32 the bound is that of an exact pass; in a 16-bit type a block's some hundred roundings of 2^-9 leave
+        In float32 the bound is that of an exact pass; in a 16-bit type a block's some hundred roundings of 2^-8 leave
         about 1%, and five times that is a wrong graph. Raises VerificationError.
         """
         found = self._outputs(captured, self._run_all(captured, None))
