@@ -7,6 +7,7 @@ and v of every cross-attention.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -54,7 +55,7 @@ def fused_name(names: list[str]) -> str:
 @rewrite(candidates=first_of_groups)
 def fuse_qkv(m: Match) -> dict[fx.Node, fx.Node] | str:
     group = next(g for g in groups(m.sub) if m.root in g)
-    weights = [linear.args[1] for linear in group]
+    weights: list[Any] = [linear.args[1] for linear in group]
     exprs = [m.expr(w) for w in weights]
     known = [e for e in exprs if e is not None]
     if len(known) < len(exprs):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -62,8 +63,9 @@ def parts(place: Place) -> list[Place]:
 
 def kinds(place: Place) -> set[str]:
     """What lies between an operand and its projection: "rope", "rms", "layer"."""
+    source: Any = place.node.args[0] if place.node.args else None
     if is_op(place.node, ops.rope):
-        return {"rope"} | kinds(below_layout(replace(place, node=place.node.args[0])))
+        return {"rope"} | kinds(below_layout(replace(place, node=source)))
     norm = as_norm(place.node)
     return {norm.kind} if norm else {k for part in parts(place) for k in kinds(below_layout(part))}
 

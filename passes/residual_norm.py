@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -48,7 +49,8 @@ def following(residual: fx.Node) -> Following | None:
     """The first norm that reads the residual."""
     for node in readers(residual):
         if is_op(node, ops.adaln, ops.adaln_quantize) and uncast(node.args[0]) is residual:
-            x, by, plus, w, b, epsilon, *format = node.args
+            arguments: Any = node.args
+            x, by, plus, w, b, epsilon, *format = arguments
             return Following(node, Norm("layer", x, w, b, epsilon), by, plus, format[0] if format else None)
         norm = as_norm(node)
         if norm is not None and uncast(norm.x) is residual:
@@ -62,7 +64,8 @@ def following(residual: fx.Node) -> Following | None:
 
 def terms(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, fx.Node | None]]:
     """(x, y, gate) for each reading of a sum as x + gate * y, then as x + y."""
-    sides = [(node.args[0], node.args[1]), (node.args[1], node.args[0])]
+    given: Any = node.args
+    sides = [(given[0], given[1]), (given[1], given[0])]
     for x, other in sides:
         product = uncast(other)
         if is_op(product, aten.mul.Tensor) and all(isinstance(n, fx.Node) for n in product.args):

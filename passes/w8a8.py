@@ -52,9 +52,8 @@ def chosen_format(options: Mapping[str, Any], expr: Expr | None) -> str:
     return own.pop() if len(own) == 1 and target != "cpu" else choose_linear_format(target)
 
 
-def refusal(m: Match, expr: Expr | None, format: str) -> str | None:
+def refusal(m: Match, x: fx.Node, weight: fx.Node, expr: Expr | None, format: str) -> str | None:
     """Why the linear stays; None where it need not."""
-    x, weight = m.root.args[0], m.root.args[1]
     if format == "off":
         named = m.options.get("format", "auto") == "off"
         return (
@@ -91,10 +90,11 @@ def quantized(expr: Expr, format: str) -> tuple[Expr, Expr]:
 
 @rewrite(candidates=all_linears, count=held)
 def w8a8(m: Match) -> fx.Node | str:
-    x, weight, bias = (*m.root.args, None)[:3]
+    given: Any = (*m.root.args, None)
+    x, weight, bias = given[:3]
     expr = m.expr(weight)
     format = chosen_format(m.options, expr)
-    reason = refusal(m, expr, format)
+    reason = refusal(m, x, weight, expr, format)
     if reason is not None or expr is None:
         return str(reason)
     name = str(first_weight(weight).target).removesuffix("weight")

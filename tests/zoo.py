@@ -464,6 +464,8 @@ def expected_sites(model: nn.Module) -> dict[str, int]:
 def styles(**fixed: object) -> st.SearchStrategy[Style]:
     """All styles, with some fields fixed."""
     choices: dict[str, Callable[[], st.SearchStrategy[object]]] = {
+        "batch": lambda: st.sampled_from([2, 1]),
+        "num_heads": lambda: st.sampled_from([2, 4]),
         "num_kv_heads": lambda: st.sampled_from([2, 1]),
         "qkv": lambda: st.sampled_from(["separate", "chunk", "reshape", "unbind", "interleaved"]),
         "qkv_bias": lambda: st.sampled_from(["all", "none", "q"]),

@@ -76,8 +76,7 @@ def operands(m: Match) -> Operands | str:
         return f"has dropout ({dropout:g}); call model.eval() before it is captured"
     if len(shape(q)) != 4:
         return f"has {len(shape(q))}-dimensional operands instead of (batch, heads, tokens, channels)"
-    k, v = ungrouped(m, k, 1), ungrouped(m, v, 1)
-    return Operands(q, k, v, scale, mask, bool(is_causal))
+    return Operands(q, *grouped(m, k, v), scale, mask, bool(is_causal))
 
 
 def _unbatched(node: Any) -> Any:
@@ -94,7 +93,7 @@ def _explicit(m: Match) -> Operands | str:
         return f"its softmax is over axis {weights.args[1]}, not over the keys"
     scores, scale, mask = _unbatched(weights.args[0]), 1.0, None
     while not is_op(scores, aten.matmul.default):
-        terms = scores.args if is_op(scores, aten.add.Tensor, aten.mul.Tensor) else ()
+        terms: Any = scores.args if is_op(scores, aten.add.Tensor, aten.mul.Tensor) else ()
         if is_op(scores, aten.mul.Tensor) and not isinstance(terms[1], fx.Node):
             scale, scores = scale * terms[1], _unbatched(terms[0])
         elif is_op(scores, aten.add.Tensor) and isinstance(terms[1], fx.Node) and mask is None and scale == 1.0:
@@ -111,8 +110,8 @@ def _explicit(m: Match) -> Operands | str:
         if len(shape(mask)) == 3 and shape(mask)[0] == batch * heads:
             mask = reshaped(m, mask, (batch, heads, *shape(mask)[1:]))
         mask = in_result_dtype(m, m.root, mask)
-    q, k, v = (reshaped(m, n, (batch, sizes[n], *shape(n)[-2:])) for n in (q, k, v))
-    return Operands(q, ungrouped(m, k, 1), ungrouped(m, v, 1), scale * left * right, mask)
+    q, k, v = (straightened(m, reshaped(m, n, (batch, sizes[n], *shape(n)[-2:]))) for n in (q, k, v))
+    return Operands(q, *grouped(m, k, v), scale * left * right, mask)
 
 
 def _is_scores(node: Any) -> bool:
@@ -242,6 +241,36 @@ def token_layout(m: Match, *values: Any) -> str | None:
         if shape(value)[-1:] != shape(m.root)[-1:]:
             return f"{value.name} {list(shape(value))} has not the channels of {list(shape(m.root))}"
     return None
+
+
+def grouped(m: Match, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """k and v (B, H, L, D) without a repetition of their heads for the queries of a group."""
+    fewer = ungrouped(m, k, 1), ungrouped(m, v, 1)
+    return fewer if shape(fewer[0])[1] == shape(fewer[1])[1] else (k, v)
+
+
+def straightened(m: Match, node: fx.Node) -> fx.Node:
+    """A (B, H, L, D) as one reshape, and one permutation, of what lies under all its layout changes, where it can be.
+
+    The layout is read off the strides that the changes give to a contiguous tensor.
+    """
+    base, changes = node, []
+    while is_op(base, aten.permute.default, aten.reshape.default):
+        changes.append(base)
+        base = base.args[0]  # type: ignore[assignment]
+    viewed = torch.empty(shape(base), device="meta")
+    try:
+        for change in reversed(changes):
+            viewed = viewed.permute(change.args[1]) if is_op(change, aten.permute) else viewed.view(shape(change))  # type: ignore[arg-type]
+    except RuntimeError:  # a reshape that copies
+        return node
+    batch, heads, length, head_dim = shape(node)
+    for order, sizes in ((BLHD, (batch, length, heads, head_dim)), (BHLD, shape(node))):
+        straight = torch.empty(sizes, device="meta").permute([order.index(axis) for axis in BHLD])
+        pairs = zip(viewed.stride(), straight.stride(), shape(node), strict=True)
+        if all(a == b for a, b, size in pairs if size > 1):
+            return permuted(m, reshaped(m, base, sizes), order, BHLD)
+    return node
 
 
 @dataclass(frozen=True)
