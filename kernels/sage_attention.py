@@ -7,19 +7,22 @@
     O  = (round(P) round(v)) / sum P * sv               the sum is of the unrounded P
 
 pv "fp8": offset 8.807, just under log2(448), P to e4m3, v to e4m3 by channel: v * 448 / amax over tokens, amax
-floored at 1e-12, sv = amax / 448. pv "fp16": offset 0, P and v to float16 (v saturates), sv = 1.
+floored at 1e-12, sv = amax / 448. pv "fp16": offset 0, P and v / sv to float16, sv = max(amax, 65504) / 65504, which
+is 1 unless v leaves float16's range.
 
 q: (B, Lq, H, D), k, v: (B, Lk, Hkv, D), any float dtype, H a multiple of Hkv: head h reads k and v of head h // (H /
 Hkv). scale multiplies the scores. is_causal: query i sees keys 0 to i. Output: (B, Lq, H, D) contiguous, q's dtype.
 All that is not 8 or 16 bits above is float32 (float64 for float64 inputs). The maximum is that of the whole row; a
 kernel that meets the keys block by block rounds P against the maximum so far, which is another rounding of the same
-size.
+size, as is that of other blocks: the kernels' scales are those of 64 rows of q and 128 of k' (attend_triton.py).
 
 Source: arXiv 2410.02367, 2411.10958, 2505.21136 (per-block INT8, smoothed k, FP8 P v).
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,6 +39,9 @@ FP8_LIMIT, V_FLOOR = 448.0, 1e-12
 FP16_LIMIT = 65504.0
 P_OFFSET = {"none": 0.0, "fp16": 0.0, "fp8": 8.807}  # 2^8.807 = 447.9 is the largest P in e4m3's range
 SCORES = 1 << 23  # that the reference holds at a time: 32 MiB of float32
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+KERNEL_CHANNELS = 128
+KERNEL_HEADS = 65535  # the second axis of a grid
 
 
 def e4m3(x: torch.Tensor) -> torch.Tensor:
@@ -65,9 +71,10 @@ def round_values(
     """v (..., L, D) as the products with P take it, in v's dtype, and the channels' scale (..., 1, D) or None."""
     if pv == "none":
         return v, None
-    if pv == "fp16":
-        return v.clamp(-FP16_LIMIT, FP16_LIMIT).to(torch.float16).to(v.dtype), None
     amax = v.abs().amax(-2, keepdim=True).clamp(min=V_FLOOR)
+    if pv == "fp16":
+        v_scale = amax.clamp(min=FP16_LIMIT) / FP16_LIMIT
+        return (v / v_scale).to(torch.float16).to(v.dtype), v_scale
     return fp8((v * quotient(FP8_LIMIT, amax)).clamp(-FP8_LIMIT, FP8_LIMIT)), amax / FP8_LIMIT
 
 
@@ -139,6 +146,45 @@ def reference(
     return out
 
 
+@functools.cache
+def _runs_triton(device: torch.device) -> bool:
+    found = importlib.util.find_spec("triton") is not None
+    return found and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def has_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether the GPU kernels compute these operands; the reference does where they don't.
+
+    One dtype for all three, bf16 or fp16; at most 128 channels; no empty axis; compute capability 8.0 or later.
+    """
+    return (
+        q.dtype in KERNEL_DTYPES
+        and q.dtype == k.dtype == v.dtype
+        and q.shape[-1] <= KERNEL_CHANNELS
+        and q.shape[0] * q.shape[2] <= KERNEL_HEADS
+        and min(*q.shape, *k.shape) > 0
+        and q.device == k.device == v.device
+        and _runs_triton(q.device)
+    )
+
+
+def rows_of_channels(x: torch.Tensor) -> torch.Tensor:
+    """x with a contiguous last axis, as the kernels read it: a copy only where it is not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _on_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is_causal: bool, pv: str) -> torch.Tensor:
+    """The kernels where they serve: they take the largest integer for the largest score, so scale is not negative."""
+    _check(q, k, v, pv)
+    if not (scale >= 0 and has_kernel(q, k, v)):
+        return reference(q, k, v, scale, is_causal, pv)
+    from turbocompile.kernels.attend_triton import sage_forward  # here: a machine without a GPU may lack Triton
+
+    q, k, v = (rows_of_channels(t) for t in (q, k, v))
+    with torch.cuda.device(q.device):
+        return sage_forward(q, k, v, scale, is_causal, pv)
+
+
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pv: str) -> None:
     choose("sage_attention: pv", pv, "fp8", "fp16")
     check(q.ndim == k.ndim == v.ndim == 4, "sage_attention: q, k and v are (B, L, H, D)")
@@ -160,6 +206,7 @@ sage_attention = register(
     reference,
     _fake,
 )
+torch.library.impl("turbocompile::sage_attention", "cuda")(_on_cuda)
 
 
 def _decomposition(

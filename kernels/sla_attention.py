@@ -15,6 +15,9 @@ map.
 pv "none" is the float attention, which can be trained. pv "fp8" and "fp16" quantize the sparse branch as
 sage_attention.py does, with scales for blocks of block_q and block_k tokens; the linear branch stays as it is.
 
+On a GPU the kernels (sla_triton.py, sla_train_triton.py) take blocks of 64 and 128 tokens, and operands as has_kernel
+says; their means of blocks are rounded to the operands' dtype before they are compared. The reference does the rest.
+
 O_l W^T is computed as (phi(q) (phi(k)^T v W^T)) / z: the projection costs D^3 a head instead of L D^2.
 Source: arXiv 2509.24006, the variant of TurboDiffusion's checkpoints (linear branch over all keys).
 """
@@ -33,14 +36,17 @@ from turbocompile.kernels.sage_attention import (
     SCORES,
     e4m3,
     e4m3_in_float,
+    has_kernel,
     quantize_rows,
     round_values,
+    rows_of_channels,
     softmax_values,
 )
 
 from turbocompile.errors import UnsupportedError
 
 FEATURE_MAPS = ("softmax", "elu", "relu")
+KERNEL_BLOCKS = (64, 128)
 LINEAR_EPS = 1e-5  # in the denominator of the linear branch; the checkpoints were trained with it
 
 
@@ -279,6 +285,7 @@ def _features_backward(grad: torch.Tensor, phi: torch.Tensor, feature_map: str) 
 
 def reference_backward(
     grad: torch.Tensor,
+    out: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -290,7 +297,10 @@ def reference_backward(
     feature_map: str,
     chosen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the op with pv "none" in q, k, v, proj_weight, proj_bias, in their dtypes; grad (B, L, H, D)."""
+    """Gradients of the op with pv "none" in q, k, v, proj_weight, proj_bias, in their dtypes.
+
+    grad, out: (B, L, H, D), the result's gradient, and the result, which the kernels need and this does without.
+    """
     wide = compute_dtype(q.dtype)
     weight = proj_weight.to(wide)
     chosen = block_map(q, k, topk, block_q, block_k) if chosen is None else chosen
@@ -302,9 +312,66 @@ def reference_backward(
         *linear, dw, db = _linear_backward(dout, qh, kh, vh, weight, feature_map)
         dweight += dw
         dbias += db
-        for out, one, other in zip((dq, dk, dv), sparse, linear, strict=True):
-            out[batch, :, heads] = (one + other).transpose(0, 1).to(out.dtype)
+        for total, one, other in zip((dq, dk, dv), sparse, linear, strict=True):
+            total[batch, :, heads] = (one + other).transpose(0, 1).to(total.dtype)
     return (dq, dk, dv, dweight.to(proj_weight.dtype), dbias.to(proj_bias.dtype))
+
+
+def _serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_q: int, block_k: int) -> bool:
+    return block_q in KERNEL_BLOCKS and block_k in KERNEL_BLOCKS and has_kernel(q, k, v)
+
+
+def _on_cuda(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor,
+    topk: float,
+    block_q: int,
+    block_k: int,
+    feature_map: str,
+    pv: str,
+) -> torch.Tensor:
+    """The kernels where they serve, the reference elsewhere."""
+    _check(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv)
+    if not _serves(q, k, v, block_q, block_k):
+        return reference(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv)
+    # Imported here: a machine without a GPU may lack Triton.
+    from turbocompile.kernels.sla_train_triton import Blocks, sla_train_forward
+    from turbocompile.kernels.sla_triton import sla_forward
+
+    count = kept_blocks(topk, count_blocks(q.shape[1], block_k))
+    q, k, v, bias = (rows_of_channels(t) for t in (q, k, v, proj_bias))
+    with torch.cuda.device(q.device):
+        if pv == "none":
+            return sla_train_forward(q, k, v, proj_weight, bias, Blocks(count, block_q, block_k, feature_map))[0]
+        return sla_forward(q, k, v, proj_weight, bias, count, block_q, block_k, feature_map, pv)[0]
+
+
+def _backward_on_cuda(
+    grad: torch.Tensor,
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor,
+    topk: float,
+    block_q: int,
+    block_k: int,
+    feature_map: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As _on_cuda."""
+    operands = (grad, out, q, k, v, proj_weight, proj_bias)
+    if not _serves(q, k, v, block_q, block_k):
+        return reference_backward(*operands, topk, block_q, block_k, feature_map)
+    from turbocompile.kernels.sla_train_triton import Blocks, sla_train_backward
+
+    blocks = Blocks(kept_blocks(topk, count_blocks(q.shape[1], block_k)), block_q, block_k, feature_map)
+    with torch.cuda.device(q.device):
+        *grads, dweight, dbias = sla_train_backward(*(rows_of_channels(t) for t in operands), blocks)
+    return (*grads, dweight.to(proj_weight.dtype), dbias.to(proj_bias.dtype))
 
 
 def _check(
@@ -350,6 +417,7 @@ def _fake(
 
 def _fake_backward(
     grad: torch.Tensor,
+    out: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -365,7 +433,8 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     *ctx.options, ctx.pv = inputs[5:]
-    ctx.save_for_backward(*inputs[:5])
+    if ctx.pv == "none":
+        ctx.save_for_backward(output, *inputs[:5])
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -383,10 +452,12 @@ sla_attention = register(
 )
 sla_attention_backward = register(
     "sla_attention_backward",
-    f"(Tensor grad, {_OPERANDS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, Tensor out, {_OPERANDS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference_backward,
     _fake_backward,
 )
+torch.library.impl("turbocompile::sla_attention", "cuda")(_on_cuda)
+torch.library.impl("turbocompile::sla_attention_backward", "cuda")(_backward_on_cuda)
 
 
 def _decomposition(

@@ -250,7 +250,7 @@ def test_sound_and_equal_to_its_decomposition(normal, sound, decomposed, feature
 def test_its_backward_is_sound_and_traced_with_gradients(normal, sound):
     args = operands(normal, tokens=21, dtype=torch.float32)
     options = (0.4, 16, 8, "softmax")
-    sound(ops.sla_attention_backward.default, normal(2, 21, 2, 8), *args, *options)
+    sound(ops.sla_attention_backward.default, normal(2, 21, 2, 8), normal(2, 21, 2, 8), *args, *options)
     torch.library.opcheck(ops.sla_attention.default, (*[t.requires_grad_() for t in args], *options, "none"))
 
 

@@ -1,0 +1,279 @@
+"""The main kernel of the quantized attentions for Hopper (compute capability 9.x), pv "fp8"; importing it needs Gluon.
+
+The arithmetic is attend_triton.py's. A program is one warpgroup and 64 rows; three of them share a multiprocessor (at
+most 168 registers a thread) and hide each other's softmax behind their products. K and V come through the bulk copy
+engine into a ring of shared memory. V's tokens are stored in the order in which a thread already holds its weights, so
+that the second product's operand needs no exchange between threads.
+
+Measured and left out: 128 rows and two warpgroups a program (both in step, 1.4 times as long), the products of one tile
+under the softmax of the next within a warpgroup (255 registers, two programs a multiprocessor, 1.25 times as long).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+
+@gluon.constexpr_function
+def _mma(warps, n, k):
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, n, k])
+
+
+@gluon.constexpr_function
+def _rows(warps, d, width):
+    lanes = min(32, d // width)
+    return gl.BlockedLayout([1, width], [32 // lanes, lanes], [warps, 1], [1, 0])
+
+
+@gluon.jit
+def _power(x):
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _fetch(k_tiles, v_tiles, k_ring, v_ring, k_full, v_full, at, BN: gl.constexpr, D: gl.constexpr, live):
+    mbarrier.expect(k_full, BN * D, pred=live)
+    tma.async_copy_global_to_shared(k_tiles, [at * BN, 0], k_full, k_ring, pred=live)
+    mbarrier.expect(v_full, BN * D, pred=live)
+    tma.async_copy_global_to_shared(v_tiles, [at * D, 0], v_full, v_ring, pred=live)
+
+
+@gluon.jit
+def _entry(line, j, count, SPARSE: gl.constexpr):
+    """Key block of list place j; past the end the last (it is then not fetched)."""
+    j = gl.minimum(j, count - 1)
+    if SPARSE:
+        j = gl.load(line + j)
+    return j
+
+
+@gluon.jit(do_not_specialize=["length", "keys", "num_heads", "group", "num_k", "topk"])
+def _attend_hopper(
+    q, out, k_tiles, v_tiles, k_scale, v_scale, lut, g_tiles, phi_sum, bias,
+    q_b, q_l, q_h, o_b, o_l, o_h,
+    length, keys, num_heads, group, num_k, topk, scale,
+    HEAD: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    SHARE: gl.constexpr, SPARSE: gl.constexpr, LINEAR: gl.constexpr, CAUSAL: gl.constexpr, RAGGED: gl.constexpr,
+    MAP: gl.constexpr,
+):  # fmt: skip
+    """BM = 64 rows of one head; SHARE programs in a row use one line of lut (block_q = SHARE * BM)."""
+    WARPS: gl.constexpr = gl.num_warps()
+    s_layout: gl.constexpr = _mma(WARPS, BN, 32)
+    o_layout: gl.constexpr = _mma(WARPS, D, 32)
+    l_layout: gl.constexpr = _mma(WARPS, D, 16)
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4)
+    q_layout: gl.constexpr = _rows(WARPS, D, 8)
+    q8_layout: gl.constexpr = gl.NVMMASharedLayout(D, 8, 2)
+    # the places of the last keys take the linear branch's state (D x D of 2 bytes) if they are large enough
+    REUSE: gl.constexpr = STAGES * BN >= 2 * D
+    tile = gl.program_id(0)
+    head = gl.program_id(1)
+    b = head // num_heads
+    h = head % num_heads
+    kv_head = b * (num_heads // group) + h // group
+    first = kv_head * num_k
+
+    k_ring = gl.allocate_shared_memory(k_tiles.dtype, [STAGES, BN, D], k_tiles.layout)
+    v_ring = gl.allocate_shared_memory(v_tiles.dtype, [STAGES, D, BN], v_tiles.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    g_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+    mbarrier.init(g_full, count=1)
+    fence_async_shared()
+    gl.thread_barrier()
+    if LINEAR and REUSE:
+        g_tile = k_ring._reinterpret(g_tiles.dtype, [D, D], g_tiles.layout)
+
+    line = lut + (head * (gl.num_programs(0) // SHARE) + tile // SHARE).to(gl.int64) * topk
+    if SPARSE:
+        count = topk
+    elif CAUSAL:
+        count = gl.minimum(gl.cdiv((tile + 1) * BM, BN), num_k)
+    else:
+        count = num_k
+    for i in gl.static_range(STAGES):
+        at = first + _entry(line, i, count, SPARSE)
+        _fetch(k_tiles, v_tiles, k_ring.index(i), v_ring.index(i), k_full.index(i), v_full.index(i), at, BN, D,
+               i < count)  # fmt: skip
+
+    row = tile * BM + gl.arange(0, BM, gl.SliceLayout(1, q_layout))
+    d = gl.arange(0, D, gl.SliceLayout(0, q_layout))
+    inside = (row < length)[:, None] & (d < HEAD)[None, :]
+    q_at = q + b.to(gl.int64) * q_b + h.to(gl.int64) * q_h + row.to(gl.int64)[:, None] * q_l + d[None, :]
+    x = gl.load(q_at, mask=inside, other=0.0).to(gl.float32)
+    amax = gl.maximum(gl.max(gl.max(gl.abs(x), 1), 0), 1e-7)
+    q8 = (x * (127.0 / amax) + 12582912.0).to(gl.int32, bitcast=True).to(gl.int8)
+    unit = amax / 127.0 * scale * 1.4426950408889634
+    q_tile = gl.allocate_shared_memory(gl.int8, [BM, D], q8_layout, q8)
+    fence_async_shared()
+    gl.thread_barrier()
+
+    zero = gl.zeros([BM, BN], gl.int32, s_layout)
+    acc = gl.zeros([BM, D], gl.float32, o_layout)
+    high = gl.full([BM], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+    norm = gl.zeros([BM], gl.float32, gl.SliceLayout(1, s_layout))
+    col = gl.arange(0, BN, gl.SliceLayout(0, s_layout))
+    if CAUSAL:
+        edge = gl.minimum(keys, tile * BM + 1)  # the first key that some row of this tile must not see
+        limit = gl.minimum(tile * BM + 1 + gl.arange(0, BM, gl.SliceLayout(1, s_layout)), keys)
+
+    # list entries are read two steps ahead and scales one: neither read is waited for
+    index = _entry(line, 0, count, SPARSE)
+    ahead = _entry(line, 1, count, SPARSE)
+    c = gl.load(k_scale + first + index) * unit
+    for j in range(count):
+        slot = j % STAGES
+        phase = (j // STAGES) & 1
+        c_ahead = gl.load(k_scale + first + ahead)
+        two_ahead = _entry(line, j + 2, count, SPARSE)
+        following = _entry(line, j + STAGES, count, SPARSE)
+        mbarrier.wait(k_full.index(slot), phase)
+        s = warpgroup_mma(q_tile, k_ring.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, [s])
+        # outer conditions are the compiler's, inner ones the program's
+        if LINEAR and REUSE:  # noqa: SIM102
+            if j == count - 1:
+                gl.thread_barrier()  # every warp has read the last keys
+                mbarrier.expect(g_full, 2 * D * D)
+                tma.async_copy_global_to_shared(g_tiles, [head * D, 0], g_full, g_tile)
+        # masked scores: below every real one (127^2 D = 2064512 for D = 128)
+        if CAUSAL:
+            if (index + 1) * BN > edge:
+                s = gl.where((index * BN + col)[None, :] < limit[:, None], s, -2100000)
+        elif RAGGED:  # noqa: SIM102
+            if index == num_k - 1:
+                s = gl.where((col < keys - index * BN)[None, :], s, -2100000)
+        top = gl.max(s, 1)
+        peak = top.to(gl.float32) * c
+        new = gl.maximum(high, peak)
+        alpha = _power(high - new)
+        # adding 1.5 * 2^23's bits makes the float of an integer under 2^22 (|s - top| <= 2 * 127^2 * 128)
+        f = (s + (0x4B400000 - top)[:, None]).to(gl.float32, bitcast=True)
+        shift = peak - new + 8.807
+        if not SPARSE:
+            # 12582912 leaves with the shift: one addition less an element, the exponent off by at most c / 2. Dense
+            # gains 3 to 5%; lists of blocks lose as much to the second copy of the code.
+            if c < 0.0078125:
+                p = _power(f * c + (shift - 12582912.0 * c)[:, None])
+            else:
+                p = _power((f - 12582912.0) * c + shift[:, None])
+        else:
+            p = _power((f - 12582912.0) * c + shift[:, None])
+        # a small c brings masked scores near the real ones, so their weights are taken out
+        if CAUSAL:  # noqa: SIM102
+            if (index + 1) * BN > edge:
+                p = gl.where((index * BN + col)[None, :] < limit[:, None], p, 0.0)
+        norm = norm * alpha + gl.sum(p, 1)
+        if RAGGED and not CAUSAL:  # noqa: SIM102
+            if index == num_k - 1:  # V is zero past the end: only the sum has to give them back
+                norm -= _power((-2100000 - top).to(gl.float32) * c + shift) * (num_k * BN - keys)
+        high = new
+        # of 16 columns a thread owns {2t, 2t+1, 2t+8, 2t+9}: V's tokens are stored in that order
+        p8 = p.to(gl.float8e4nv).reshape([BM, BN // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([BM, BN])
+        w = gl.convert_layout(p8, p_layout)
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
+        mbarrier.wait(v_full.index(slot), phase)
+        acc = warpgroup_mma(w, v_ring.index(slot).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, [acc])
+        gl.thread_barrier()  # every warp has read this place: it can be filled again
+        _fetch(k_tiles, v_tiles, k_ring.index(slot), v_ring.index(slot), k_full.index(slot), v_full.index(slot),
+               first + following, BN, D, j + STAGES < count)  # fmt: skip
+        index = ahead
+        ahead = two_ahead
+        c = c_ahead * unit
+
+    v_ring._keep_alive()  # from here on its place is scratch
+    q_tile._keep_alive()
+    if LINEAR:
+        x = gl.load(q_at, mask=inside, other=0.0).to(gl.float32)
+        ks = gl.load(phi_sum + head * D + d)[None, :]
+        if MAP == "softmax":
+            if HEAD < D:
+                x = gl.where((d < HEAD)[None, :], x, float("-inf"))
+            x = x * 1.4426950408889634
+            e = _power(x - gl.max(x, 1)[:, None])
+            z = 1e-5 * gl.sum(e, 1)
+        else:
+            if MAP == "elu":
+                e = gl.where(x > 0, x + 1.0, _power(gl.minimum(x, 0.0) * 1.4426950408889634))
+            else:
+                e = gl.maximum(x, 0.0)
+            if HEAD < D:
+                e = gl.where((d < HEAD)[None, :], e, 0.0)
+            z = gl.full([BM], 1e-5, gl.float32, gl.SliceLayout(1, q_layout))
+        e = e * ks
+        z += gl.sum(e, 1)
+        phi = (e * (1.0 / z)[:, None]).to(g_tiles.dtype)
+    if LINEAR and not REUSE:
+        g_tile = gl.allocate_shared_memory(g_tiles.dtype, [D, D], g_tiles.layout)
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.expect(g_full, 2 * D * D)
+        tma.async_copy_global_to_shared(g_tiles, [head * D, 0], g_full, g_tile)
+    acc = acc * gl.convert_layout(1.0 / norm, gl.SliceLayout(1, o_layout))[:, None]
+    e_o = gl.arange(0, D, gl.SliceLayout(0, o_layout))
+    acc = acc * gl.load(v_scale + kv_head * D + e_o)[None, :]
+    if LINEAR:
+        phi_op = gl.convert_layout(phi, gl.DotOperandLayout(0, l_layout, 2))
+        mbarrier.wait(g_full, 0)
+        acc = gl.convert_layout(acc, l_layout)
+        acc = warpgroup_mma(phi_op, g_tile, acc, is_async=True)
+        acc = warpgroup_mma_wait(0, [acc])
+        e_l = gl.arange(0, D, gl.SliceLayout(0, l_layout))
+        acc += gl.load(bias + e_l, mask=e_l < HEAD, other=0.0).to(gl.float32)[None, :]
+    for i in gl.static_range(STAGES):
+        mbarrier.invalidate(k_full.index(i))
+        mbarrier.invalidate(v_full.index(i))
+    mbarrier.invalidate(g_full)
+    k_ring._keep_alive()
+    result = gl.convert_layout(acc.to(out.dtype.element_ty), q_layout)
+    o_at = out + b.to(gl.int64) * o_b + h.to(gl.int64) * o_h + row.to(gl.int64)[:, None] * o_l + d[None, :]
+    gl.store(o_at, result, mask=inside)
+
+
+def launch(
+    q: torch.Tensor,
+    out: torch.Tensor,
+    k_flat: torch.Tensor,
+    v_flat: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_scale: torch.Tensor,
+    lists: torch.Tensor,
+    folded: torch.Tensor,
+    tail: tuple[Any, ...],
+    flags: dict[str, Any],
+    *,
+    share: int,
+    stages: int,
+    registers: dict[str, int],
+) -> None:
+    """Write out, from k_flat (BH N block_k, d), v_flat (BH N d, block_k), folded (BH d, d).
+
+    share: programs in a row that read one line of lists.
+    """
+    batch, length, heads, _ = q.shape
+    d, block_k = k_flat.shape[-1], v_flat.shape[-1]
+    _attend_hopper[(triton.cdiv(length, 64 * share) * share, batch * heads)](
+        q, out,
+        TensorDescriptor.from_tensor(k_flat, [block_k, d], gl.NVMMASharedLayout(d, 8, 2)),
+        TensorDescriptor.from_tensor(v_flat, [d, block_k], gl.NVMMASharedLayout(block_k, 8, 2)),
+        k_scale, v_scale, lists,
+        TensorDescriptor.from_tensor(folded, [d, d], gl.NVMMASharedLayout(128, 16, 2)), *tail,
+        BM=64, STAGES=stages, SHARE=share, **flags, num_warps=4, **registers,
+    )  # fmt: skip

@@ -1,0 +1,279 @@
+"""What the quantized attentions make of K and V before their main kernel, in two passes over both.
+
+    1. k_mean, v_scale, and for SLA's linear branch phi_sum = sum phi(k) and folded = phi(k)^T v W^T / phi_sum, by row;
+    2. k8 = rne(127 (k - k_mean) / amax), k_scale = amax / 127          amax over a block, floored at 1e-7
+       v8 = e4m3(v / v_scale), v_scale = max |v| / 448                  over a channel, floored at 1e-12
+       or, pv "fp16", float16(v / v_scale), v_scale = max(max |v|, 65504) / 65504, which is 1 nearly always
+
+k, v: (B, L, H, D), bf16 or fp16, D at most 128, strides free but for a contiguous last axis. A head is computed in d =
+64 or 128 channels. Blocks are stored back to back, so that one is one contiguous transfer. Sums are float32, each in
+one order: the same in every run.
+
+phi is not negative, so `folded` holds averages of v W^T and fits 16 bits whatever the length; the main kernel's factor
+phi(q) phi_sum / z lies between 0 and 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to |x| < 2^22 it rounds half to even; the bits end in the integer
+TINY = tl.constexpr(1e-30)  # keeps the division of a zero row finite
+
+
+@triton.jit
+def _exp2(x, FTZ: tl.constexpr):
+    """2^x; FTZ leaves out the steps that keep denormal results (PTX, so not under the interpreter)."""
+    if FTZ:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return tl.exp2(x)
+
+
+@triton.jit
+def _features(x, channel, HEAD: tl.constexpr, D: tl.constexpr, MAP: tl.constexpr, FTZ: tl.constexpr):
+    """Rows e and divisors s with phi(x) = e / s: softmax over channels, elu + 1, or relu. Padded channels give 0."""
+    if MAP == "softmax":
+        if HEAD < D:
+            x = tl.where(channel[None, :], x, float("-inf"))
+        x = x * LOG2E
+        e = _exp2(x - tl.max(x, 1)[:, None], FTZ)
+        s = tl.sum(e, 1)
+    else:
+        if MAP == "elu":
+            e = tl.where(x > 0, x + 1.0, _exp2(tl.minimum(x, 0.0) * LOG2E, FTZ))
+        else:
+            e = tl.maximum(x, 0.0)
+        if HEAD < D:
+            e = tl.where(channel[None, :], e, 0.0)
+        s = tl.full([x.shape[0]], 1.0, tl.float32)
+    return e, s
+
+
+@triton.jit(do_not_specialize=["length", "num_heads", "rows_per_split"])
+def _summaries(
+    k, v, columns, state,
+    k_b, k_l, k_h, v_b, v_l, v_h,
+    length, num_heads, rows_per_split,
+    HEAD: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, LINEAR: tl.constexpr, MAP: tl.constexpr,
+    FTZ: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of a range of tokens: columns (BH, splits, 3, D) = sum k, max |v|, sum phi(k); state phi(k)^T v."""
+    split = tl.program_id(0)
+    head = tl.program_id(1)
+    b = (head // num_heads).to(tl.int64)
+    h = (head % num_heads).to(tl.int64)
+    d = tl.arange(0, D)
+    r = tl.arange(0, ROWS)
+    k_sum = tl.zeros([16, D], tl.float32)  # 16 rows: one pass of the threads, so that adding stays in registers
+    v_max = tl.zeros([16, D], tl.float32)
+    phi_sum = tl.zeros([16, D], tl.float32)
+    if LINEAR:
+        kv = tl.zeros([D, D], tl.float32)
+    start = split * rows_per_split
+    stop = tl.minimum(start + rows_per_split, length)
+    k_at = k + b * k_b + h * k_h + (start + r).to(tl.int64)[:, None] * k_l + d[None, :]
+    v_at = v + b * v_b + h * v_h + (start + r).to(tl.int64)[:, None] * v_l + d[None, :]
+    for row in range(start, stop, ROWS):
+        real = row + r < stop
+        valid = real[:, None] & (d < HEAD)[None, :]
+        kt = tl.load(k_at, mask=valid, other=0.0)
+        vt = tl.load(v_at, mask=valid, other=0.0)
+        k_at += ROWS * k_l
+        v_at += ROWS * v_l
+        kf = kt.to(tl.float32)
+        k_sum += tl.sum(tl.reshape(kf, [ROWS // 16, 16, D]), 0)
+        v_max = tl.maximum(v_max, tl.max(tl.reshape(tl.abs(vt.to(tl.float32)), [ROWS // 16, 16, D]), 0))
+        if LINEAR:
+            e, s = _features(kf, d < HEAD, HEAD, D, MAP, FTZ)
+            phi = e * tl.where(real, 1.0 / s, 0.0)[:, None]
+            phi_sum += tl.sum(tl.reshape(phi, [ROWS // 16, 16, D]), 0)
+            kv = tl.dot(tl.trans(phi.to(kt.dtype)), vt, kv)
+    part = (head * tl.num_programs(0) + split).to(tl.int64)
+    tl.store(columns + part * 3 * D + d, tl.sum(k_sum, 0))
+    tl.store(columns + part * 3 * D + D + d, tl.max(v_max, 0))
+    if LINEAR:
+        tl.store(columns + part * 3 * D + 2 * D + d, tl.sum(phi_sum, 0))
+        tl.store(state + part * D * D + d[:, None] * D + d[None, :], kv)
+
+
+@triton.jit(do_not_specialize=["length", "splits"])
+def _finish(
+    columns, state, weight, w_o, w_i, k_mean, v_scale, phi_sum, folded,
+    length, splits,
+    HEAD: tl.constexpr, D: tl.constexpr, SLICE: tl.constexpr, LINEAR: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """Add the partial sums in order: k_mean, v_scale, phi_sum, and SLICE rows of folded."""
+    head = tl.program_id(0)
+    part = tl.program_id(1)
+    d = tl.arange(0, D)
+    if part == 0:
+        total = tl.zeros([D], tl.float32)
+        amax = tl.zeros([D], tl.float32)
+        phi = tl.zeros([D], tl.float32)
+        for s in range(splits):
+            base = columns + (head * splits + s).to(tl.int64) * 3 * D
+            total += tl.load(base + d)
+            amax = tl.maximum(amax, tl.load(base + D + d))
+            if LINEAR:
+                phi += tl.load(base + 2 * D + d)
+        tl.store(k_mean + head * D + d, total / length)
+        if FP8:
+            unit = tl.maximum(amax, 1e-12) / 448.0
+        else:
+            unit = tl.maximum(amax, 65504.0) / 65504.0
+        tl.store(v_scale + head * D + d, unit)
+        if LINEAR:
+            tl.store(phi_sum + head * D + d, phi)
+    if LINEAR:
+        r = part * SLICE + tl.arange(0, SLICE)
+        kv = tl.zeros([SLICE, D], tl.float32)
+        phi = tl.zeros([SLICE], tl.float32)
+        for s in range(splits):
+            at = (head * splits + s).to(tl.int64) * D
+            kv += tl.load(state + at * D + r[:, None] * D + d[None, :])
+            phi += tl.load(columns + at * 3 + 2 * D + r)
+        square = (d < HEAD)[:, None] & (d < HEAD)[None, :]
+        w = tl.load(weight + d[None, :] * w_o + d[:, None] * w_i, mask=square, other=0.0).to(tl.float32)
+        g = tl.dot(kv / tl.maximum(phi, TINY)[:, None], w, input_precision="tf32x3")
+        tl.store(folded + head.to(tl.int64) * D * D + r[:, None] * D + d[None, :], g.to(folded.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["length", "num_heads"])
+def _quantize_kv(
+    k, v, k_mean, v_scale, k8, k_scale, v8, pooled,
+    k_b, k_l, k_h, v_b, v_l, v_h,
+    length, num_heads,
+    HEAD: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    POOL: tl.constexpr, PERMUTE: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """One block of keys and values; rows past the end become zeros. Blocks run backwards: the end is still in L2."""
+    count = tl.num_programs(0)
+    block = count - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    b = (head // num_heads).to(tl.int64)
+    h = (head % num_heads).to(tl.int64)
+    d = tl.arange(0, D)
+    t = tl.arange(0, BLOCK)
+    channel = d < HEAD
+    token = block * BLOCK + t
+    valid = (token < length)[:, None] & channel[None, :]
+    tile = (head * count + block).to(tl.int64)
+    kt = tl.load(k + b * k_b + h * k_h + token.to(tl.int64)[:, None] * k_l + d[None, :], mask=valid, other=0.0)
+    x = tl.where(valid, kt.to(tl.float32) - tl.load(k_mean + head * D + d)[None, :], 0.0)
+    if POOL:
+        rows = tl.minimum(length - block * BLOCK, BLOCK)
+        tl.store(pooled + tile * D + d, (tl.sum(x, 0) / rows).to(pooled.dtype.element_ty))
+    amax = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-7)
+    q = (x * (127.0 / amax) + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+    tl.store(k_scale + tile, amax / 127.0)
+    tl.store(k8 + tile * BLOCK * D + t[:, None] * D + d[None, :], q)
+    if FP8 and PERMUTE:  # place 16 i + 4 a + 2 b + c holds token 16 i + 8 b + 2 a + c
+        source = block * BLOCK + (t // 16) * 16 + (t % 4) // 2 * 8 + (t % 16) // 4 * 2 + t % 2
+    else:
+        source = token
+    valid = (source < length)[:, None] & channel[None, :]
+    vt = tl.load(v + b * v_b + h * v_h + source.to(tl.int64)[:, None] * v_l + d[None, :], mask=valid, other=0.0)
+    vf = vt.to(tl.float32) * (1.0 / tl.load(v_scale + head * D + d))[None, :]
+    if FP8:
+        tl.store(v8 + tile * BLOCK * D + d[:, None] * BLOCK + t[None, :], tl.trans(vf.to(v8.dtype.element_ty)))
+    else:
+        tl.store(v8 + tile * BLOCK * D + t[:, None] * D + d[None, :], vf.to(v8.dtype.element_ty))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What preparation makes of K and V (d: head_dim padded to 64 or 128; BH: batch times heads of K)."""
+
+    k8: torch.Tensor  # (BH, N, block_k, d) int8
+    k_scale: torch.Tensor  # (BH, N) float32
+    v8: torch.Tensor  # (BH, N, d, block_k) e4m3 | (BH, N, block_k, d) float16
+    v_scale: torch.Tensor  # (BH, d) float32
+    pooled: torch.Tensor | None  # (BH, N, d), mean of k - k_mean over each block, dtype of k
+    phi_sum: torch.Tensor | None  # (BH, d) float32, sum of phi(k) over the tokens
+    folded: torch.Tensor | None  # (BH, d, d), phi(k)^T v W^T / phi_sum, dtype of k
+    block_k: int
+    permuted: bool  # v8's tokens are in the order of the Hopper kernel's operand
+
+
+def strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """Strides of the first three axes of a (B, L, H, D) tensor whose last is contiguous."""
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def padded(head_dim: int) -> int:
+    """64 or 128: what the kernels compute a head in."""
+    return 64 if head_dim <= 64 else 128
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a small number for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def splits_of(length: int, heads: int, device: torch.device, rows: int) -> tuple[int, int]:
+    """(splits, tokens a split) so that two programs run on each multiprocessor."""
+    per = triton.cdiv(triton.cdiv(length, max(1, 2 * processors(device) // heads)), rows) * rows
+    return triton.cdiv(length, per), per
+
+
+def summarize(k: torch.Tensor, v: torch.Tensor, feature_map: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partial sums: columns (BH, splits, 3, d), state (BH, splits, d, d); feature_map None leaves the state out."""
+    batch, length, heads, head_dim = k.shape
+    d, bh, rows = padded(head_dim), batch * heads, 32
+    splits, per = splits_of(length, bh, k.device, rows)
+    columns = torch.empty((bh, splits, 3, d), dtype=torch.float32, device=k.device)
+    state = torch.empty((bh, splits, d, d) if feature_map else (1,), dtype=torch.float32, device=k.device)
+    # 128 registers: two programs share a multiprocessor, each with its loads in flight
+    _summaries[(splits, bh)](
+        k, v, columns, state, *strides(k), *strides(v), length, heads, per,
+        HEAD=head_dim, D=d, ROWS=rows, LINEAR=feature_map is not None, MAP=feature_map or "softmax", FTZ=k.is_cuda,
+        num_warps=8, num_stages=3, **({"maxnreg": 128} if k.is_cuda else {}),
+    )  # fmt: skip
+    return columns, state
+
+
+def prepare(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_k: int,
+    *,
+    pv: str,
+    permute: bool = False,
+    pool: bool = False,
+    weight: torch.Tensor | None = None,
+    feature_map: str = "softmax",
+) -> Prepared:
+    """Quantize k and v (B, L, H, D) in blocks of block_k tokens.
+
+    permute: V's tokens in the Hopper kernel's operand order (pv "fp8" only). pool: block means of k - k_mean.
+    weight (D, D): also the linear branch's phi_sum and folded.
+    """
+    batch, length, heads, head_dim = k.shape
+    d, bh, n, dev = padded(head_dim), batch * heads, triton.cdiv(length, block_k), k.device
+    linear, fp8 = weight is not None, pv == "fp8"
+    columns, state = summarize(k, v, feature_map if linear else None)
+    k_mean, v_scale, phi_sum = (torch.empty((bh, d), dtype=torch.float32, device=dev) for _ in range(3))
+    folded = torch.empty((bh, d, d) if linear else (1,), dtype=k.dtype, device=dev)
+    k8 = torch.empty((bh, n, block_k, d), dtype=torch.int8, device=dev)
+    k_scale = torch.empty((bh, n), dtype=torch.float32, device=dev)
+    v_shape = (bh, n, d, block_k) if fp8 else (bh, n, block_k, d)
+    v8 = torch.empty(v_shape, dtype=torch.float8_e4m3fn if fp8 else torch.float16, device=dev)
+    pooled = torch.empty((bh, n, d) if pool else (1,), dtype=k.dtype, device=dev)
+    w = weight if weight is not None else k_mean
+    _finish[(bh, d // 32 if linear else 1)](
+        columns, state, w, w.stride(0), w.stride(1), k_mean, v_scale, phi_sum, folded, length, columns.shape[1],
+        HEAD=head_dim, D=d, SLICE=32, LINEAR=linear, FP8=fp8, num_warps=8, num_stages=2,
+    )  # fmt: skip
+    _quantize_kv[(n, bh)](
+        k, v, k_mean, v_scale, k8, k_scale, v8, pooled, *strides(k), *strides(v), length, heads,
+        HEAD=head_dim, D=d, BLOCK=block_k, POOL=pool, PERMUTE=permute and fp8, FP8=fp8, num_warps=8, num_stages=1,
+    )  # fmt: skip
+    return Prepared(
+        k8, k_scale, v8, v_scale, pooled if pool else None, phi_sum if linear else None, folded if linear else None,
+        block_k, permute and fp8,
+    )  # fmt: skip
