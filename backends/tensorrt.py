@@ -1,8 +1,9 @@
 """TensorRT plans: the whole model at one shape, built from its ONNX graph for one kind of RTX card.
 
 `tensorrt_rtx` builds for a named compute capability on a machine without a GPU. Its networks are strongly typed: a plan
-computes in the dtypes of the graph. Facts of version 1.7: attention in float32 builds at all shapes only where the layer is
-marked decomposable; without a capability on the builder configuration a plan for an unknown card is built in silence.
+computes in the dtypes of the graph. Facts of version 1.7: float32 attention with grouped heads, or an odd number of
+tokens, builds only where the layer is marked decomposable; without a capability on the builder configuration a plan for
+an unknown card is built in silence.
 Data-centre cards have another product, `tensorrt`, which builds only on the card itself; this backend does not use it.
 """
 
@@ -20,6 +21,7 @@ from turbocompile.engine import inside
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.hardware import check_target, target_of
 from turbocompile.program import Program
+from turbocompile.serialize import dtype_name
 
 TARGETS = ("sm86", "sm89", "sm120")  # the RTX cards; ComputeCapability has a member of the same name in capitals
 EXTRA = 'pip install "turbocompile[tensorrt,onnx]"'
@@ -55,6 +57,7 @@ def build_plan(model: Path, target: str) -> Any:
     import tensorrt_rtx as trt
 
     check(target)
+    _refuse_float64(model)
     log = _logger()
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -80,6 +83,19 @@ def build_plan(model: Path, target: str) -> Any:
 
 
 _INSTEAD = "use backend: triton"
+_DOUBLE = 11  # onnx.TensorProto.DOUBLE
+
+
+def _refuse_float64(model: Path) -> None:
+    """UnsupportedError where the graph computes in float64: TensorRT would compute in float32 and say nothing."""
+    import onnx
+
+    graph = onnx.load(str(model), load_external_data=False).graph
+    typed = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)}
+    typed.update({t.name: t.data_type for t in graph.initializer})
+    found = next((name for name, kind in typed.items() if kind == _DOUBLE), None)
+    if found is not None:
+        raise UnsupportedError(f"TensorRT has no float64, and the model computes {found!r} in it; {_INSTEAD}")
 
 
 def _logger() -> Any:
@@ -171,10 +187,11 @@ class Runner:
         self.outputs = tuple((tuple(n.meta["val"].shape), n.meta["val"].dtype) for n in program.shell.outputs())
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         wanted = {
-            **{f"input_{i}": shape for i, (shape, _) in enumerate(self.inputs)},
-            **{f"output_{i}": shape for i, (shape, _) in enumerate(self.outputs)},
+            f"{kind}_{i}": (shape, getattr(trt, dtype_name(dtype)))
+            for kind, group in (("input", self.inputs), ("output", self.outputs))
+            for i, (shape, dtype) in enumerate(group)
         }
-        if {n: tuple(engine.get_tensor_shape(n)) for n in names} != wanted:
+        if {n: (tuple(engine.get_tensor_shape(n)), engine.get_tensor_dtype(n)) for n in names} != wanted:
             raise EngineError("the plan has other inputs or outputs than its program; build the engine again")
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -1,0 +1,294 @@
+"""The onnx backend: standard operators, the engine's own weights, the engine's numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from torch import nn
+from turbocompile.backends import onnx as backend
+from turbocompile.backends import triton
+from turbocompile.backends.flatten import flatten
+
+import turbocompile
+from turbocompile.errors import EngineError, UnsupportedError
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+CPU = torch.device("cpu")
+# float32 in another order of summation: eps * sqrt(256 channels) = 2e-6 an operator, and no path through these models
+# has more than some 50 of them that sum.
+TOLERANCE = 1e-4
+
+
+def near(results, expected):
+    pairs = list(zip(results, expected, strict=True))
+    return all((a - b).abs().max() <= TOLERANCE * b.abs().max() for a, b in pairs)
+
+
+def read(path):
+    return onnx.load(str(path), load_external_data=False)
+
+
+def place(tensor):
+    return {e.key: e.value for e in tensor.external_data}
+
+
+@pytest.fixture(scope="module", params=["passes off", "all exact passes"])
+def exported(request, tiny, tmp_path_factory):
+    """A Case, and an engine's folder with its weights and its ONNX file."""
+    exact = {"w8a8": {"enabled": False}, "attention": {"kind": "native"}}
+    it = tiny(None if request.param == "passes off" else exact)
+    folder = tmp_path_factory.mktemp("engine")
+    it.write_weights(folder)
+    return it, folder, tuple(backend.emit(it.program, it.weights, folder, "transformer-a", "cpu"))
+
+
+def test_wan_has_the_triton_backends_numbers(exported):
+    it, folder, files = exported
+    run = backend.compile_program(it.program, it.weights, CPU, folder, files)
+    results = run(*it.tensors)
+    assert near(results, triton.compile_program(it.program, it.weights, CPU)(*it.tensors))
+    assert near(results, it.eager())
+
+
+def test_the_file_is_a_valid_graph_of_opset_23_alone(exported):
+    _, folder, files = exported
+    onnx.checker.check_model(str(folder / files[0]), full_check=True)
+    model = read(folder / files[0])
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 23)]
+    operators = {n.op_type for n in model.graph.node}
+    assert {"Attention", "RMSNormalization", "LayerNormalization"} <= operators
+    assert [i.name for i in model.graph.input] == ["input_0", "input_1", "input_2"]
+    assert [o.name for o in model.graph.output] == ["output_0"]
+
+
+def test_weights_stay_in_the_engines_own_files(exported):
+    it, folder, files = exported
+    stored = {t.name: place(t) for t in read(folder / files[0]).graph.initializer}
+    for name, tensor in it.weights.items():
+        if not name.startswith("constants."):  # tables are cut to the grid, and held as they are used
+            assert stored[name]["location"] == "weights-transformer-00001.safetensors"
+            assert int(stored[name]["length"]) == tensor.nbytes
+    # cos and sin of 48 tokens and 64 channels, at most: what is left to hold
+    assert sum((folder / f).stat().st_size for f in files[1:]) <= 2 * 48 * 64 * 4
+    assert (folder / files[0]).stat().st_size < 100_000
+
+
+def test_the_file_tells_nothing_of_the_machine_that_built_it(exported):
+    _, folder, files = exported
+    data = (folder / files[0]).read_bytes()
+    for trace in (b"site-packages", str(Path(__file__).parents[2]).encode(), b"forward", b"diffusers"):
+        assert trace not in data
+
+
+def test_modules_of_one_folder_find_each_their_own_weights(tiny, tmp_path):
+    cases = {"transformer": tiny(seed=0), "transformer_2": tiny(seed=1)}
+    for module, it in cases.items():
+        it.write_weights(tmp_path, module)
+    for module, it in cases.items():
+        files = tuple(backend.emit(it.program, it.weights, tmp_path, f"{module}-a", "cpu"))
+        places = {place(t)["location"] for t in read(tmp_path / files[0]).graph.initializer if t.external_data}
+        assert places == {f"weights-{module}-00001.safetensors", f"{module}-a.onnx.data"}
+        assert near(backend.compile_program(it.program, it.weights, CPU, tmp_path, files)(*it.tensors), it.eager())
+
+
+@pytest.mark.parametrize(
+    "style",
+    [
+        zoo.Style(qkv="chunk", attention="softmax", rope="complex", norm="written", modulation="linear", cross=True),
+        zoo.Style(num_kv_heads=1, rope="slices", layout="bhld", mlp="silu_glu", modulation="none"),
+        zoo.Style(
+            qkv="unbind", attention="einsum", modulate="addcmul", rope="rotate_half", qk_norm="heads", joint=True
+        ),
+    ],
+    ids=["written_out", "grouped_heads", "joint"],
+)
+def test_hand_written_models_have_the_triton_backends_numbers(case, exact, style):
+    it = case(zoo.build(style), zoo.example(style), passes=exact)
+    expected = triton.compile_program(it.program, it.weights, CPU)(*it.tensors)
+    assert near(backend.compile_program(it.program, it.weights, CPU)(*it.tensors), expected)
+
+
+def test_tables_are_computed_once_and_broadcasts_are_not_stored(exported):
+    it, _, _ = exported
+    flat = flatten(it.program, it.weights, "onnx")
+    tables = {n: getattr(flat.module, b) for b, n in flat.names.items() if n.startswith("folded.")}
+    assert tables
+    for name, table in tables.items():
+        assert table.numel() <= 48 * 64, name  # not repeated over heads or batch
+    # each stored weight is one buffer, though two calls read the tables
+    assert len(set(flat.names.values())) == len(flat.names)
+
+
+def test_two_calls_do_not_share_memory_and_any_strides_will_do(exported):
+    it, folder, files = exported
+    run = backend.compile_program(it.program, it.weights, CPU, folder, files)
+    (first,) = run(*it.tensors)
+    before = first.clone()
+    strided = it.tensors[0].transpose(3, 4).contiguous().transpose(3, 4)
+    assert not strided.is_contiguous()
+    (again,) = run(strided, *it.tensors[1:])
+    assert torch.equal(again, before)
+    run(*(2 * t for t in it.tensors))
+    assert torch.equal(first, before)
+
+
+def test_an_engine_runs_it_in_memory_and_from_its_folder(case, wan, wan_call, tmp_path):
+    model, call = wan(), wan_call()
+    engine = turbocompile.optimize(model, kwargs=call, recipe={"passes": "off"}, backend="onnx")
+    expected = model(**call).sample
+    assert near([engine(**call).sample], [expected])
+    saved = engine.save(tmp_path / "engine")
+    loaded = turbocompile.load(saved)
+    assert {f.rsplit(".", 1)[1] for f in loaded.files["call"]} == {"onnx", "data"}
+    assert near([loaded(**call).sample], [expected])
+    (saved / loaded.files["call"][0]).write_bytes(b"\x08\x0b")
+    with pytest.raises(EngineError, match=r"\.onnx"):
+        turbocompile.load(saved)
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("passes", "operator", "advice"),
+    [
+        ({"w8a8": {"format": "int8"}, "attention": {"kind": "native"}}, r"\w+", "passes.w8a8: off"),
+        ({"w8a8": {"enabled": False}, "attention": {"kind": "sage", "pv": "fp16"}}, "sage_attention", "native"),
+    ],
+    ids=["w8a8", "sage"],
+)
+def test_operators_in_eight_bits_are_refused(tiny, tmp_path, passes, operator, advice):
+    it = tiny(passes)
+    with pytest.raises(UnsupportedError, match=rf"turbocompile::{operator}; set .*{advice}.* backend: triton"):
+        backend.emit(it.program, it.weights, tmp_path, "a", "cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_packages_are_named_with_the_extra(monkeypatch):
+    backend.check("sm90")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n.startswith("onnxs") else find(n))
+    with pytest.raises(UnsupportedError, match=r'needs onnxscript; pip install "turbocompile\[onnx\]"'):
+        backend.check("cpu")
+
+
+class Igamma(nn.Module):
+    def forward(self, x):
+        return torch.special.gammainc(x.abs(), x.abs() + 1)
+
+
+def test_what_onnx_cannot_express_is_named(case, tmp_path):
+    it = case(Igamma(), (torch.randn(3),))
+    with pytest.raises(UnsupportedError, match=r"cannot express .*(igamma|gammainc).*backend: triton"):
+        backend.emit(it.program, it.weights, tmp_path, "a", "cpu")
+
+
+def test_a_dtype_that_onnxruntime_cannot_run_here_is_refused_in_a_sentence(case, wan, wan_call):
+    it = case(wan(num_layers=1).to(torch.bfloat16), kwargs=wan_call(dtype=torch.bfloat16))
+    with pytest.raises(UnsupportedError, match=r"cannot run model\.onnx on cpu: .*; use float32 there"):
+        backend.compile_program(it.program, it.weights, CPU)
+
+
+def test_a_gpu_needs_an_onnxruntime_for_it(exported, monkeypatch):
+    it, folder, files = exported
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(UnsupportedError, match="onnxruntime does not run on cuda; pip install onnxruntime-gpu"):
+        backend.compile_program(it.program, it.weights, torch.device("cuda"), folder, files)
+
+
+def test_a_missing_weight_is_named(exported, tmp_path):
+    it, _, _ = exported
+    weights = {k: v for k, v in it.weights.items() if k != "proj_out.weight"}
+    with pytest.raises(EngineError, match=r"lacks the weight 'proj_out\.weight'"):
+        backend.emit(it.program, weights, tmp_path, "a", "cpu")
+
+
+# ------------------------------------------------------------------------------------------- damaged or hostile files
+
+
+@pytest.fixture
+def altered(exported, tmp_path):
+    """altered(change): opens a copy of the engine's file whose model was changed."""
+    it, folder, files = exported
+
+    def run(change):
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy)
+        model = read(copy / files[0])
+        change(model)
+        (copy / files[0]).write_bytes(model.SerializeToString())
+        return backend.compile_program(it.program, it.weights, CPU, copy, files)
+
+    return run
+
+
+def relocate(location):
+    def change(model):
+        tensor = next(t for t in model.graph.initializer if t.external_data)
+        next(e for e in tensor.external_data if e.key == "location").value = location
+
+    return change
+
+
+@pytest.mark.parametrize("location", ["/etc/passwd", "../secret", "*/_ORT_MEM_ADDR_/*", "a/../../b", ""])
+def test_data_outside_the_folder_is_not_read(altered, location):
+    with pytest.raises(EngineError, match="no plain relative name"):
+        altered(relocate(location))
+
+
+def test_data_behind_a_link_is_not_read(exported, altered, tmp_path):
+    (tmp_path / "secret").write_bytes(bytes(1 << 20))
+
+    def change(model):
+        (tmp_path / "copy" / "link").symlink_to(tmp_path / "secret")
+        relocate("link")(model)
+
+    with pytest.raises(EngineError, match="link in the engine is a link"):
+        altered(change)
+
+
+def test_data_of_a_nested_graph_is_looked_at_too(altered):
+    def change(model):
+        inner = onnx.TensorProto(name="x", data_type=1, dims=[1], data_location=1)
+        inner.external_data.add(key="location", value="/etc/passwd")
+        graph = onnx.helper.make_graph([], "inner", [], [], initializer=[inner])
+        model.graph.node.append(onnx.helper.make_node("If", ["c"], ["y"], then_branch=graph, else_branch=graph))
+
+    with pytest.raises(EngineError, match="no plain relative name"):
+        altered(change)
+
+
+@pytest.mark.parametrize("how", ["domain", "function"])
+def test_operators_of_others_are_refused(altered, how):
+    def change(model):
+        if how == "domain":
+            model.graph.node[0].domain = "com.example"
+        else:
+            model.functions.add(name="f", domain="")
+
+    with pytest.raises(EngineError, match="not ONNX's own"):
+        altered(change)
+
+
+def test_a_graph_of_other_shapes_than_its_program_is_refused(altered):
+    def change(model):
+        model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 5
+        del model.graph.value_info[:]
+
+    with pytest.raises((EngineError, UnsupportedError), match=r"takes or gives|cannot run"):
+        altered(change)
+
+
+def test_a_file_that_is_no_onnx_is_refused(exported, tmp_path):
+    it, _, _ = exported
+    (tmp_path / "a.onnx").write_bytes(b"\xff" * 100)
+    with pytest.raises(EngineError, match="is no ONNX file"):
+        backend.compile_program(it.program, it.weights, CPU, tmp_path, ("a.onnx",))
