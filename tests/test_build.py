@@ -281,12 +281,12 @@ def test_an_existing_folder_is_refused_before_anything_is_done(tmp_path):
 
 
 DRY = """
-import json, resource, time
-started = time.time()
+import json, resource
 from turbocompile.build import optimize_recipe
 from turbocompile.recipe import Recipe
 report = optimize_recipe(Recipe.from_dict(json.loads(input())), None, dry_run=True)
-print(json.dumps([time.time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, report.to_dict()]))
+usage = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps([usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, report.to_dict()]))
 """
 
 
@@ -300,6 +300,7 @@ def test_the_true_1_3b_is_planned_in_a_minute_and_4_gb():
     out = subprocess.run(
         [sys.executable, "-c", DRY], input=json.dumps(made), capture_output=True, text=True, check=True, timeout=300
     ).stdout
+    # Processor seconds: what the wall shows where nothing else runs, and the same where other tests do.
     seconds, memory, report = json.loads(out.strip().splitlines()[-1])
     assert seconds < 60
     assert memory < 4e9
@@ -323,9 +324,7 @@ def maximum_error(made, dtype=torch.float32):
 
 
 def test_thirty_layers_of_exact_rewrites_stay_within_1e_4(tmp_path):
-    made = recipe(
-        model={"preset": "wan-tiny", "weights": "synthetic", "config": {"num_layers": 30}}, components="none"
-    )
+    made = recipe(model={"preset": "wan-tiny", "weights": "synthetic", "config": {"num_layers": 30}}, components="none")
     report = optimize_recipe(made, tmp_path / "engine")
     assert report.to_dict()["passes"]["residual_norm"]["rewritten"] == 90
     _, _, between = maximum_error((made, tmp_path / "engine"))

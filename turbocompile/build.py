@@ -238,16 +238,19 @@ def optimize_recipe(
 def _compile_transformer(
     name: str, transformer: TransformerSource, tensors: TensorSource, recipe: Recipe, stages: Stages
 ) -> Compiled:
-    def capturing(shape: Shape) -> Callable[[], Program]:
+    def capturing(source: TransformerSource, shape: Shape) -> Callable[[], Program]:
         def make() -> Program:
-            args, kwargs = transformer.example_inputs(shape)
-            return capture(transformer.build(), args, kwargs)
+            args, kwargs = source.example_inputs(shape)
+            return capture(source.build(), args, kwargs)
 
         return make
 
-    captured = {shape.name: capturing(shape) for shape in recipe.shapes}
+    captured = {shape.name: capturing(transformer, shape) for shape in recipe.shapes}
+    # Only the first block of a kind is measured, so that the twin needs no more layers than show what repeats.
+    layers = min(2, transformer.config["num_layers"])
+    shallow = replace(transformer, config={**transformer.config, "num_layers": layers})
     smallest = min((*recipe.shapes, replace(TWIN, batch=recipe.shapes[0].batch)), key=lambda s: s.tokens)
-    twin = capturing(smallest) if recipe.verify == "numeric" else None
+    twin = capturing(shallow, smallest) if recipe.verify == "numeric" else None
     return compile_programs(
         name, captured, tensors, recipe.pass_options(), recipe.target,
         rewrite=recipe.passes.enabled, twin=twin, stages=stages,
