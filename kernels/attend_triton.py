@@ -12,6 +12,9 @@ branch of SLA is added last: (phi(q) phi_sum / z) folded + bias, z = phi(q) . ph
 attend_gluon.py has the same for Hopper.
 """
 
+# mypy: allow-untyped-defs
+# (the arguments of a jit function have types of Triton's)
+
 from __future__ import annotations
 
 import functools

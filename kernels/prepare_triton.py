@@ -13,6 +13,9 @@ phi is not negative, so `folded` holds averages of v W^T and fits 16 bits whatev
 phi(q) phi_sum / z lies between 0 and 1.
 """
 
+# mypy: allow-untyped-defs
+# (the arguments of a jit function have types of Triton's)
+
 from __future__ import annotations
 
 from dataclasses import dataclass

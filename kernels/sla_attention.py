@@ -15,8 +15,9 @@ map.
 pv "none" is the float attention, which can be trained. pv "fp8" and "fp16" quantize the sparse branch as
 sage_attention.py does, with scales for blocks of block_q and block_k tokens; the linear branch stays as it is.
 
-On a GPU the kernels (sla_triton.py, sla_train_triton.py) take blocks of 64 and 128 tokens, and operands as has_kernel
-says; their means of blocks are rounded to the operands' dtype before they are compared. The reference does the rest.
+On a GPU the kernels (sla_triton.py, sla_train_triton.py) take blocks of 64 and 128 tokens (with pv "none" not both
+128) and operands as has_kernel says; their means of blocks are rounded to the operands' dtype before they are compared.
+The reference does the rest.
 
 O_l W^T is computed as (phi(q) (phi(k)^T v W^T)) / z: the projection costs D^3 a head instead of L D^2.
 Source: arXiv 2509.24006, the variant of TurboDiffusion's checkpoints (linear branch over all keys).
@@ -317,8 +318,10 @@ def reference_backward(
     return (dq, dk, dv, dweight.to(proj_weight.dtype), dbias.to(proj_bias.dtype))
 
 
-def _serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_q: int, block_k: int) -> bool:
-    return block_q in KERNEL_BLOCKS and block_k in KERNEL_BLOCKS and has_kernel(q, k, v)
+def _serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_q: int, block_k: int, pv: str) -> bool:
+    """Whether the GPU kernels compute it; the trainable ones at 128/128 would outgrow most GPUs' shared memory."""
+    fits = block_q in KERNEL_BLOCKS and block_k in KERNEL_BLOCKS
+    return fits and (pv != "none" or min(block_q, block_k) == KERNEL_BLOCKS[0]) and has_kernel(q, k, v)
 
 
 def _on_cuda(
@@ -335,7 +338,7 @@ def _on_cuda(
 ) -> torch.Tensor:
     """The kernels where they serve, the reference elsewhere."""
     _check(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv)
-    if not _serves(q, k, v, block_q, block_k):
+    if not _serves(q, k, v, block_q, block_k, pv):
         return reference(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv)
     # Imported here: a machine without a GPU may lack Triton.
     from turbocompile.kernels.sla_train_triton import Blocks, sla_train_forward
@@ -364,7 +367,7 @@ def _backward_on_cuda(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As _on_cuda."""
     operands = (grad, out, q, k, v, proj_weight, proj_bias)
-    if not _serves(q, k, v, block_q, block_k):
+    if not _serves(q, k, v, block_q, block_k, "none"):
         return reference_backward(*operands, topk, block_q, block_k, feature_map)
     from turbocompile.kernels.sla_train_triton import Blocks, sla_train_backward
 

@@ -14,6 +14,9 @@ No gradient runs through the block map. The backward pass computes the map, the 
 between the passes only the operands and the result are kept.
 """
 
+# mypy: allow-untyped-defs
+# (the arguments of a jit function have types of Triton's)
+
 from __future__ import annotations
 
 from dataclasses import dataclass

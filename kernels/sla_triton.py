@@ -7,6 +7,9 @@ choice, and the dense attention's main kernel over the lists, with the linear br
 (attend_triton.py). Beside K and V in 8 bits nothing larger than the scores (B H, M, N) is written.
 """
 
+# mypy: allow-untyped-defs
+# (the arguments of a jit function have types of Triton's)
+
 from __future__ import annotations
 
 import torch

@@ -1,0 +1,183 @@
+"""Whole attention calls on one GPU: Sage and SLA beside cuDNN's attention, forward, and SLA's training step.
+
+    python benchmarks/attention.py [--out FOLDER] [--shapes 1.3B-480p ...] [--parts]
+
+Each call starts from bf16 q, k, v (B, L, H, D) as a model makes them, N(0, 1), and holds all quantization and layout
+work. Times are milliseconds between CUDA events around the call, the median over rounds; a round runs every variant
+once, so that the card's drift meets all alike. FOLDER gets attention.json and attention.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from turbocompile.kernels import ops
+
+TOPK = 0.1
+HEAD_DIM = 128
+BLOCKS = ((64, 128), (128, 64), (64, 64))  # of q and of k
+TRAINING_BLOCKS = (64, 64)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model's self-attention."""
+
+    name: str
+    tokens: int
+    heads: int
+    rounds: int
+
+
+SHAPES = (Shape("1.3B-480p", 32760, 12, 15), Shape("14B-480p", 32760, 40, 11), Shape("14B-720p", 75600, 40, 5))
+TRAINED = ("1.3B-480p",)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A median time of a call at a shape."""
+
+    shape: str
+    call: str
+    milliseconds: float
+    fastest: float
+    slowest: float
+    against: float  # cuDNN's time over this one's
+
+
+def cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Dense attention, (B, L, H, D)."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def inference_calls(shape: Shape) -> dict[str, Callable[[], object]]:
+    """The forward calls; the first is the baseline."""
+    q, k, v = (torch.randn(1, shape.tokens, shape.heads, HEAD_DIM, device="cuda").bfloat16() for _ in "qkv")
+    weight, bias = torch.randn(HEAD_DIM, HEAD_DIM, device="cuda").bfloat16() * 0.1, torch.randn(HEAD_DIM, device="cuda")
+    bias = bias.bfloat16()
+    calls: dict[str, Callable[[], object]] = {
+        "cuDNN bf16": lambda: cudnn(q, k, v),
+        "Sage fp8": lambda: ops.sage_attention(q, k, v, HEAD_DIM**-0.5, False, "fp8"),
+    }
+    for blocks in BLOCKS:
+        args = (q, k, v, weight, bias, TOPK, *blocks, "softmax", "fp8")
+        calls[f"SLA {blocks[0]}/{blocks[1]} fp8"] = partial(ops.sla_attention, *args)
+    return calls
+
+
+def training_calls(shape: Shape) -> dict[str, Callable[[], object]]:
+    """Forward and backward; the first is the baseline."""
+    leaves = [torch.randn(1, shape.tokens, shape.heads, HEAD_DIM, device="cuda").bfloat16() for _ in "qkv"]
+    leaves += [torch.randn(HEAD_DIM, HEAD_DIM, device="cuda").bfloat16() * 0.1, leaves[0].new_zeros(HEAD_DIM)]
+    leaves = [t.requires_grad_() for t in leaves]
+    grad = torch.randn(leaves[0].shape, device="cuda").bfloat16()
+    options = (TOPK, *TRAINING_BLOCKS, "softmax", "none")
+    return {
+        "cuDNN bf16, forward + backward": lambda: torch.autograd.grad(cudnn(*leaves[:3]), leaves[:3], grad),
+        "SLA 64/64, forward + backward": lambda: torch.autograd.grad(
+            ops.sla_attention(*leaves, *options), leaves, grad
+        ),
+    }
+
+
+def milliseconds(calls: dict[str, Callable[[], object]], rounds: int, warm: int = 2) -> dict[str, list[float]]:
+    """Times of each call, in rounds over all of them."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(-warm, rounds):
+        for name, call in calls.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            if turn >= 0:
+                times[name].append(start.elapsed_time(end))
+    return times
+
+
+def parts(call: Callable[[], object], repeats: int = 3) -> dict[str, float]:
+    """Milliseconds of each kernel of a call."""
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    events = trace.key_averages()
+    return {e.key[:40]: round(e.device_time_total / repeats / 1e3, 4) for e in events if e.device_time_total}
+
+
+def measure(shape: Shape, calls: dict[str, Callable[[], object]]) -> list[Result]:
+    """Results of the calls of a shape."""
+    times = milliseconds(calls, shape.rounds)
+    base = statistics.median(next(iter(times.values())))
+    return [
+        Result(shape.name, name, statistics.median(t), min(t), max(t), base / statistics.median(t))
+        for name, t in times.items()
+    ]
+
+
+def table(results: list[Result]) -> str:
+    """Markdown."""
+    lines = ["| shape | call | ms (fastest - slowest) | cuDNN's time over it |", "| --- | --- | --- | --- |"]
+    for r in results:
+        spread = f"{r.milliseconds:.3f} ({r.fastest:.3f} - {r.slowest:.3f})"
+        lines.append(f"| {r.shape} | {r.call} | {spread} | {r.against:.2f} |")
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """What a reader needs to repeat the run."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cudnn": str(torch.backends.cudnn.version()),
+        "commit": found.stdout.strip() or "unknown",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="a folder for attention.json and attention.md")
+    parser.add_argument("--shapes", nargs="+", choices=[s.name for s in SHAPES], default=[s.name for s in SHAPES])
+    parser.add_argument("--parts", action="store_true", help="also the time of each kernel")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    results: list[Result] = []
+    kernels: dict[str, dict[str, float]] = {}
+    for shape in (s for s in SHAPES if s.name in arguments.shapes):
+        groups = [inference_calls, training_calls] if shape.name in TRAINED else [inference_calls]
+        for group in groups:
+            calls = group(shape)
+            results += measure(shape, calls)
+            print(table(results).splitlines()[-len(calls) :], flush=True)
+            if arguments.parts:
+                kernels |= {f"{shape.name} {name}": parts(call) for name, call in calls.items()}
+    about = versions()
+    text = f"{', '.join(f'{k} {v}' for k, v in about.items())}\n\n{table(results)}\n"
+    print(text)
+    for name, times in kernels.items():
+        print(name, times)
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        document = {"about": about, "results": [asdict(r) for r in results], "kernels": kernels}
+        (arguments.out / "attention.json").write_text(json.dumps(document, indent=1) + "\n")
+        (arguments.out / "attention.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
