@@ -15,7 +15,9 @@ from turbocompile.backends import triton
 from turbocompile.backends.flatten import flatten
 
 import turbocompile
+from turbocompile.build import optimize_recipe
 from turbocompile.errors import EngineError, UnsupportedError
+from turbocompile.recipe import Recipe
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -152,6 +154,23 @@ def test_an_engine_runs_it_in_memory_and_from_its_folder(case, wan, wan_call, tm
     (saved / loaded.files["call"][0]).write_bytes(b"\x08\x0b")
     with pytest.raises(EngineError, match=r"\.onnx"):
         turbocompile.load(saved)
+
+
+@pytest.mark.parametrize("passes", ["off", {}], ids=["passes off", "all exact passes"])
+def test_the_wan_tiny_recipe_builds_an_engine_with_the_triton_backends_numbers(tmp_path, passes):
+    shape = {"height": 64, "width": 64, "num_frames": 5}
+    recipe = Recipe.from_dict(
+        {"model": {"preset": "wan-tiny"}, "shapes": [shape], "passes": passes, "verify": "off",
+         "backend": "onnx", "target": "cpu", "dtype": "float32"}
+    )  # fmt: skip
+    optimize_recipe(recipe, tmp_path / "engine")
+    engine = turbocompile.load(tmp_path / "engine")
+    ((name, program),) = engine.programs.items()
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(i.shape, generator=generator) for i in program.signature.inputs]
+    files = tuple(engine.files[name])
+    results = backend.compile_program(program, engine.weights, CPU, engine.folder, files)(*tensors)
+    assert near(results, triton.compile_program(program, engine.weights, CPU)(*tensors))
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
