@@ -150,13 +150,13 @@ def test_hand_written_transformers(name, rewrite, assert_same):
 
 
 @settings(max_examples=18, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(style=zoo.styles())
+@given(style=zoo.styles(depth=1))
 def test_transformers_of_any_style(style, rewrite, assert_same):
     check_zoo(style, rewrite, assert_same)
 
 
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(style=zoo.styles())
+@given(style=zoo.styles(depth=1))
 def test_quantized_transformers_of_any_style(style, rewrite):
     model = zoo.build(style)
     done = rewrite(model, zoo.example(style), options={**INT8, "attention": {"kind": "sage"}})
