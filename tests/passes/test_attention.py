@@ -285,3 +285,7 @@ def test_the_kind_of_the_pass_follows_its_options():
         assert attention.kind_of({**options, "target": target}) == kind
     assert attention.product_format({"target": "sm86"}, "sage") == "fp16"
     assert attention.product_format({"target": "sm120"}, "sage") == "fp8"
+
+
+def test_the_graph_before_and_after(form, shown):
+    shown("attention", form(FORMS["bmm over batch and heads"]), qkv(), "attention")

@@ -120,3 +120,7 @@ def test_a_projection_that_is_fused_already_is_no_site(rewrite):
     for qkv in ("chunk", "reshape", "unbind", "interleaved"):
         style = zoo.Style(qkv=qkv)
         assert rewrite(zoo.build(style), zoo.example(style), until="fuse_qkv").results["fuse_qkv"].sites == 0
+
+
+def test_the_graph_before_and_after(shown):
+    shown("fuse_qkv", TwoAttentions(), (torch.randn(1, 6, C), torch.randn(1, 5, C)), "fuse_qkv")

@@ -122,3 +122,13 @@ def test_what_a_checkpoint_has_quantized_is_taken_as_it_is():
     assert w8a8.chosen_format({"format": "auto", "target": "sm90"}, both) == "int8_block"
     assert w8a8.chosen_format({"format": "auto", "target": "cpu"}, both) == "off"
     assert w8a8.chosen_format({"format": "fp8", "target": "sm90"}, both) == "fp8"
+
+
+def test_without_blocks_nothing_is_quantized(rewrite):
+    done = rewrite(nn.Linear(16, 16), (torch.randn(1, 6, 16),), until="w8a8", options=options("int8"))
+    assert done.reasons("w8a8") == ["no repeated blocks were found, and only they change"]
+
+
+def test_the_graph_before_and_after(shown):
+    style = zoo.Style(mlp_ratio=1, modulation="none", qkv_bias="none")
+    shown("w8a8", zoo.build(style), zoo.example(style), "w8a8", options("int8"))
