@@ -60,7 +60,9 @@ def refusal(m: Match, x: fx.Node, weight: fx.Node, expr: Expr | None, format: st
             "switched off in the recipe" if named else f"8-bit linears do not pay on {m.options.get('target', 'cpu')}"
         )
     if m.graph == SHELL:
-        return "it is outside the blocks" if m.program.calls() else "no repeated blocks were found, and only they change"
+        return (
+            "it is outside the blocks" if m.program.calls() else "no repeated blocks were found, and only they change"
+        )
     if not acts_on_tokens(m, x):
         return f"it does not act on tokens (its input is {list(shape(x))})"
     if expr is None:
