@@ -355,7 +355,8 @@ def predicted_bytes(item: Compiled) -> int:
 def versions() -> dict[str, str]:
     """What was installed when the engine was built."""
     found = {}
-    for name in ("turbocompile", "torch", "triton", "diffusers", "transformers", "safetensors"):
+    names = ("turbocompile", "torch", "triton", "diffusers", "transformers", "safetensors", "onnx", "tensorrt-rtx")
+    for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

@@ -1,4 +1,4 @@
-"""Checkpoint files in Wan's own layout become diffusers' parameters, all of them and no others (SPEC 7.1)."""
+"""Checkpoint files in Wan's own layout become diffusers' parameters, all of them and no others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ C, FFN, TEXT, LAYERS = 256, 384, 32, 2  # two heads of 128
 
 
 def original_shapes(image: bool = False) -> dict[str, tuple[int, ...]]:
-    """The parameters of a 2-layer Wan in its own layout, written down from the architecture (SPEC 7)."""
+    """The parameters of a 2-layer Wan in its own layout, written down from the published model."""
     channels = 36 if image else 16
     shapes: dict[str, tuple[int, ...]] = {
         "patch_embedding.weight": (C, channels, 1, 2, 2),

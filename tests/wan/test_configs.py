@@ -13,7 +13,7 @@ from turbocompile.wan.source import build_transformer
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [  # SPEC 3.6; A14B is one expert
+    [  # of the released checkpoints; A14B is one expert
         ("wan2.1-t2v-1.3b", 1_418_996_800),
         ("wan2.1-t2v-14b", 14_288_491_584),
         ("wan2.2-i2v-a14b", 14_288_901_184),

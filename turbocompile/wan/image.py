@@ -39,8 +39,8 @@ def image_tensor(image: Any, height: int, width: int) -> torch.Tensor:
 def image_condition(vae: Any, image: torch.Tensor, num_frames: int) -> torch.Tensor:
     """The 20 channels beside the noise, (B, 20, T, H / 8, W / 8) in float32: mask of 4, then the image's latent.
 
-    image: (B, 3, H, W) in [-1, 1]; num_frames: 4k + 1 pixel frames. The frames after the first are black (zeros, SPEC
-    of the training), the mask is 1 on the first latent frame.
+    image: (B, 3, H, W) in [-1, 1]; num_frames: 4k + 1 pixel frames. The frames after the first are zeros, as they
+    were in training; the mask is 1 on the first latent frame.
     """
     batch, channels, height, width = image.shape
     frames = image.new_zeros(batch, channels, num_frames, height, width)
