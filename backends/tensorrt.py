@@ -24,7 +24,7 @@ from turbocompile.program import Program
 from turbocompile.serialize import dtype_name
 
 TARGETS = ("sm86", "sm89", "sm120")  # the RTX cards; ComputeCapability has a member of the same name in capitals
-EXTRA = 'pip install "turbocompile[tensorrt,onnx]"'
+EXTRA = 'pip install "turbocompile[tensorrt]"'
 
 
 def check(target: str) -> None:

@@ -169,7 +169,7 @@ def test_missing_packages_are_named_with_the_extras(monkeypatch, package):
     backend.check("sm120")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == package else find(n))
-    with pytest.raises(UnsupportedError, match=rf'needs {package}; pip install "turbocompile\[tensorrt,onnx\]"'):
+    with pytest.raises(UnsupportedError, match=rf'needs {package}; pip install "turbocompile\[tensorrt\]"'):
         backend.check("sm120")
 
 
