@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -201,3 +206,18 @@ def test_a_wrong_option_or_call_is_one_sentence(tiny):
         turbocompile.optimize(tiny, args, backend="cuda")
     with pytest.raises(CaptureError, match="does not fit"):
         turbocompile.optimize(tiny, args[:1])
+
+
+def test_the_custom_dit_example_rewrites_every_block_and_stays_exact(tmp_path):
+    script = Path(__file__).parent.parent / "examples" / "custom_dit.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "engine")], capture_output=True, text=True, check=True, timeout=300
+    )
+    error = float(re.search(r"largest difference to the model: (\S+)", done.stdout)[1])
+    assert error <= 1e-5
+    passes = turbocompile.load(tmp_path / "engine").report.to_dict()["passes"]
+    depth = 4
+    assert (
+        passes["rope"]["rewritten"] == passes["adaln"]["rewritten"] == passes["residual_norm"]["rewritten"] == 2 * depth
+    )
+    assert passes["attention"]["rewritten"] == passes["qk_norm_rope"]["rewritten"] == depth
