@@ -3,8 +3,9 @@
     python benchmarks/attention.py [--out FOLDER] [--shapes 1.3B-480p ...] [--parts]
 
 Each call starts from bf16 q, k, v (B, L, H, D) as a model makes them, N(0, 1), and holds all quantization and layout
-work. Times are milliseconds between CUDA events around the call, the median over rounds; a round runs every variant
-once, so that the card's drift meets all alike. FOLDER gets attention.json and attention.md.
+work. Times are milliseconds between CUDA events around the call, the median over all calls: three turns over the
+variants, so that the card's drift meets all alike, some calls of one variant queued back to back in each. FOLDER gets
+attention.json and attention.md.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from turbocompile.kernels import ops
 
 TOPK = 0.1
+TURNS = 3
 HEAD_DIM = 128
 BLOCKS = ((64, 128), (128, 64), (64, 64))  # of q and of k
 TRAINING_BLOCKS = (64, 64)
@@ -38,10 +40,10 @@ class Shape:
     name: str
     tokens: int
     heads: int
-    rounds: int
+    rounds: int  # calls in a turn
 
 
-SHAPES = (Shape("1.3B-480p", 32760, 12, 15), Shape("14B-480p", 32760, 40, 11), Shape("14B-720p", 75600, 40, 5))
+SHAPES = (Shape("1.3B-480p", 32760, 12, 10), Shape("14B-480p", 32760, 40, 6), Shape("14B-720p", 75600, 40, 3))
 TRAINED = ("1.3B-480p",)
 
 
@@ -93,18 +95,19 @@ def training_calls(shape: Shape) -> dict[str, Callable[[], object]]:
     }
 
 
-def milliseconds(calls: dict[str, Callable[[], object]], rounds: int, warm: int = 2) -> dict[str, list[float]]:
-    """Times of each call, in rounds over all of them."""
+def milliseconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Times of each call: TURNS turns over all of them, in each some calls queued one behind the other."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(-warm, rounds):
+    for _ in range(TURNS):
         for name, call in calls.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
             call()
-            end.record()
-            end.synchronize()
-            if turn >= 0:
-                times[name].append(start.elapsed_time(end))
+            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
+            for start, end in events:
+                start.record()
+                call()
+                end.record()
+            torch.cuda.synchronize()
+            times[name] += [start.elapsed_time(end) for start, end in events]
     return times
 
 
@@ -164,7 +167,6 @@ def main() -> None:
         for group in groups:
             calls = group(shape)
             results += measure(shape, calls)
-            print(table(results).splitlines()[-len(calls) :], flush=True)
             if arguments.parts:
                 kernels |= {f"{shape.name} {name}": parts(call) for name, call in calls.items()}
     about = versions()

@@ -47,6 +47,12 @@ def _power(x):
 
 
 @gluon.jit
+def _product(x, y):
+    """x y, rounded: see prepare_triton.py."""
+    return gl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def _fetch(k_tiles, v_tiles, k_ring, v_ring, k_full, v_full, at, BN: gl.constexpr, D: gl.constexpr, live):
     mbarrier.expect(k_full, BN * D, pred=live)
     tma.async_copy_global_to_shared(k_tiles, [at * BN, 0], k_full, k_ring, pred=live)
@@ -163,7 +169,7 @@ def _attend_hopper(
             if index == num_k - 1:
                 s = gl.where((col < keys - index * BN)[None, :], s, -2100000)
         top = gl.max(s, 1)
-        peak = top.to(gl.float32) * c
+        peak = _product(top.to(gl.float32), c)
         new = gl.maximum(high, peak)
         alpha = _power(high - new)
         # adding 1.5 * 2^23's bits makes the float of an integer under 2^22 (|s - top| <= 2 * 127^2 * 128)

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from turbocompile.kernels.prepare_triton import LOG2E, ROUND, Prepared, _exp2, _features, prepare, strides
+from turbocompile.kernels.prepare_triton import LOG2E, ROUND, Prepared, _exp2, _features, _product, prepare, strides
 
 try:
     from turbocompile.kernels import attend_gluon
@@ -83,7 +83,7 @@ def _attend_portable(
         elif RAGGED and index == num_k - 1:
             s = tl.where((col < keys)[None, :], s, -2100000)
         top = tl.max(s, 1)
-        peak = top.to(tl.float32) * c
+        peak = _product(top.to(tl.float32), c, FTZ)
         new = tl.maximum(high, peak)
         alpha = _exp2(high - new, FTZ)
         if FP8:
@@ -214,6 +214,10 @@ def attend(
     if kv.permuted:
         raise ValueError("the portable kernel reads V in token order: prepare with permute=False")
     bm = block_q if sparse else config.block_m
+    if is_causal and bm > block_k:
+        raise ValueError(
+            f"{bm} causal rows a program need blocks of as many keys: each row has to see one of each block"
+        )
     _attend_portable[(triton.cdiv(length, bm), batch * heads)](
         q, out, TensorDescriptor.from_tensor(k_flat, [block_k, d]),
         TensorDescriptor.from_tensor(v_flat, list(kv.v8.shape[-2:])), kv.k_scale, kv.v_scale,

@@ -31,10 +31,20 @@ TINY = tl.constexpr(1e-30)  # keeps the division of a zero row finite
 
 @triton.jit
 def _exp2(x, FTZ: tl.constexpr):
-    """2^x; FTZ leaves out the steps that keep denormal results (PTX, so not under the interpreter)."""
+    """2^x; FTZ, on a GPU, leaves out the steps that keep denormal results (PTX, so not under the interpreter)."""
     if FTZ:
         return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     return tl.exp2(x)
+
+
+@triton.jit
+def _product(x, y, FTZ: tl.constexpr):
+    """x y, rounded. A plain product may be contracted into a difference after it, which then sees what rounding took:
+    up to 2^10 where scores reach 1e10, and 2^(2^10) is infinite.
+    """
+    if FTZ:
+        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, True, 1)
+    return x * y
 
 
 @triton.jit

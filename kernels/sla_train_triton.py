@@ -10,8 +10,8 @@ a = (phi(q) . y) i = (linear output) . dO:
     sparse      delta = O_s . dO = (O - b) . dO - a;  P = 2^(s - lse);  dS = P (dO v^T - delta)
                 dq = scale dS (k - mean k);  dk = scale dS^T q;  dv = P^T dO
 
-No gradient runs through the block map. The backward pass computes the map, the linear branch's state and lse anew:
-between the passes only the operands and the result are kept.
+No gradient runs through the block map. The backward pass computes the map and the linear branch's state anew, and lse
+with dq: between the passes only the operands and the result are kept.
 """
 
 # mypy: allow-untyped-defs
@@ -53,13 +53,13 @@ def _pool(
 
 @triton.jit(do_not_specialize=["length", "num_heads", "num_k", "topk"])
 def _forward(
-    q, k, v, out, lse, lut, folded, phi_sum, bias,
+    q, k, v, out, lut, folded, phi_sum, bias,
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, o_b, o_l, o_h,
     length, num_heads, num_k, topk, scale,
     HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RAGGED: tl.constexpr, MAP: tl.constexpr,
-    RESULT: tl.constexpr, FTZ: tl.constexpr,
+    FTZ: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries over its list of key blocks: out (RESULT), or lse (BH, L), the base-2 log of the sum."""
+    """One block of queries over its list of key blocks, and the linear branch."""
     tile = tl.program_id(0)
     head = tl.program_id(1)
     b = (head // num_heads).to(tl.int64)
@@ -81,29 +81,25 @@ def _forward(
         t = index * BN + col
         valid = (t < length)[:, None] & (d < HEAD)[None, :]
         kt = tl.load(k + t.to(tl.int64)[:, None] * k_l + d[None, :], mask=valid, other=0.0)
-        s = tl.dot(x, kt.T) * c
+        s = tl.dot(x, kt.T)
         if RAGGED and index == num_k - 1:
             s = tl.where((t < length)[None, :], s, float("-inf"))
         new = tl.maximum(high, tl.max(s, 1))
-        p = _exp2(s - new[:, None], FTZ)
-        alpha = _exp2(high - new, FTZ)
+        p = _exp2((s - new[:, None]) * c, FTZ)  # the difference first: it is exact where scores are near, however large
+        alpha = _exp2((high - new) * c, FTZ)
         norm = norm * alpha + tl.sum(p, 1)
-        if RESULT:
-            vt = tl.load(v + t.to(tl.int64)[:, None] * v_l + d[None, :], mask=valid, other=0.0)
-            acc = tl.dot(p.to(vt.dtype), vt, acc * alpha[:, None])
+        vt = tl.load(v + t.to(tl.int64)[:, None] * v_l + d[None, :], mask=valid, other=0.0)
+        acc = tl.dot(p.to(vt.dtype), vt, acc * alpha[:, None])
         high = new
-    if RESULT:
-        acc = acc * (1.0 / norm)[:, None]
-        e, s = _features(x.to(tl.float32), d < HEAD, HEAD, D, MAP, FTZ)
-        e = e * tl.load(phi_sum + head * D + d)[None, :]
-        z = tl.sum(e, 1) + 1e-5 * s
-        g = tl.load(folded + head.to(tl.int64) * D * D + d[:, None] * D + d[None, :])
-        acc = tl.dot((e * (1.0 / z)[:, None]).to(g.dtype), g, acc)
-        acc += tl.load(bias + d, mask=d < HEAD, other=0.0).to(tl.float32)[None, :]
-        o_at = out + b * o_b + h * o_h + row.to(tl.int64)[:, None] * o_l + d[None, :]
-        tl.store(o_at, acc.to(out.dtype.element_ty), mask=inside)
-    else:
-        tl.store(lse + head.to(tl.int64) * length + row, high + tl.log2(norm), mask=row < length)
+    acc = acc * (1.0 / norm)[:, None]
+    e, s = _features(x.to(tl.float32), d < HEAD, HEAD, D, MAP, FTZ)
+    e = e * tl.load(phi_sum + head * D + d)[None, :]
+    z = tl.sum(e, 1) + 1e-5 * s
+    g = tl.load(folded + head.to(tl.int64) * D * D + d[:, None] * D + d[None, :])
+    acc = tl.dot((e * (1.0 / z)[:, None]).to(g.dtype), g, acc)
+    acc += tl.load(bias + d, mask=d < HEAD, other=0.0).to(tl.float32)[None, :]
+    o_at = out + b * o_b + h * o_h + row.to(tl.int64)[:, None] * o_l + d[None, :]
+    tl.store(o_at, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -169,15 +165,16 @@ def _linear_q(
     tl.store(columns + part * 2 * D + D + d, tl.sum(dbias, 0))
 
 
-@triton.jit(do_not_specialize=["length", "num_heads", "topk"])
+@triton.jit(do_not_specialize=["length", "num_heads", "num_k", "topk"])
 def _grad_q(
     q, k, v, grad, lse, delta, lut, k_mean, dq,
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, g_b, g_l, g_h, dq_b, dq_l, dq_h,
-    length, num_heads, topk, scale,
-    HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FTZ: tl.constexpr,
+    length, num_heads, num_k, topk, scale,
+    HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RAGGED: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """dq += scale dS (k - mean k) over the listed blocks, dS = P (dO v^T - delta).
+    """dq += scale dS (k - mean k) over the listed blocks, dS = P (dO v^T - delta); lse, the base-2 log of P's sums.
 
+    P is normalized last, as in the forward pass: no pass of its own for lse, and nothing of it kept between the two.
     Rows of dS sum to zero, but not once rounded: without the mean, that error times mean k would reach dq.
     """
     tile = tl.program_id(0)
@@ -191,27 +188,36 @@ def _grad_q(
     inside = (row < length)[:, None] & (d < HEAD)[None, :]
     x = tl.load(q + b * q_b + h * q_h + row64 * q_l + d[None, :], mask=inside, other=0.0)
     do = tl.load(grad + b * g_b + h * g_h + row64 * g_l + d[None, :], mask=inside, other=0.0)
-    ls = tl.load(lse + head.to(tl.int64) * length + row, mask=row < length, other=float("inf"))
     de = tl.load(delta + head.to(tl.int64) * length + row, mask=row < length, other=0.0)
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
+    high = tl.full([BM], float("-inf"), tl.float32)
+    norm = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, D], tl.float32)
     rest = tl.zeros([BM], tl.float32)
     line = lut + (head * tl.num_programs(0) + tile).to(tl.int64) * topk
     c = scale * LOG2E
     for j in range(topk):
-        t = tl.load(line + j) * BN + col
+        index = tl.load(line + j)
+        t = index * BN + col
         valid = (t < length)[:, None] & (d < HEAD)[None, :]
         kt = tl.load(k + t.to(tl.int64)[:, None] * k_l + d[None, :], mask=valid, other=0.0)
         vt = tl.load(v + t.to(tl.int64)[:, None] * v_l + d[None, :], mask=valid, other=0.0)
-        p = _exp2(tl.dot(x, kt.T) * c - ls[:, None], FTZ)
-        ds = p * (tl.dot(do, vt.T) - de[:, None])
-        ds = tl.where((t < length)[None, :], ds, 0.0).to(kt.dtype)
-        rest += tl.sum(ds.to(tl.float32), 1)
-        acc = tl.dot(ds, kt, acc)
+        s = tl.dot(x, kt.T)
+        if RAGGED and index == num_k - 1:
+            s = tl.where((t < length)[None, :], s, float("-inf"))
+        new = tl.maximum(high, tl.max(s, 1))
+        p = _exp2((s - new[:, None]) * c, FTZ)
+        alpha = _exp2((high - new) * c, FTZ)
+        norm = norm * alpha + tl.sum(p, 1)
+        ds = (p * (tl.dot(do, vt.T) - de[:, None])).to(kt.dtype)
+        rest = rest * alpha + tl.sum(ds.to(tl.float32), 1)
+        acc = tl.dot(ds, kt, acc * alpha[:, None])
+        high = new
+    tl.store(lse + head.to(tl.int64) * length + row, high * c + tl.log2(norm), mask=row < length)
     at = dq + b * dq_b + h * dq_h + row64 * dq_l + d[None, :]
     acc -= rest[:, None] * tl.load(k_mean + head * D + d)[None, :]
-    acc = acc * scale + tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    acc = acc * (scale / norm)[:, None] + tl.load(at, mask=inside, other=0.0).to(tl.float32)
     tl.store(at, acc.to(dq.dtype.element_ty), mask=inside)
 
 
@@ -250,7 +256,7 @@ def _grad_kv(
         do = tl.load(grad + row.to(tl.int64)[:, None] * g_l + d[None, :], mask=valid, other=0.0)
         ls = tl.load(lse + row, mask=row < length, other=float("inf"))
         de = tl.load(delta + row, mask=row < length, other=0.0)
-        p = _exp2(tl.dot(kt, x.T) * c - ls[None, :], FTZ)
+        p = _exp2(tl.minimum(tl.dot(kt, x.T) * c - ls[None, :], 0.0), FTZ)
         acc_v = tl.dot(p.to(do.dtype), do, acc_v)
         ds = p * (tl.dot(vt, do.T) - de[None, :])
         acc_k = tl.dot(ds.to(x.dtype), x, acc_k)
@@ -353,32 +359,6 @@ def _state(
     return _State(lut, folded, phi_sum, k_mean, products, weight)
 
 
-def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    proj_bias: torch.Tensor,
-    blocks: Blocks,
-    state: _State,
-    config: TrainConfig,
-    result: bool,
-) -> torch.Tensor:
-    """The attention (B, L, H, D), or (result False) the base-2 logarithm of the softmax's sums, (BH, L) float32."""
-    batch, length, heads, head_dim = q.shape
-    bh, m = batch * heads, triton.cdiv(length, blocks.block_q)
-    shape, dtype = (q.shape, q.dtype) if result else ((bh, length), torch.float32)
-    out = torch.empty(shape, dtype=dtype, device=q.device)
-    wide = max(blocks.block_q, blocks.block_k) > 64
-    _forward[(m, bh)](
-        q, k, v, out, out, state.lut, state.folded, state.phi_sum, proj_bias, *strides(q), *strides(k), *strides(v),
-        *(strides(out) if result else (0, 0, 0)), length, heads, triton.cdiv(length, blocks.block_k),
-        state.lut.shape[-1], head_dim**-0.5, HEAD=head_dim, D=state.folded.shape[-1], BM=blocks.block_q,
-        BN=blocks.block_k, RAGGED=length % blocks.block_k != 0, MAP=blocks.feature_map, RESULT=result, FTZ=q.is_cuda,
-        **_launch(config.wide if wide else config.forward),
-    )  # fmt: skip
-    return out
-
-
 def sla_train_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -389,9 +369,20 @@ def sla_train_forward(
     config: TrainConfig | None = None,
     lut: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q, k, v (B, L, H, D) bf16 or fp16, blocks of 64 or 128 -> (result (B, L, H, D), lut (BH, M, count) int32)."""
+    """q, k, v (B, L, H, D) bf16 or fp16 -> (result (B, L, H, D), lut (BH, M, count) int32). A lut given is used."""
+    config = config or default_train_config(q.device)
+    batch, length, heads, head_dim = q.shape
     state = _state(q, k, v, proj_weight, blocks, lut)
-    return _attend(q, k, v, proj_bias, blocks, state, config or default_train_config(q.device), True), state.lut
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    wide = max(blocks.block_q, blocks.block_k) > 64
+    _forward[(triton.cdiv(length, blocks.block_q), batch * heads)](
+        q, k, v, out, state.lut, state.folded, state.phi_sum, proj_bias, *strides(q), *strides(k), *strides(v),
+        *strides(out), length, heads, triton.cdiv(length, blocks.block_k), state.lut.shape[-1], head_dim**-0.5,
+        HEAD=head_dim, D=state.folded.shape[-1], BM=blocks.block_q, BN=blocks.block_k,
+        RAGGED=length % blocks.block_k != 0, MAP=blocks.feature_map, FTZ=q.is_cuda,
+        **_launch(config.wide if wide else config.forward),
+    )  # fmt: skip
+    return out, state.lut
 
 
 def sla_train_backward(
@@ -412,11 +403,10 @@ def sla_train_backward(
     """
     config = config or default_train_config(q.device)
     state = _state(q, k, v, proj_weight, blocks, lut)
-    lse = _attend(q, k, v, proj_bias, blocks, state, config, False)
     dq, delta, cross, sums = _linear_backward(grad, out, q, proj_bias, state, blocks.feature_map)
     head_dim = q.shape[-1]
     dweight = (cross.transpose(1, 2) @ state.products).sum(0)[:head_dim, :head_dim]
-    _sparse_grad_q(grad, q, k, v, lse, delta, state, blocks, config, dq)
+    lse = _sparse_grad_q(grad, q, k, v, delta, state, blocks, config, dq)
     dk, dv = _grads_of_keys(grad, q, k, v, lse, delta, state, blocks, config, cross @ state.weight, sums[:, 0])
     return dq, dk, dv, dweight, sums[:, 1].sum(0)[:head_dim]
 
@@ -445,21 +435,23 @@ def _sparse_grad_q(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    lse: torch.Tensor,
     delta: torch.Tensor,
     state: _State,
     blocks: Blocks,
     config: TrainConfig,
     dq: torch.Tensor,
-) -> None:
-    """Adds the sparse branch's share to dq."""
+) -> torch.Tensor:
+    """Adds the sparse branch's share to dq; the base-2 logarithms of the softmax's sums, (BH, L) float32."""
     batch, length, heads, head_dim = q.shape
+    lse = torch.empty_like(delta)
     wide = max(blocks.block_q, blocks.block_k) > 64
     _grad_q[(triton.cdiv(length, blocks.block_q), batch * heads)](
         q, k, v, grad, lse, delta, state.lut, state.k_mean, dq, *strides(q), *strides(k), *strides(v), *strides(grad),
-        *strides(dq), length, heads, state.lut.shape[-1], head_dim**-0.5, HEAD=head_dim, D=state.folded.shape[-1],
-        BM=blocks.block_q, BN=blocks.block_k, FTZ=q.is_cuda, **_launch(config.wide if wide else config.grad_q),
+        *strides(dq), length, heads, triton.cdiv(length, blocks.block_k), state.lut.shape[-1], head_dim**-0.5,
+        HEAD=head_dim, D=state.folded.shape[-1], BM=blocks.block_q, BN=blocks.block_k,
+        RAGGED=length % blocks.block_k != 0, FTZ=q.is_cuda, **_launch(config.wide if wide else config.grad_q),
     )  # fmt: skip
+    return lse
 
 
 def _grads_of_keys(
