@@ -1,6 +1,6 @@
 """Whole attention calls on one GPU: Sage and SLA beside cuDNN's attention, forward, and SLA's training step.
 
-    python benchmarks/attention.py [--out FOLDER] [--shapes 1.3B-480p ...] [--parts]
+    python benchmarks/attention.py [--out FOLDER] [--shapes 1.3B-480p ...] [--parts] [--accuracy]
 
 Each call starts from bf16 q, k, v (B, L, H, D) as a model makes them, N(0, 1), and holds all quantization and layout
 work. Times are milliseconds between CUDA events around the call, the median over all calls: three turns over the
@@ -25,9 +25,12 @@ import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from turbocompile.kernels import ops
+from turbocompile.kernels.sla_attention import kept_blocks, reference
+from turbocompile.kernels.sla_triton import sla_forward
 
 TOPK = 0.1
 TURNS = 3
+FORMATS = ("fp8", "fp16")
 HEAD_DIM = 128
 BLOCKS = ((64, 128), (128, 64), (64, 64))  # of q and of k
 TRAINING_BLOCKS = (64, 64)
@@ -77,6 +80,9 @@ def inference_calls(shape: Shape) -> dict[str, Callable[[], object]]:
     for blocks in BLOCKS:
         args = (q, k, v, weight, bias, TOPK, *blocks, "softmax", "fp8")
         calls[f"SLA {blocks[0]}/{blocks[1]} fp8"] = partial(ops.sla_attention, *args)
+    if shape.name in TRAINED:  # the kernels of other GPUs
+        calls["Sage fp16"] = lambda: ops.sage_attention(q, k, v, HEAD_DIM**-0.5, False, "fp16")
+        calls["SLA 64/128 fp16"] = lambda: ops.sla_attention(q, k, v, weight, bias, TOPK, 64, 128, "softmax", "fp16")
     return calls
 
 
@@ -140,6 +146,66 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def inputs(kind: str, tokens: int = 8192, heads: int = 4) -> list[torch.Tensor]:
+    """q, k, v of N(0, 1), and what `kind` makes of them."""
+    q, k, v = (torch.randn(1, tokens, heads, HEAD_DIM, device="cuda") for _ in "qkv")
+    if kind == "K with a bias by channel, N(0, 16)":
+        k += 4 * torch.randn(1, 1, heads, HEAD_DIM, device="cuda")
+    elif kind == "one K channel in 20 at 8 times, q halved":
+        q, k = q * 0.5, k * torch.where(torch.arange(HEAD_DIM, device="cuda") % 20 == 0, 8.0, 1.0)
+    elif kind == "heavy tails: all divided by sqrt(chi2_5 / 5)":
+        q, k, v = (t * (5 / torch.randn(5, *t.shape, device="cuda").square().sum(0)).sqrt() for t in (q, k, v))
+    elif kind == "q at 1e-3":
+        q = q * 1e-3
+    return [t.bfloat16() for t in (q, k, v)]
+
+
+KINDS = (
+    "N(0, 1)",
+    "K with a bias by channel, N(0, 16)",
+    "one K channel in 20 at 8 times, q halved",
+    "heavy tails: all divided by sqrt(chi2_5 / 5)",
+    "q at 1e-3",
+)
+
+
+def accuracy(kind: str) -> dict[str, tuple[float, float]]:
+    """Cosine and relative L1 of each op against itself in float64, unquantized, with the same block map.
+
+    The projection of SLA is zero: the linear branch is not quantized, and would only dilute the error.
+    """
+    q, k, v = inputs(kind)
+    zero = q.new_zeros(HEAD_DIM, HEAD_DIM)
+    exact = [t.double().transpose(1, 2) for t in (q, k, v)]
+    truth = ((exact[0] @ exact[1].transpose(-1, -2) * HEAD_DIM**-0.5).softmax(-1) @ exact[2]).transpose(1, 2)
+    found = {f"Sage {pv}": errors(ops.sage_attention(q, k, v, HEAD_DIM**-0.5, False, pv), truth) for pv in FORMATS}
+    for block_q, block_k in BLOCKS:
+        count = kept_blocks(TOPK, -(-q.shape[1] // block_k))
+        y, lut = sla_forward(q, k, v, zero, zero[0], count, block_q, block_k, "softmax", "fp8")
+        chosen = torch.zeros(*lut.shape[:2], -(-q.shape[1] // block_k), dtype=torch.bool, device="cuda")
+        chosen = chosen.scatter(2, lut.long(), True)[None]
+        args = [t.double() for t in (q, k, v, zero, zero[0])]
+        truth = reference(*args, TOPK, block_q, block_k, "softmax", "none", chosen=chosen)
+        found[f"SLA {block_q}/{block_k} fp8"] = errors(y, truth)
+    return found
+
+
+def errors(y: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
+    """Cosine and relative L1."""
+    y = y.double()
+    cosine = (y * truth).sum() / (y.norm() * truth.norm())
+    return cosine.item(), ((y - truth).abs().sum() / truth.abs().sum()).item()
+
+
+def accuracy_table() -> str:
+    """Markdown, a line a kind of input."""
+    lines = []
+    for kind in KINDS:
+        found = accuracy(kind)
+        lines.append(f"| {kind} | " + " | ".join(f"{c:.5f} / {e:.4f}" for c, e in found.values()) + " |")
+    return "\n".join([f"| cosine / relative L1 | {' | '.join(found)} |", "| --- " * (len(found) + 1) + "|", *lines])
+
+
 def versions() -> dict[str, str]:
     """What a reader needs to repeat the run."""
     command = ["git", "rev-parse", "--short", "HEAD"]
@@ -157,6 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="a folder for attention.json and attention.md")
     parser.add_argument("--shapes", nargs="+", choices=[s.name for s in SHAPES], default=[s.name for s in SHAPES])
+    parser.add_argument("--accuracy", action="store_true", help="also the errors on some kinds of inputs")
     parser.add_argument("--parts", action="store_true", help="also the time of each kernel")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -171,6 +238,8 @@ def main() -> None:
                 kernels |= {f"{shape.name} {name}": parts(call) for name, call in calls.items()}
     about = versions()
     text = f"{', '.join(f'{k} {v}' for k, v in about.items())}\n\n{table(results)}\n"
+    if arguments.accuracy:
+        text += f"\n{accuracy_table()}\n"
     print(text)
     for name, times in kernels.items():
         print(name, times)

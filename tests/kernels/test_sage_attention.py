@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -196,3 +198,21 @@ def test_what_does_not_fit_is_refused_by_reference_and_fake(k, v, pv):
         q, keys, values = (torch.zeros(s, device=device) for s in ((1, 8, 4, 16), k, v))
         with pytest.raises(ValueError, match="sage_attention"):
             ops.sage_attention(q, keys, values, 1.0, False, pv)
+
+
+@pytest.mark.parametrize(
+    ("absent", "code"),
+    [
+        ("triton", "assert torch.ops.turbocompile.sage_attention(x, x, x, 1.0, False, 'fp8').shape == x.shape"),
+        (
+            "triton.experimental.gluon",
+            "from turbocompile.kernels import attend_triton; assert attend_triton.attend_gluon is None",
+        ),
+    ],
+)
+def test_the_ops_do_without_triton_and_the_kernels_without_gluon(absent, code):
+    pytest.importorskip("triton")
+    start = (
+        f"import sys; sys.modules[{absent!r}] = None; import torch, turbocompile.kernels; x = torch.zeros(1, 4, 1, 8); "
+    )
+    subprocess.run([sys.executable, "-c", start + code], check=True)
