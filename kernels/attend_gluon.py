@@ -134,6 +134,7 @@ def _attend_hopper(
     gl.thread_barrier()
 
     zero = gl.zeros([BM, BN], gl.int32, s_layout)
+    nothing = gl.zeros([BM, D], gl.float32, o_layout)
     acc = gl.zeros([BM, D], gl.float32, o_layout)
     high = gl.full([BM], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
     norm = gl.zeros([BM], gl.float32, gl.SliceLayout(1, s_layout))
@@ -196,10 +197,11 @@ def _attend_hopper(
         # of 16 columns a thread owns {2t, 2t+1, 2t+8, 2t+9}: V's tokens are stored in that order
         p8 = p.to(gl.float8e4nv).reshape([BM, BN // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([BM, BN])
         w = gl.convert_layout(p8, p_layout)
-        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
         mbarrier.wait(v_full.index(slot), phase)
-        acc = warpgroup_mma(w, v_ring.index(slot).permute((1, 0)), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, [acc])
+        # each block's product by itself: see attend_triton.py on sums of e4m3 products
+        part = warpgroup_mma(w, v_ring.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        part = warpgroup_mma_wait(0, [part])
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None] + part
         gl.thread_barrier()  # every warp has read this place: it can be filled again
         _fetch(k_tiles, v_tiles, k_ring.index(slot), v_ring.index(slot), k_full.index(slot), v_full.index(slot),
                first + following, BN, D, j + STAGES < count)  # fmt: skip

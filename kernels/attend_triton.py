@@ -6,6 +6,9 @@ A program has block_m rows of one head; c = q_scale k_scale scale log2 e of its 
     l = l 2^(m - m') + sum p,    o = o 2^(m - m') + round(p) v8,    result  o / l v_scale
 
 s - t is exact, so the largest weight is 2^offset whatever the size of the scores: no overflow, and l is never zero.
+Each block's product with v8 is added in float32: tensor cores add products of e4m3 with some 13 bits and cut the rest
+off. One sum over 32,760 keys of a v with mean 1 came out 30% short on a Hopper card.
+
 offset is 8.807 for pv "fp8" and 0 for "fp16". q is quantized where it is loaded, one scale for block_m rows. The linear
 branch of SLA is added last: (phi(q) phi_sum / z) folded + bias, z = phi(q) . phi_sum + 1e-5.
 
@@ -97,13 +100,15 @@ def _attend_portable(
         elif RAGGED and index == num_k - 1:
             p = tl.where((col < keys)[None, :], p, 0.0)
         norm = norm * alpha + tl.sum(p, 1)
-        acc = acc * alpha[:, None]
         if FP8:
             v = v_tiles.load([(first + index) * D, 0])
-            acc = tl.dot(p.to(v.dtype), v.T, acc)
+            part = tl.dot(p.to(v.dtype), v.T)
         else:
             v = v_tiles.load([(first + index) * BN, 0])
-            acc = tl.dot(p.to(v.dtype), v, acc)
+            part = tl.dot(p.to(v.dtype), v)
+        acc = tl.fma(
+            acc, tl.broadcast_to(alpha[:, None], acc.shape), part
+        )  # a sum would become the dot's third operand
         high = new
     acc = acc * (1.0 / norm)[:, None] * tl.load(v_scale + kv_head * D + d)[None, :]
     if LINEAR:
