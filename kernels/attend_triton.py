@@ -32,7 +32,7 @@ from turbocompile.kernels.prepare_triton import LOG2E, ROUND, Prepared, _exp2, _
 try:
     from turbocompile.kernels import attend_gluon
 except ImportError:  # a Triton without Gluon, or with another one: the portable kernel runs everywhere
-    attend_gluon = None
+    attend_gluon = None  # type: ignore[assignment]
 
 OFFSET = tl.constexpr(8.807)  # log2(448), rounded down: the largest weight becomes e4m3's largest value
 

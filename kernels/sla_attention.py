@@ -372,9 +372,10 @@ def _backward_on_cuda(
     from turbocompile.kernels.sla_train_triton import Blocks, sla_train_backward
 
     blocks = Blocks(kept_blocks(topk, count_blocks(q.shape[1], block_k)), block_q, block_k, feature_map)
+    grad, out, q, k, v, weight, bias = (rows_of_channels(t) for t in operands)
     with torch.cuda.device(q.device):
-        *grads, dweight, dbias = sla_train_backward(*(rows_of_channels(t) for t in operands), blocks)
-    return (*grads, dweight.to(proj_weight.dtype), dbias.to(proj_bias.dtype))
+        dq, dk, dv, dweight, dbias = sla_train_backward(grad, out, q, k, v, weight, bias, blocks)
+    return dq, dk, dv, dweight.to(proj_weight.dtype), dbias.to(proj_bias.dtype)
 
 
 def _check(

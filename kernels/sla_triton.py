@@ -124,6 +124,7 @@ def sla_forward(
         feature_map=feature_map,
     )  # fmt: skip
     if lut is None:
+        assert kv.pooled is not None  # `pool` asked for them
         lut = select_blocks(q, kv.pooled, count, block_q)
     out = attend(
         q, kv, q.shape[1], q.shape[-1] ** -0.5, config, kv_heads=q.shape[2], lut=lut, block_q=block_q, bias=proj_bias,
