@@ -25,10 +25,10 @@ from typing import Any, TypeVar
 import torch
 import yaml
 
-from turbocompile.errors import RecipeError
+from turbocompile.errors import RecipeError, UnsupportedError
+from turbocompile.hardware import TARGETS, host_target
 from turbocompile.wan.configs import PRESETS, TRANSFORMER_FIELDS
 
-TARGETS = ("cpu", "sm80", "sm86", "sm89", "sm90", "sm120")
 FP8_TARGETS = ("cpu", "sm89", "sm90", "sm120")  # Ampere has no FP8 arithmetic; on a CPU the references emulate it
 PLAN_TARGETS = ("sm86", "sm89", "sm120")  # the RTX cards that tensorrt_rtx builds plans for
 RCM_MID_STEPS = (1.5, 1.4, 1.0)  # TrigFlow times between atan(sigma_max) and 0 (the released checkpoints' sampler)
@@ -368,7 +368,10 @@ class Recipe(Section):
             if shape in self.shapes[:i]:
                 raise _FieldError(f"shapes.{i}", f"repeats {shape.name}")
         if self.target == "host":
-            self._resolve("target", host_target())
+            try:
+                self._resolve("target", host_target())
+            except UnsupportedError as error:
+                raise _FieldError("target", f"cannot be host: {error}") from error
         if self.dtype == "auto":
             self._resolve("dtype", "float32" if self.target == "cpu" else "bfloat16")
         self._check_formats()
@@ -455,23 +458,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _override(tree, override)
     return _make(Recipe, tree)
-
-
-def host_target() -> str:
-    """The target that this machine's first GPU is, "cpu" where there is none. Raises RecipeError for another card."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    major, minor = torch.cuda.get_device_capability()
-    known = {int(t[2:]): t for t in TARGETS if t != "cpu"}
-    capability = major * 10 + minor
-    # Code for a compute capability runs on later ones of the same major version (8.7 runs 8.6, 12.1 runs 12.0).
-    fits = [c for c in known if c // 10 == major and c <= capability]
-    if not fits:
-        raise _FieldError(
-            "target",
-            f"host is a card of capability {major}.{minor}, which no target fits; name one of {', '.join(TARGETS)}",
-        )
-    return known[max(fits)]
 
 
 def reference() -> str:

@@ -17,9 +17,8 @@ from typing import Any, Protocol
 import torch
 
 from turbocompile.errors import EngineError
+from turbocompile.kernels.quantize import BLOCK, FORMATS, dequantize, quantize
 
-FORMATS: dict[str, torch.dtype] = {"int8": torch.int8, "int8_block": torch.int8, "fp8": torch.float8_e4m3fn}
-BLOCK = 128  # rows and columns of an int8_block tile
 ALIGNMENT = 64  # bytes: a cache line, and what matrix libraries align to
 SHARD_BYTES = 1 << 30  # one shard is in memory while it is made
 RELATIVE = "."  # a Load name that starts with it is relative to the prefix of the call
@@ -340,8 +339,6 @@ class Evaluator:
                 value = of(expr.of)
                 return (value.float() + expr.scale * (of(expr.b).float() @ of(expr.a).float())).to(value.dtype)
             case Dequantize():
-                from turbocompile.kernels.quantize import dequantize
-
                 return dequantize(of(expr.data), of(expr.scale), expr.format, expr.dtype)
             case Quantize():
                 return self._quantize(expr, prefix)
@@ -363,8 +360,6 @@ class Evaluator:
     def _quantize(self, expr: Quantize, prefix: str) -> torch.Tensor:
         key = (expr.of, expr.format, prefix)
         if self._last is None or self._last[0] != key:
-            from turbocompile.kernels.quantize import quantize
-
             data, scale = quantize(self._value(expr.of, prefix), expr.format)
             self._last = (key, data, scale)
         return self._last[1] if expr.part == "data" else self._last[2]

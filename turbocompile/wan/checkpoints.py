@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from turbocompile.errors import EngineError
-from turbocompile.wan.tensors import dequantize_blocks
+from turbocompile.kernels.quantize import dequantize
 from turbocompile.weights import BLOCK, TensorSource
 
 PREFIXES = ("net.", "net_ema.", "model.diffusion_model.", "module.")
@@ -163,7 +163,7 @@ class CheckpointTensors:
         tensor = self._raw.get(entry.key)
         if entry.scale is None:
             return tensor.reshape(entry.shape)
-        return dequantize_blocks(tensor, self._raw.get(entry.scale)).to(entry.dtype)
+        return dequantize(tensor, self._raw.get(entry.scale).float(), "int8_block", entry.dtype)
 
 
 def infer_config(tensors: TensorSource, where: str) -> dict[str, Any]:

@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from turbocompile.errors import EngineError
-from turbocompile.weights import BLOCK, TensorSource
+from turbocompile.kernels.quantize import dequantize
+from turbocompile.weights import TensorSource
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 
@@ -156,12 +157,6 @@ def synthetic(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return noise.mul_(fan_in**-0.5)
 
 
-def dequantize_blocks(data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """float32 of int8 (N, K) times its scale (ceil(N / 128), ceil(K / 128)), one for each tile of 128 x 128."""
-    rows = scale.float().repeat_interleave(BLOCK, 0)[: data.shape[0]]
-    return data.float() * rows.repeat_interleave(BLOCK, 1)[:, : data.shape[1]]
-
-
 class SyntheticTensors:
     """Synthetic values for given shapes and dtypes. A tensor is made when asked for; no memory is kept."""
 
@@ -180,7 +175,7 @@ class SyntheticTensors:
         shape, dtype = self._specs[name]
         path, _, leaf = name.rpartition(".")
         if leaf == "weight" and f"{path}.int8_weight" in self._specs:
-            return dequantize_blocks(self.get(f"{path}.int8_weight"), self.get(f"{path}.scale")).to(dtype)
+            return dequantize(self.get(f"{path}.int8_weight"), self.get(f"{path}.scale"), "int8_block", dtype)
         values = synthetic(f"{self._prefix}.{name}", shape, self._seed)
         if leaf == "int8_weight":  # of 40 steps a standard deviation, so that few values saturate
             return values.mul_(40 * shape[1] ** 0.5).round_().clamp_(-128, 127).to(dtype)
