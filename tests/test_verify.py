@@ -14,7 +14,7 @@ from turbocompile.match import Pass, rewrite, variables
 from turbocompile.normalize import normalize
 from turbocompile.pipeline import run_passes
 from turbocompile.program import is_op
-from turbocompile.verify import Evaluation, Verifier, compare, random_inputs
+from turbocompile.verify import BUDGETS, Evaluation, Verifier, budget_of, compare, random_inputs
 from turbocompile.weights import Evaluator, ModuleTensors
 
 aten = torch.ops.aten
@@ -222,3 +222,10 @@ def test_random_inputs_follow_the_signature(case):
     assert torch.equal(first[0], again[0])
     assert tuple(first[0].shape) == (2, 12, 64)
     assert not torch.equal(first[0], random_inputs(program, 4)[0])
+
+
+def test_a_budget_is_the_recipes_else_that_of_the_format_found_at_the_site():
+    assert budget_of({"budget": 0.5}, {"int8"}) == 0.5
+    assert budget_of({"format": "auto"}, {"fp8"}) == BUDGETS["fp8"] == 0.05
+    assert budget_of({"pv": None}, {"sage_fp16"}) == BUDGETS["sage_fp16"] == 0.02
+    assert budget_of({}, {"another"}) == max(BUDGETS.values())

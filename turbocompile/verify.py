@@ -71,13 +71,14 @@ def worst(errors: list[Error]) -> Error | None:
     return max(errors, key=lambda e: (e.rel_l1, e.max_rel), default=None)
 
 
-def budget_of(name: str, options: Mapping[str, Any], targets: set[str]) -> float:
-    """The relative L1 that a quantizing pass may reach at a site: the recipe's, else the format's."""
+def budget_of(options: Mapping[str, Any], formats: set[str]) -> float:
+    """The relative L1 that a quantizing pass may reach at a site: the recipe's, else that of the formats used there.
+
+    What `auto` resolved to stands in the graph, not in the options; an unknown format of another's pass has the widest.
+    """
     if options.get("budget") is not None:
         return float(options["budget"])
-    key = options.get("format") if name == "w8a8" else f"sage_{options.get('pv') or 'fp8'}"
-    formats = [BUDGETS[t] for t in targets if t in BUDGETS]
-    return BUDGETS.get(str(key), max(formats, default=max(BUDGETS.values())))
+    return max((BUDGETS[f] for f in formats if f in BUDGETS), default=max(BUDGETS.values()))
 
 
 Values = dict[str, Any]
@@ -194,8 +195,8 @@ class Verifier:
                     )
         else:
             bad = {}
-            for site, (error, targets) in sites.items():
-                budget = budget_of(result.name, options, targets)
+            for site, (error, formats) in sites.items():
+                budget = budget_of(options, formats)
                 if error.rel_l1 > budget:
                     bad[site] = f"relative L1 {error.rel_l1:.4f} is over its budget of {budget:g}"
             if bad:
