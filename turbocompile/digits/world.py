@@ -1,0 +1,246 @@
+"""The world of moving digits: prompts, and the videos that show what they say.
+
+A scene is one handwritten digit in one of eight colours on a dark grey ground, moving in one of four directions at
+constant speed; where the prompt says "and bounces" it reaches the border and comes back. Digits are scans of
+scikit-learn's `load_digits` (1,797 images of 8 x 8 by 43 writers: the test set of "Optical Recognition of Handwritten
+Digits", E. Alpaydin and C. Kaynak, 1998, UCI Machine Learning Repository, doi 10.24432/C50P49, CC BY 4.0).
+
+One combination of digit, colour and motion in five is held out: no training video shows it, though each of its pairs
+(digit and colour, digit and motion, colour and motion) is shown. What a model makes of those prompts tells whether it
+composes or recalls.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from turbocompile.errors import UnsupportedError
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# sRGB in 0..255, far from each other in hue, or in saturation (white)
+COLOURS = {
+    "red": (225, 45, 45),
+    "orange": (245, 140, 30),
+    "yellow": (235, 220, 60),
+    "green": (50, 190, 70),
+    "cyan": (60, 210, 220),
+    "blue": (65, 95, 240),
+    "magenta": (215, 70, 215),
+    "white": (235, 235, 235),
+}
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y down
+# A dark grey rather than black: a VAE that clamps its output to [-1, 1] gets no gradient from a ground at -1.
+GROUND = 40
+
+SIZE, FRAMES = 256, 33  # pixels a side, frames of a video
+HELD_OUT_SHARE = 5  # one combination in so many
+TRAIN_IMAGES = 1437  # of 1,797; the rest is never trained on
+_GLYPH = 128  # pixels a side of an enlarged scan
+SCALE = (120.0, 140.0)  # side of the drawn square, in pixels, its margin included
+SPEED = {False: (2.0, 3.4), True: (3.0, 4.0)}  # pixels a frame, by whether the digit bounces
+TURN = (10.0, 20.0)  # the frame at which a bouncing digit turns back
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What a prompt says: digit 0..9, the name of a colour, the name of a direction, and whether it bounces."""
+
+    digit: int
+    colour: str
+    direction: str
+    bounces: bool
+
+    @property
+    def prompt(self) -> str:
+        """For example "an orange seven moves left and bounces"."""
+        article = "an" if self.colour[0] in "aeiou" else "a"
+        ending = " and bounces" if self.bounces else ""
+        return f"{article} {self.colour} {DIGITS[self.digit]} moves {self.direction}{ending}"
+
+    @property
+    def index(self) -> int:
+        """Its place in `combinations()`."""
+        motion = list(DIRECTIONS).index(self.direction) + len(DIRECTIONS) * self.bounces
+        return (self.digit * len(COLOURS) + list(COLOURS).index(self.colour)) * 2 * len(DIRECTIONS) + motion
+
+    @property
+    def held_out(self) -> bool:
+        """Whether no training video shows it.
+
+        A linear rule modulo 5, so that every pair of values is left with at least six of its eight (or ten) partners.
+        """
+        motion = list(DIRECTIONS).index(self.direction) + len(DIRECTIONS) * self.bounces
+        return (self.digit + 2 * list(COLOURS).index(self.colour) + 3 * motion) % HELD_OUT_SHARE == 0
+
+
+def combinations() -> list[Combination]:
+    """All 640, in order of `index`."""
+    return [
+        Combination(digit, colour, direction, bounces)
+        for digit, colour, bounces, direction in itertools.product(
+            range(len(DIGITS)), COLOURS, (False, True), DIRECTIONS
+        )
+    ]
+
+
+def parse_prompt(prompt: str) -> Combination:
+    """The combination that a prompt of this world says. Raises UnsupportedError for any other text."""
+    found = _BY_PROMPT.get(" ".join(prompt.lower().split()).removesuffix("."))
+    if found is None:
+        raise UnsupportedError(
+            f"{prompt!r} is no prompt of the world of digits; one is {_EXAMPLE.prompt!r}: the colours are "
+            f"{', '.join(COLOURS)}, the directions {', '.join(DIRECTIONS)}"
+        )
+    return found
+
+
+_BY_PROMPT = {c.prompt: c for c in combinations()}
+_EXAMPLE = Combination(7, "red", "left", True)
+
+
+def evaluation_set(count: int = 200, seed: int = 0) -> list[Combination]:
+    """`count` different combinations, every second one held out; the same for the same arguments."""
+    rng = random.Random(seed)
+    seen = [c for c in combinations() if not c.held_out]
+    unseen = [c for c in combinations() if c.held_out]
+    half = count // 2
+    if count < 2 or count % 2 or half > len(unseen):
+        raise UnsupportedError(f"an evaluation takes an even number of prompts, 2 to {2 * len(unseen)}, not {count}")
+    pairs = zip(rng.sample(seen, half), rng.sample(unseen, half), strict=True)
+    return [combination for pair in pairs for combination in pair]
+
+
+# ----------------------------------------------------------------------------------------------------------- the scans
+
+
+@dataclass(frozen=True)
+class Scans:
+    """Handwritten digits: images (N, 8, 8), float32 in [0, 1], and labels (N,), int64."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+def load_scans(train: bool) -> Scans:
+    """The scans to train on, or the ones held back. Needs scikit-learn, which carries them.
+
+    The files are ordered by writer, so that the last fifth, which is held back, is of other hands than the first.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UnsupportedError('the scans come with scikit-learn: pip install "turbocompile[training]"') from error
+    found = load_digits()
+    part = slice(0, TRAIN_IMAGES) if train else slice(TRAIN_IMAGES, None)
+    images = torch.from_numpy(np.ascontiguousarray(found.images[part])).float() / 16.0
+    return Scans(images, torch.from_numpy(np.ascontiguousarray(found.target[part])).long())
+
+
+def enlarge(images: torch.Tensor) -> torch.Tensor:
+    """Masks (N, 1, 128, 128) in [0, 1] of scans (N, 8, 8): enlarged, with a margin, their edges made sharp again."""
+    margin = F.pad(images[:, None], (1, 1, 1, 1))
+    large = F.interpolate(margin, size=(_GLYPH, _GLYPH), mode="bicubic", align_corners=False)
+    ramp = ((large - 0.3) / 0.3).clamp(0, 1)
+    return ramp * ramp * (3 - 2 * ramp)
+
+
+# ---------------------------------------------------------------------------------------------------------- the scenes
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """B scenes. scan: which scan is drawn. colour: (B, 3) in [-1, 1]. size: side in pixels.
+
+    start, velocity: (B, 2) in pixels (x, y) of the square's corner, and pixels a frame. room: 256 - size, where the
+    corner turns back. All (B,) or (B, 2) on the CPU.
+    """
+
+    scan: torch.Tensor
+    colour: torch.Tensor
+    size: torch.Tensor
+    start: torch.Tensor
+    velocity: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.scan)
+
+    def to(self, device: torch.device | str) -> Scenes:
+        return Scenes(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+    def corners(self, frames: int = FRAMES) -> torch.Tensor:
+        """(B, frames, 2): the square's corner (x, y) in each frame, reflected at the borders."""
+        time = torch.arange(frames, device=self.start.device, dtype=torch.float32)
+        free = self.start[:, None] + self.velocity[:, None] * time[None, :, None]
+        room = (SIZE - self.size)[:, None, None]
+        return room - (free.remainder(2 * room) - room).abs()
+
+
+def draw_scenes(wanted: list[Combination], scans: Scans, generator: torch.Generator) -> Scenes:
+    """Scenes that show the given combinations, everything else at random: writer, size, speed, place."""
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return low + (high - low) * torch.rand(len(wanted), generator=generator)
+
+    draws = torch.rand(len(wanted), generator=generator)
+    by_digit = [(scans.labels == digit).nonzero()[:, 0] for digit in range(len(DIGITS))]
+    chosen = [
+        by_digit[c.digit][int(draw * len(by_digit[c.digit]))] for c, draw in zip(wanted, draws.tolist(), strict=True)
+    ]
+    size = uniform(*SCALE)
+    room = SIZE - size
+    bounces = torch.tensor([c.bounces for c in wanted])
+    speed = torch.where(bounces, uniform(*SPEED[True]), uniform(*SPEED[False]))
+    # The way to the border ahead: a bouncing digit's turn comes in the middle, another's not before the last frame.
+    ahead = speed * uniform(*TURN)
+    longest = speed * (FRAMES - 1)
+    ahead = torch.where(bounces, ahead, longest + (room - longest) * torch.rand(len(wanted), generator=generator))
+    across = room * torch.rand(len(wanted), generator=generator)
+    direction = torch.tensor([DIRECTIONS[c.direction] for c in wanted], dtype=torch.float32)
+    along = direction.abs()
+    forward = direction.sum(1)
+    place = torch.where(forward > 0, room - ahead, ahead)
+    return Scenes(
+        scan=torch.stack(chosen),
+        colour=torch.tensor([COLOURS[c.colour] for c in wanted], dtype=torch.float32) / 127.5 - 1.0,
+        size=size,
+        start=along * place[:, None] + (1 - along) * across[:, None],
+        velocity=direction * speed[:, None],
+    )
+
+
+def render(
+    scenes: Scenes,
+    masks: torch.Tensor,
+    frames: torch.Tensor | None = None,
+    window: torch.Tensor | None = None,
+    side: int = SIZE,
+) -> torch.Tensor:
+    """Videos (B, 3, F, side, side) in [-1, 1], float32, on the device of scenes and masks (see `enlarge`).
+
+    frames: (B, F) numbers of the frames, all 33 by default. window: (B, 2) corner (x, y) of the cut-out, in pixels;
+    with `side` smaller than 256 only it is drawn.
+    """
+    batch, device = len(scenes), masks.device
+    corners = scenes.corners()
+    if frames is not None:
+        corners = corners.gather(1, frames[..., None].expand(-1, -1, 2))
+    if window is not None:
+        corners = corners - window[:, None]
+    count = corners.shape[1]
+    pixels = torch.arange(side, device=device, dtype=torch.float32) + 0.5
+    scale = 2.0 / scenes.size[:, None, None]
+    x = (pixels - corners[..., :1]) * scale - 1.0  # (B, F, side): where each column lies on the glyph, in [-1, 1]
+    y = (pixels - corners[..., 1:]) * scale - 1.0
+    grid = torch.stack(
+        (x[:, :, None, :].expand(-1, -1, side, -1), y[:, :, :, None].expand(-1, -1, -1, side)), dim=-1
+    ).reshape(batch, count * side, side, 2)
+    mask = F.grid_sample(masks[scenes.scan], grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    mask = mask.reshape(batch, 1, count, side, side)
+    ground = GROUND / 127.5 - 1.0
+    return ground + mask * (scenes.colour[:, :, None, None, None] - ground)
