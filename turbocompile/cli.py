@@ -1,4 +1,4 @@
-"""The command line: turbocompile optimize | run | explain | verify | doctor | init-example.
+"""The command line: turbocompile optimize | run | explain | verify | evaluate | doctor | init-example.
 
 Results go to stdout, progress and warnings to stderr. Exit codes: 0 done, 1 it failed, 2 the user's input was wrong.
 What a command needs is imported when it runs, so that --help and --version answer at once.
@@ -180,6 +180,39 @@ def verify(ctx: click.Context, engine: Path, numeric: bool, as_json: bool) -> No
 
 
 @main.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option(
+    "--reference", type=click.Path(path_type=Path), help="An engine or a diffusers pipeline, for PSNR and SSIM."
+)
+@click.option("--prompts", type=int, default=200, show_default=True, help="How many; even. Every second is held out.")
+@click.option("--steps", type=int, help="Steps of the sampler, instead of the recipe's.")
+@click.option("--guidance", type=float, help="Classifier-free guidance, instead of the recipe's.")
+@click.option("--device", help="Where to run, as in cpu or cuda:1; by default what the engine was built for.")
+@click.option("--save", type=click.Path(path_type=Path), help="A folder for the videos.")
+@click.option("--sheet", type=click.Path(path_type=Path), help="A PNG with frames of each video and what was seen.")
+@_json
+def evaluate(engine: Path, sheet: Path | None, as_json: bool, **options: Any) -> None:
+    """Judge the videos of ENGINE, a model of moving digits, against their prompts."""
+    _quiet()
+    from turbocompile.evaluate import check_sheet, write_sheet
+    from turbocompile.evaluate import evaluate as evaluate_engine
+
+    _check_device(options["device"])
+    if sheet is not None:
+        check_sheet(sheet)
+    with _progress() as progress:
+        found = evaluate_engine(engine, progress=progress, **options)
+    if sheet is not None:
+        write_sheet(found, sheet)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        _print(found)
+        if sheet is not None:
+            click.echo(f"sheet: {sheet}")
+
+
+@main.command()
 @_json
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
@@ -304,16 +337,21 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
 
 
 class _Lines:
-    """Prints `stage 1.2 s` to stderr when a stage ends."""
+    """Prints `stage 1.2 s` to stderr when a stage ends, and how far a long one is, once a minute."""
 
     def __init__(self) -> None:
         self.started: dict[str, float] = {}
+        self.told: dict[str, float] = {}
 
     def __call__(self, stage: str, fraction: float) -> None:
+        now = time.perf_counter()
         if fraction < 1.0:
-            self.started.setdefault(stage, time.perf_counter())
+            self.started.setdefault(stage, now)
+            if now - self.told.setdefault(stage, now) >= 60.0:
+                self.told[stage] = now
+                click.echo(f"{stage} {fraction:.0%}", err=True)
         elif stage in self.started:
-            click.echo(f"{stage} {time.perf_counter() - self.started.pop(stage):.1f} s", err=True)
+            click.echo(f"{stage} {now - self.started.pop(stage):.1f} s", err=True)
 
 
 @contextlib.contextmanager

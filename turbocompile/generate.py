@@ -112,10 +112,10 @@ def generate(
     stages = _Stages(progress)
     if not isinstance(engine, Engine):
         with stages("load"):
-            engine = load(engine, device=device or _default_device(engine))
+            engine = load(engine, device=device or default_device(engine))
     elif device is not None:
         engine.to(device)
-    recipe = _recipe(engine)
+    recipe = recipe_of(engine)
     task = str(engine.manifest.get("task") or task_of(engine.config))
     sampler = choose_sampler(recipe.sampler, task, steps, guidance)
     size = choose_shape(recipe.shapes, shape)
@@ -132,7 +132,7 @@ def generate(
     with stages("denoise"):
         latents = _sample(engine, conditions, sampler, size, _boundary(engine, task), seed, stages.progress)
     with stages("decode"):
-        made = wan_vae.to_frames(wan_vae.decode(_component(engine, "vae"), latents)).cpu()
+        made = wan_vae.to_frames(wan_vae.decode(component(engine, "vae"), latents)).cpu()
     paths: tuple[Path, ...] = ()
     if out is not None or frames is not None:
         with stages("write"):
@@ -143,7 +143,7 @@ def generate(
 # ------------------------------------------------------------------------------------------------------ what to make
 
 
-def _recipe(engine: Engine) -> Recipe:
+def recipe_of(engine: Engine) -> Recipe:
     if "recipe" not in engine.manifest or not engine.manifest.get("components"):
         raise EngineError(
             "the engine holds no text encoder and VAE, so it makes no videos by itself; build it from a recipe "
@@ -152,7 +152,7 @@ def _recipe(engine: Engine) -> Recipe:
     return Recipe.from_dict(engine.manifest["recipe"], f"the recipe of {engine.folder}")
 
 
-def _default_device(folder: str | Path) -> str:
+def default_device(folder: str | Path) -> str:
     """The GPU, where there is one and the engine was built for one."""
     from turbocompile.engine import read_manifest
 
@@ -233,7 +233,7 @@ def _boundary(engine: Engine, task: str) -> float | None:
 # --------------------------------------------------------------------------------------------------------- the stages
 
 
-def _component(engine: Engine, name: str) -> Any:
+def component(engine: Engine, name: str) -> Any:
     """A component of the engine's folder on the engine's device, after its files were checked."""
     assert engine.folder is not None
     row: Mapping[str, str] = engine.manifest["components"][name]
@@ -250,7 +250,7 @@ def _component(engine: Engine, name: str) -> Any:
 
 
 def _text(engine: Engine, prompts: list[str], negative_prompt: str | None) -> _Conditions:
-    tokenizer, encoder = _component(engine, "tokenizer"), _component(engine, "text_encoder")
+    tokenizer, encoder = component(engine, "tokenizer"), component(engine, "text_encoder")
 
     def encode(texts: list[str]) -> torch.Tensor:
         unique = wan_text.encode_prompt(sorted(set(texts)), tokenizer, encoder, dtype=engine.dtype)
@@ -276,10 +276,10 @@ def _open_image(image: Any) -> Any:
 def _with_image(engine: Engine, conditions: _Conditions, image: Any, size: Shape) -> _Conditions:
     """Adds the first frame's latent and mask, and its CLIP tokens where the transformer takes them."""
     pixels = wan_image.image_tensor(image, size.height, size.width).to(engine.device)
-    channels = wan_image.image_condition(_component(engine, "vae"), pixels, size.num_frames)
+    channels = wan_image.image_condition(component(engine, "vae"), pixels, size.num_frames)
     tokens = None
     if engine.config.get("image_dim") is not None:
-        encoder, processor = _component(engine, "image_encoder"), _component(engine, "image_processor")
+        encoder, processor = component(engine, "image_encoder"), component(engine, "image_processor")
         tokens = wan_image.image_embeddings(encoder, processor, image)
         tokens = tokens.to(engine.dtype).expand(size.batch, -1, -1)
     return dataclasses.replace(
