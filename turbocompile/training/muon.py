@@ -1,0 +1,158 @@
+"""Muon: momentum whose update is orthogonalized, for the weights of hidden linears and convolutions.
+
+    m <- beta m + (1 - beta) g        u = (1 - beta) g + beta m (Nesterov)
+    w <- w (1 - lr decay) - lr 0.2 sqrt(max(r, c)) O(u)
+
+with u as an r x c matrix (a convolution's is its output channels by all the rest) and O(u) = U V^T of u = U S V^T,
+found by five steps of a Newton-Schulz iteration (K. Jordan et al., "Muon: An optimizer for hidden layers in neural
+networks", 2024). The factor makes the root mean square of an update 0.2 whatever the shape, as AdamW's is, so that one
+learning rate serves both (J. Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982). All other parameters
+(embeddings, tables, norms, biases, the first and the last layer) take AdamW (arXiv 1711.05101).
+
+For the autoencoder of wan_mini it is worth a factor: after 240 steps of 6 crops 18.5 dB, where AdamW (at 3e-3) has 14.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+_MOMENTUM = 0.95
+_UPDATE_RMS = 0.2  # of AdamW's updates, as measured in arXiv 2502.16982
+_STEPS = 5
+# The quintic's coefficients: singular values from 0.002 on end between 0.7 and 1.2 after five steps.
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+
+
+def hidden_weights(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The weights of linears and convolutions inside repeated parts (a number in their path): what Muon is for."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and re.search(r"\.\d+(\.|$)", path):
+            yield module.weight
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Three groups: Muon's, then AdamW's with and (vectors and scalars) without decay. Empty ones are left out."""
+    hidden = {id(p) for p in hidden_weights(model)}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    rest = [p for p in parameters if id(p) not in hidden]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if id(p) in hidden], "muon": True, "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.dim() >= 2], "muon": False, "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "muon": False, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """U V^T of each matrix U S V^T of (N, r, c), nearly: singular values end in 0.7 to 1.2.
+
+    In bfloat16 on a GPU, where the iteration's own error hides the rounding; in float32 on a CPU.
+    """
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    for _ in range(_STEPS):
+        gram = x @ x.mT
+        x = _A * x + (_B * gram + _C * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon and AdamW in one optimizer, over the groups of `parameter_groups`.
+
+    lr: a float, or a tensor on the parameters' device, which a captured graph reads anew. betas, eps: AdamW's. All
+    state is float32 in the parameters' shapes; parameters may be DTensors (each rank then orthogonalizes the whole).
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "muon": False})
+        for group in self.param_groups:
+            for parameter in group["params"]:  # now, so that a captured graph allocates nothing that must live on
+                state = self.state[parameter]
+                state["momentum"] = torch.zeros_like(parameter)
+                if not group["muon"]:
+                    state["variance"] = torch.zeros_like(parameter)
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update; parameters without a gradient stay. closure must be None."""
+        if closure is not None:
+            raise ValueError("Muon takes no closure")
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            if group["muon"]:
+                self._muon(parameters, group)
+            else:
+                self._adamw(parameters, group)
+
+    def _muon(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
+        momenta = [self.state[p]["momentum"] for p in parameters]
+        gradients = [p.grad for p in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
+        directions = list(torch._foreach_lerp(gradients, momenta, _MOMENTUM))
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for i, parameter in enumerate(parameters):
+            by_shape.setdefault(tuple(parameter.shape), []).append(i)
+        for shape, places in by_shape.items():
+            whole = torch.stack([_full(directions[i]).flatten(1) for i in places])
+            updates = orthogonalize(whole) * (_UPDATE_RMS * max(whole.shape[-2:]) ** 0.5)
+            for i, update in zip(places, updates, strict=True):
+                directions[i] = _like(update.reshape(shape), parameters[i])
+        torch._foreach_mul_(directions, group["lr"])
+        _decay(parameters, group)
+        torch._foreach_sub_(parameters, directions)
+
+    def _adamw(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        states = [self.state[p] for p in parameters]
+        gradients = [p.grad for p in parameters]
+        means, variances = [s["momentum"] for s in states], [s["variance"] for s in states]
+        steps = [s["step"] for s in states]
+        torch._foreach_add_(steps, 1.0)
+        torch._foreach_lerp_(means, gradients, 1 - beta1)
+        torch._foreach_mul_(variances, beta2)
+        torch._foreach_addcmul_(variances, gradients, gradients, 1 - beta2)
+        step = steps[0]  # all have taken the same number of steps, or each group would hold several ages
+        spread = torch._foreach_div(variances, 1 - beta2**step)
+        torch._foreach_sqrt_(spread)
+        torch._foreach_add_(spread, group["eps"])
+        moves = torch._foreach_div(means, 1 - beta1**step)
+        torch._foreach_div_(moves, spread)
+        torch._foreach_mul_(moves, group["lr"])
+        _decay(parameters, group)
+        torch._foreach_sub_(parameters, moves)
+
+
+def _decay(parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
+    if group["weight_decay"]:
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a DTensor; a plain tensor itself."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A whole update laid out as the parameter is."""
+    if not hasattr(parameter, "device_mesh"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
