@@ -69,10 +69,26 @@ def sample(
     denoise: the velocity of one network, or `guided` of it. shift: 3 for 480p, 5 for 720p in Wan. boundary: flow time
     below which "transformer_2" denoises; None with one transformer. Raises UnsupportedError for an unknown solver.
     """
+    noise = draw_noise(latents_shape, generator)
+    return solve(denoise, noise, kind=kind, steps=steps, shift=shift, boundary=boundary, progress=progress)
+
+
+@torch.no_grad()
+def solve(
+    denoise: Denoise,
+    noise: torch.Tensor,
+    *,
+    kind: str = "unipc",
+    steps: int = 50,
+    shift: float = 5.0,
+    boundary: float | None = None,
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """What `sample` gives of a noise (B, C, T, H, W), float32, that was drawn elsewhere."""
     scheduler = make_scheduler(kind, shift)
-    scheduler.set_timesteps(steps, device=generator.device)
+    scheduler.set_timesteps(steps, device=noise.device)
     scheduler.set_begin_index(0)
-    x = draw_noise(latents_shape, generator)
+    x = noise
     limit = None if boundary is None else boundary * TRAIN_TIMESTEPS
     experts = choose_experts([float(t) for t in scheduler.timesteps], limit)
     for i, (timestep, expert) in enumerate(zip(scheduler.timesteps, experts, strict=True)):

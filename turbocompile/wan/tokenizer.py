@@ -29,21 +29,26 @@ WORDS = (
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?'\"()-"
 
 
-def _pieces() -> list[tuple[str, float]]:
+def _pieces(words: str) -> list[tuple[str, float]]:
     """Pieces with their log probabilities: longer ones are dearer, and still cheaper than the letters they replace."""
     pieces = [(PAD, 0.0), (EOS, 0.0), (UNK, 0.0)]
     pieces += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
-    pieces += [(SPACE + word, -6.0) for word in sorted(set(WORDS.split()))]
+    pieces += [(SPACE + word, -6.0) for word in sorted(set(words.split()))]
     pieces += [(piece, -8.0) for piece in (SPACE, *_LETTERS)]
     return pieces
 
 
-VOCAB_SIZE = len(_pieces())
+VOCAB_SIZE = len(_pieces(WORDS))
 
 
-def build_tokenizer() -> Tokenizer:
-    """The tokenizer, as the tokenizers library has it."""
-    tokenizer = Tokenizer(models.Unigram(_pieces(), unk_id=2, byte_fallback=True))
+def vocab_size(words: str) -> int:
+    """How many pieces `build_tokenizer(words)` has."""
+    return len(_pieces(words))
+
+
+def build_tokenizer(words: str = WORDS) -> Tokenizer:
+    """The tokenizer, as the tokenizers library has it. words: what is one piece each, separated by spaces."""
+    tokenizer = Tokenizer(models.Unigram(_pieces(words), unk_id=2, byte_fallback=True))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(replacement=SPACE)])
@@ -65,13 +70,13 @@ def _settings() -> dict[str, Any]:
     }
 
 
-def save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path, words: str = WORDS) -> None:
     """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json.
 
     Written here rather than by transformers: version 5 records a class name that version 4 does not know.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    build_tokenizer().save(str(folder / "tokenizer.json"))
+    build_tokenizer(words).save(str(folder / "tokenizer.json"))
     special = {key: value for key, value in _settings().items() if key in ("pad_token", "eos_token", "unk_token")}
     for name, values in (("tokenizer_config.json", _settings()), ("special_tokens_map.json", special)):
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
