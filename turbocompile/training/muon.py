@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 _MOMENTUM = 0.95
 _UPDATE_RMS = 0.2  # of AdamW's updates, as measured in arXiv 2502.16982
@@ -31,7 +32,9 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 def hidden_weights(model: nn.Module) -> Iterator[nn.Parameter]:
     """The weights of linears and convolutions inside repeated parts (a number in their path): what Muon is for."""
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and re.search(r"\.\d+(\.|$)", path):
+        if not (isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and re.search(r"\.\d+(\.|$)", path)):
+            continue
+        if isinstance(module.weight, nn.Parameter):
             yield module.weight
 
 
@@ -103,7 +106,7 @@ class Muon(torch.optim.Optimizer):
 
     def _muon(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
         momenta = [self.state[p]["momentum"] for p in parameters]
-        gradients = [p.grad for p in parameters]
+        gradients = _gradients(parameters)
         torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
         directions = list(torch._foreach_lerp(gradients, momenta, _MOMENTUM))
         by_shape: dict[tuple[int, ...], list[int]] = {}
@@ -121,22 +124,26 @@ class Muon(torch.optim.Optimizer):
     def _adamw(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         states = [self.state[p] for p in parameters]
-        gradients = [p.grad for p in parameters]
+        gradients = _gradients(parameters)
         means, variances = [s["momentum"] for s in states], [s["variance"] for s in states]
         steps = [s["step"] for s in states]
         torch._foreach_add_(steps, 1.0)
         torch._foreach_lerp_(means, gradients, 1 - beta1)
         torch._foreach_mul_(variances, beta2)
         torch._foreach_addcmul_(variances, gradients, gradients, 1 - beta2)
-        step = steps[0]  # all have taken the same number of steps, or each group would hold several ages
-        spread = torch._foreach_div(variances, 1 - beta2**step)
+        # one correction a parameter: they differ in age where some had no gradient at times
+        spread = torch._foreach_div(variances, [1 - beta2**step for step in steps])
         torch._foreach_sqrt_(spread)
         torch._foreach_add_(spread, group["eps"])
-        moves = torch._foreach_div(means, 1 - beta1**step)
+        moves = torch._foreach_div(means, [1 - beta1**step for step in steps])
         torch._foreach_div_(moves, spread)
         torch._foreach_mul_(moves, group["lr"])
         _decay(parameters, group)
         torch._foreach_sub_(parameters, moves)
+
+
+def _gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
 
 
 def _decay(parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
@@ -146,13 +153,11 @@ def _decay(parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a DTensor; a plain tensor itself."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """A whole update laid out as the parameter is."""
-    if not hasattr(parameter, "device_mesh"):
+    if not isinstance(parameter, DTensor):
         return whole
-    from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -158,7 +158,7 @@ def light_norms(vae: Any) -> None:
 
     for module in vae.modules():
         if isinstance(module, WanRMS_norm):
-            module.forward = functools.partial(_norm, module)
+            module.forward = functools.partial(_norm, module)  # type: ignore[method-assign]
 
 
 def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -286,7 +286,7 @@ def build_text_to_video(seed: int = 0, **changes: Any) -> TextToVideo:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformer = WanTransformer3DModel(**{**TRANSFORMER, **changes})
+        transformer: Any = WanTransformer3DModel(**{**TRANSFORMER, **changes})
         nn.init.zeros_(transformer.proj_out.weight)  # the first guess is 0, the mean of all velocities
         config = UMT5Config(**TEXT_ENCODER, vocab_size=wan_tokenizer.vocab_size(WORDS))
         return TextToVideo(transformer, UMT5EncoderModel(config))
