@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -328,13 +329,17 @@ def sample_videos(
 
 
 def save_model(model: Any, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """config.json by the library, the weights in bfloat16 under its file name."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """config.json by the library, the weights in bfloat16 under its file name; the folder appears whole."""
+    made = folder.with_name(f".{folder.name}")
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir(parents=True)
     transformers = hasattr(model.config, "save_pretrained")
-    (model.config.save_pretrained if transformers else model.save_config)(folder)
+    (model.config.save_pretrained if transformers else model.save_config)(made)
     name = "model.safetensors" if transformers else SINGLE
     kept = {k: v.to("cpu", torch.bfloat16).contiguous() for k, v in tensors.items()}
-    save_file(kept, folder / name, {"format": "pt"})
+    save_file(kept, made / name, {"format": "pt"})
+    shutil.rmtree(folder, ignore_errors=True)
+    made.rename(folder)
 
 
 def load_vae(folder: Path, device: torch.device | str = "cpu") -> Any:
@@ -356,9 +361,7 @@ def save_pipeline(folder: Path, model: TextToVideo, tensors: Mapping[str, torch.
             own.pop("encoder.embed_tokens.weight", None)
         save_model(getattr(model, name), own, folder / name)
     if vae_folder != folder / "vae":
-        (folder / "vae").mkdir(parents=True, exist_ok=True)
-        for path in vae_folder.iterdir():
-            (folder / "vae" / path.name).write_bytes(path.read_bytes())
+        shutil.copytree(vae_folder, folder / "vae", dirs_exist_ok=True)
     wan_tokenizer.save_tokenizer(folder / "tokenizer", WORDS)
     scheduler(FLOW_SHIFT).save_pretrained(folder / "scheduler")
     index = {
