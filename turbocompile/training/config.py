@@ -30,7 +30,7 @@ class TrainConfig(Section):
     lr: float = _field("The highest learning rate, of both.", 1e-3, above=0.0)
     betas: tuple[float, float] = _field("AdamW's decays of the two moments.", (0.9, 0.99), minimum=0.0)
     eps: float = _field("AdamW's term in the denominator.", 1e-8, above=0.0)
-    weight_decay: float = _field("AdamW's, for tensors of 2 dimensions or more alone.", 0.01, minimum=0.0)
+    weight_decay: float = _field("Of tensors of 2 dimensions or more alone.", 0.01, minimum=0.0)
     warmup: int = _field("Steps over which the learning rate rises linearly from 0.", 100, minimum=0)
     decay: float = _field("Share of the steps, the last ones, over which it falls to 0.", 0.0, minimum=0.0, maximum=1.0)
     grad_clip: float | None = _field("The largest global gradient norm; None clips nothing.", 1.0, above=0.0)

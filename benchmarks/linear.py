@@ -1,0 +1,280 @@
+"""8-bit linears on one GPU beside bf16 F.linear, at the shapes of Wan: every format, configuration and library product.
+
+    python benchmarks/linear.py [--out FOLDER] [--shapes 1536-8960 ...] [--formats fp8 ...] [--rows 32760]
+
+Activations N(0, 1), weights N(0, 1/K), a bias, results in bf16. "quantized before" starts from 8-bit data, "whole call"
+from bf16 activations, quantized by what torch.compile makes of quantize. Times are milliseconds between CUDA events
+around the call, the median over all calls: three turns over the variants, so that the card's drift meets all alike,
+some calls of one variant queued back to back in each. A variant that the card or the library refuses is named, and
+left out. FOLDER gets linear.json and linear.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from turbocompile.kernels.linear_triton import (
+    CONFIGS,
+    LinearConfig,
+    configs,
+    default_config,
+    launch_library,
+    launch_linear,
+)
+from turbocompile.kernels.quantize import quantize
+
+BF16 = torch.bfloat16
+BASELINE = "bf16 F.linear"
+QUANTIZATION, SUMS = "quantization alone", "_int_mm alone"
+SHORT = "fp8, short sums"  # what the tensor cores add without help: linear_triton.py
+ROWS = 32760  # tokens of 81 frames of 832 x 480
+TURNS = 3
+Call = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One linear of a model."""
+
+    k: int
+    n: int
+    rounds: int  # calls in a turn
+
+    @property
+    def name(self) -> str:
+        return f"{self.k}-{self.n}"
+
+
+SHAPES = (
+    Shape(1536, 1536, 30),
+    Shape(1536, 8960, 20),
+    Shape(8960, 1536, 20),
+    Shape(5120, 5120, 12),
+    Shape(5120, 13824, 6),
+    Shape(13824, 5120, 6),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A median time of a call at a shape."""
+
+    shape: str
+    format: str
+    call: str
+    whole: bool  # with quantization of the activation
+    milliseconds: float
+    fastest: float
+    slowest: float
+    tflops: float
+    against: float  # the time of bf16 F.linear over this one's
+    error: float  # relative L2 to the result of bf16 F.linear: how a wrong kernel shows
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A call and what it is."""
+
+    format: str
+    name: str
+    whole: bool
+    call: Call
+
+
+def described(config: LinearConfig) -> str:
+    """The configuration in short: its tile, and what differs from the defaults."""
+    tile = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.warps} s{config.stages}"
+    rest = [
+        f.name if getattr(config, f.name) is True else f"{f.name}={getattr(config, f.name)}"
+        for f in fields(config)
+        if f.name not in ("path", "block_m", "block_n", "block_k", "warps", "stages")
+        and getattr(config, f.name) != f.default
+    ]
+    return " ".join([f"Triton {config.path} {tile}", *rest])
+
+
+def quantized(
+    call: Callable[..., torch.Tensor], quantizer: Callable[..., Any], x: torch.Tensor, tail: tuple[Any, ...]
+) -> torch.Tensor:
+    """The linear of x, quantized to the format that `tail` names."""
+    return call(*quantizer(x, tail[3]), *tail)
+
+
+def codes(quantizer: Callable[..., tuple[torch.Tensor, torch.Tensor]], x: torch.Tensor, format: str) -> torch.Tensor:
+    """The data of x in the format."""
+    return quantizer(x, format)[0]
+
+
+def variants(shape: Shape, rows: int, formats: list[str]) -> list[Variant]:
+    """The calls at a shape; the first is the baseline."""
+    torch.compiler.reset()  # compiled functions are kept for eight shapes, then run uncompiled
+    x = torch.randn(rows, shape.k, device="cuda", dtype=BF16)
+    w = (torch.randn(shape.n, shape.k, device="cuda") * shape.k**-0.5).to(BF16)
+    bias = torch.randn(shape.n, device="cuda", dtype=BF16)
+    found = [Variant("bf16", BASELINE, True, partial(F.linear, x, w, bias))]
+    for format in (f for f in formats if configs(f, x.device)):
+        data, weight = quantize(x, format), quantize(w, format)
+        tail = (*weight, bias, format, BF16)
+        best = default_config(format, rows, shape.n, shape.k, x.device)
+        calls: dict[str, Callable[..., torch.Tensor]] = {
+            described(c) + (" (default)" if c == best else ""): partial(launch_linear, config=c)
+            for c in configs(format, x.device)
+        }
+        if format == "fp8":
+            calls |= {"_scaled_mm": launch_library, "_scaled_mm fast": partial(launch_library, fast=True)}
+        elif format == "int8":
+            calls["_int_mm, scaled by torch.compile"] = torch.compile(launch_library, dynamic=False)
+            # the int32 sums are no linear yet, but the library's share of one
+            found.append(Variant(format, SUMS, False, partial(torch._int_mm, data[0], weight[0].t())))
+        by_inductor = torch.compile(quantize, dynamic=False)
+        for name, call in calls.items():
+            label = SHORT if "promote=False" in name or "fast" in name else format
+            found.append(Variant(label, name, False, partial(call, *data, *tail)))
+            if "Triton" not in name or "default" in name:
+                found.append(Variant(label, name, True, partial(quantized, call, by_inductor, x, tail)))
+        found.append(Variant(format, QUANTIZATION, True, partial(codes, by_inductor, x, format)))
+    return found
+
+
+def errors(found: list[Variant]) -> tuple[list[Variant], list[float], list[str]]:
+    """The variants that run, their errors against the first's result, and what the others were refused for."""
+    expected = found[0].call().float()
+    kept: list[Variant] = []
+    distances: list[float] = []
+    refused: list[str] = []
+    for v in found:
+        try:
+            y = v.call()
+            torch.cuda.synchronize()
+        except Exception as e:  # of any kind: a compiler's, a library's, a launch's
+            refused.append(f"{v.format}, {v.name}: {type(e).__name__}: {str(e).splitlines()[0][:200]}")
+            continue
+        linear = y.shape == expected.shape and y.dtype == BF16
+        kept.append(v)
+        distances.append(((y.float() - expected).norm() / expected.norm()).item() if linear else float("nan"))
+        del y
+    return kept, distances, refused
+
+
+def milliseconds(calls: list[Call], rounds: int) -> list[list[float]]:
+    """Times of each call: TURNS turns over all of them, in each some calls queued one behind the other."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(TURNS):
+        for call, own in zip(calls, times, strict=True):
+            call()
+            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
+            for start, end in events:
+                start.record()
+                call()
+                end.record()
+            torch.cuda.synchronize()
+            own += [start.elapsed_time(end) for start, end in events]
+    return times
+
+
+def measure(shape: Shape, rows: int, formats: list[str]) -> tuple[list[Result], list[str]]:
+    """Results of the variants at a shape, and what was refused."""
+    kept, distances, refused = errors(variants(shape, rows, formats))
+    times = milliseconds([v.call for v in kept], shape.rounds)
+    base = statistics.median(times[0])
+    flops = 2 * rows * shape.k * shape.n
+    results = []
+    for v, error, t in zip(kept, distances, times, strict=True):
+        median = statistics.median(t)
+        rate = 0.0 if v.name == QUANTIZATION else flops / median / 1e9
+        results.append(
+            Result(shape.name, v.format, v.name, v.whole, median, min(t), max(t), rate, base / median, error)
+        )
+    return results, [f"{shape.name}, {line}" for line in refused]
+
+
+def table(results: list[Result]) -> str:
+    """Markdown, a line a result."""
+    lines = [
+        "| K-N | format | call | from | ms (fastest - slowest) | TFLOP/s | bf16's time over it | rel. L2 to bf16 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in results:
+        spread = f"{r.milliseconds:.3f} ({r.fastest:.3f} - {r.slowest:.3f})"
+        start = "bf16" if r.whole else "8 bits"
+        cells = [r.shape, r.format, r.call, start, spread, f"{r.tflops:.0f}", f"{r.against:.2f}", f"{r.error:.4f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def best(results: list[Result]) -> str:
+    """Markdown: for each shape and format the fastest kernel of ours and of the library, quantized before."""
+    lines = ["| K-N | format | ours | ms | over bf16 | library | ms | over bf16 |", "| --- " * 8 + "|"]
+    groups = dict.fromkeys((r.shape, r.format) for r in results if r.call != BASELINE)
+    for shape, format in groups:
+        cells = [shape, format]
+        for ours in (True, False):
+            own = [
+                r for r in results
+                if (r.shape, r.format, r.whole) == (shape, format, False) and r.call.startswith("Triton") == ours
+                and r.call != SUMS
+            ]  # fmt: skip
+            fastest = min(own, key=lambda r: r.milliseconds, default=None)
+            cells += (
+                [fastest.call, f"{fastest.milliseconds:.3f}", f"{fastest.against:.2f}"] if fastest else ["", "", ""]
+            )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """What a reader needs to repeat the run."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": found.stdout.strip() or "unknown",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="a folder for linear.json and linear.md")
+    parser.add_argument("--shapes", nargs="+", choices=[s.name for s in SHAPES], default=[s.name for s in SHAPES])
+    parser.add_argument("--formats", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--rows", type=int, default=ROWS, help="rows of the activation")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    results: list[Result] = []
+    refused: list[str] = []
+    about = versions() | {"rows": str(arguments.rows)}
+    for shape in (s for s in SHAPES if s.name in arguments.shapes):
+        own, lines = measure(shape, arguments.rows, arguments.formats)
+        results += own
+        refused += lines
+        print(table(own), flush=True)
+        if arguments.out:  # after every shape: a run that is cut short leaves what it has
+            save(arguments.out, about, results, refused)
+    print(best(results), *refused, sep="\n")
+
+
+def save(folder: Path, about: dict[str, str], results: list[Result], refused: list[str]) -> None:
+    """linear.json and linear.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {"about": about, "results": [asdict(r) for r in results], "refused": refused}
+    (folder / "linear.json").write_text(json.dumps(document, indent=1) + "\n")
+    heading = ", ".join(f"{k} {v}" for k, v in about.items())
+    parts = [heading, best(results), table(results), "\n".join(f"- {line}" for line in refused)]
+    (folder / "linear.md").write_text("\n\n".join(p for p in parts if p) + "\n")
+
+
+if __name__ == "__main__":
+    main()

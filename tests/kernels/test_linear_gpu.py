@@ -1,0 +1,312 @@
+"""The 8-bit linears on a GPU: the Triton kernel and the library's products against the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+from turbocompile.kernels.quantize import FORMATS, dequantize, quantize
+from turbocompile.kernels.w8a8_linear import reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+ROWS = 32760
+SHAPES = [(1536, 1536), (1536, 8960), (8960, 1536), (5120, 5120), (5120, 13824), (13824, 5120)]  # K, N of Wan
+# What tensor cores of Hopper cut off a sum of e4m3 products with 32 more of K, relative to it: 8,192 products of one
+# sign came out 10% short, so 256 cuts of a sum that is half as large on the average: 2^-10.4 each.
+CUT = 2.0**-10
+
+
+@pytest.fixture
+def make():
+    """make(*shape, dtype=bfloat16): N(0, 1) on the GPU, another tensor at each call."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    return lambda *shape, dtype=BF16: torch.randn(*shape, device="cuda", generator=generator).to(dtype)
+
+
+def configurations(format):
+    """The declared ones that this card runs."""
+    from turbocompile.kernels.linear_triton import configs
+
+    return configs(format, torch.device("cuda", 0)) if torch.cuda.is_available() else ()
+
+
+def runs(format):
+    return bool(configurations(format))
+
+
+EVERY = [pytest.param(f, c, id=f"{f}-{i}") for f in FORMATS for i, c in enumerate(configurations(f))]
+
+
+def operands(make, format, shape, n, biased=True):
+    """Arguments of the linear up to the format: x N(0, 1) of `shape`, weights N(0, 0.05^2)."""
+    bias = make(n) if biased else None
+    return (*quantize(make(*shape), format), *quantize(make(n, shape[-1]) * 0.05, format), bias, format)
+
+
+def magnitudes(args):
+    data, scale, weight, weight_scale, bias, format = args
+    a, b = (dequantize(*q, format, FP64).abs() for q in ((data, scale), (weight, weight_scale)))
+    return a @ b.T + (0 if bias is None else bias.double().abs())
+
+
+def bound(args, dtype, unit, promote=True):
+    """How far a result in dtype may be from the reference in float64.
+
+    float32 sums of K products, in any order, of the scales and of the bias: K + 5 roundings at most, each of the sum of
+    magnitudes; FP8: and the cuts, of 128 of K where they are promoted, of all of K otherwise; int8_block rounds to
+    dtype before the bias and after it, the others after it.
+    """
+    k, format, size = args[0].shape[-1], args[-1], magnitudes(args)
+    inner = unit[FP32] * (k + 5) * size
+    if format == "fp8":
+        inner = inner + CUT * (min(k, 128) if promote else k) / 32 * size
+    return inner + 2 * unit[dtype] * (size + inner) + (2.0**-25 if dtype == FP16 else 0)
+
+
+def relative_l2(got, expected):
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+# --- every configuration
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize(("format", "config"), EVERY)
+@pytest.mark.parametrize(("rows", "k", "n"), [(1111, 1536, 1096), (70, 128, 264), (2000, 3200, 136)])
+def test_every_configuration_is_the_reference(make, unit, format, config, dtype, rows, k, n):
+    from turbocompile.kernels.linear_triton import launch_linear
+
+    for biased in (True, False):
+        args = operands(make, format, (rows, k), n, biased)
+        y = launch_linear(*args, dtype, config)
+        assert (y.shape, y.dtype, y.is_contiguous()) == ((rows, n), dtype, True)
+        exact = reference(*args, FP64)
+        assert ((y.double() - exact).abs() <= bound(args, dtype, unit, config.promote)).all()
+        if format == "int8":  # sums are exact; the bias may be added with a multiplication or after it
+            ours, theirs = relative_l2(y, exact), relative_l2(reference(*args, dtype), exact)
+            assert ours <= theirs + 4 * unit[FP32]
+
+
+@pytest.mark.parametrize(("format", "config"), EVERY)
+@pytest.mark.parametrize("k", [16, 304])
+def test_any_multiple_of_16(make, unit, format, config, k):
+    from turbocompile.kernels.linear_triton import launch_linear
+
+    if format == "int8_block":
+        pytest.skip("K is a multiple of 128 there")
+    for rows, n in ((1, 8), (300, 400)):
+        args = operands(make, format, (rows, k), n)
+        y = launch_linear(*args, BF16, config)
+        assert ((y.double() - reference(*args, FP64)).abs() <= bound(args, BF16, unit, config.promote)).all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("rows", "n"), [(1, 8), (1, 17), (257, 17), (512, 1536), (4099, 1001)])
+def test_the_default_for_any_rows_and_columns(make, unit, format, rows, n):
+    from turbocompile.kernels.linear_triton import launch_linear
+
+    if not runs(format):
+        pytest.skip("no FP8 on this card")
+    if format == "int8_block":
+        n = -(-n // 8) * 8
+    args = operands(make, format, (rows, 256), n)
+    for dtype in (BF16, FP32):
+        y = launch_linear(*args, dtype)
+        assert ((y.double() - reference(*args, FP64)).abs() <= bound(args, dtype, unit)).all()
+
+
+# --- values
+
+
+@pytest.mark.parametrize(("format", "config"), EVERY)
+def test_zeros_and_large_values(make, format, config):
+    from turbocompile.kernels.linear_triton import launch_linear
+
+    x, w, bias = make(700, 512, dtype=FP32), make(264, 512, dtype=FP32), make(264)
+    x[100:500] = 0
+    data, scale = quantize(x * 0, format)
+    assert torch.equal(
+        launch_linear(data, scale, *quantize(w, format), bias, format, BF16, config), bias.expand(700, 264)
+    )
+    args = (*quantize(x * 1e15, format), *quantize(w * 1e15, format), None, format)
+    y = launch_linear(*args, FP32, config)
+    assert y.isfinite().all()
+    assert (y[100:500] == 0).all()
+    # random signs: of the 16 cuts of CUT only a few add up
+    assert relative_l2(y, reference(*args, FP64)) < (2.0**-18 if format != "fp8" else 8 * CUT)
+
+
+def test_integers_at_their_limits_are_exact(make):
+    from turbocompile.kernels.linear_triton import launch_linear
+
+    data = torch.full((300, 13824), -128, dtype=torch.int8, device="cuda")
+    weight = torch.full((264, 13824), 127, dtype=torch.int8, device="cuda")
+    weight[::2] = -128  # sums of 2^14 K and nearly -2^14 K
+    for format in ("int8", "int8_block"):
+        if format == "int8":
+            scales = (torch.ones(300, 1, device="cuda"), torch.ones(264, 1, device="cuda"))
+        else:
+            scales = (torch.ones(3, 108, device="cuda"), torch.ones(3, 108, device="cuda"))
+        args = (data, scales[0], weight, scales[1], None, format)
+        for config in configurations(format):
+            y = launch_linear(*args, FP32, config)
+            assert torch.equal(y, reference(*args, FP32))  # multiples of 2^7 below 2^31: every sum fits float32
+
+
+@pytest.mark.parametrize(("format", "config"), EVERY)
+def test_long_sums_lose_nothing(make, format, config):
+    """Values with a mean add up over K = 13,824: sums that are cut come out short."""
+    from turbocompile.kernels.linear_triton import launch_linear
+
+    args = (*quantize(make(300, 13824) + 2, format), *quantize(make(256, 13824) + 2, format), None, format)
+    y, exact = launch_linear(*args, FP32, config).double(), reference(*args, FP64)
+    short = 1 - ((y * exact).sum() / exact.square().sum()).item()
+    if format != "fp8":
+        assert abs(short) < 2.0**-20
+    elif config.promote:
+        assert abs(short) < 4 * CUT  # the cuts of 128 of K
+    else:
+        assert abs(short) < 13824 / 32 * CUT  # what `promote` is for
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("path", ["descriptor", "pointer"])
+def test_rows_that_are_not_contiguous(make, format, path):
+    from turbocompile.kernels.linear_triton import launch_linear
+
+    config = next((c for c in configurations(format) if c.path == path), None)
+    if config is None:
+        pytest.skip("not on this card")
+    data, scale, weight, weight_scale, bias, _ = operands(make, format, (3, 333, 512), 264)
+    expected = launch_linear(data, scale, weight, weight_scale, bias, format, BF16, config)
+
+    def padded(rows, columns, offset):
+        wide = torch.full((*rows.shape[:-1], columns), 0x7F, dtype=torch.int8, device="cuda")  # NaN in e4m3
+        wide[..., offset : offset + 512] = rows.view(torch.int8)
+        return wide.view(rows.dtype)[..., offset : offset + 512]
+
+    for columns, offset in ((544, 16), (544, 8), (517, 5)):  # the first is read in place
+        given = padded(data, columns, offset), scale, padded(weight, columns, offset), weight_scale
+        assert torch.equal(launch_linear(*given, bias, format, BF16, config), expected)
+    turned = weight.view(torch.int8).t().contiguous().t().view(weight.dtype)
+    assert torch.equal(launch_linear(data, scale, turned, weight_scale, bias, format, BF16, config), expected)
+
+
+# --- options
+
+
+@pytest.mark.parametrize(("format", "config"), EVERY)
+@pytest.mark.parametrize("shape", ["none", "all", "batch"])
+def test_the_options_of_the_epilogue(make, unit, format, config, shape):
+    from turbocompile.kernels.linear_triton import launch_linear
+
+    args = operands(make, format, (2, 333, 512), 264)
+    residual = make(2, 333, 264)
+    gate = {"none": None, "all": make(264), "batch": make(2, 1, 264, dtype=FP32)}[shape]
+    y = launch_linear(*args, BF16, config, gelu=True, residual=residual, gate=gate)
+    linear = reference(*args, FP64)
+    factor = torch.ones(1, device="cuda") if gate is None else gate.double()
+    expected = residual.double() + factor * F.gelu(linear, approximate="tanh")
+    # GELU's slope is below 1.13; int8_block rounds what comes before the sum once more
+    inner = factor.abs() * (1.13 * bound(args, BF16, unit, config.promote) + 2 * unit[BF16] * linear.abs())
+    assert ((y.double() - expected).abs() <= inner + unit[BF16] * (expected.abs() + inner)).all()
+
+
+# --- the library's products
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_library_computes_the_same(make, unit, format, fast):
+    from turbocompile.kernels.linear_triton import launch_library
+
+    if not runs(format):
+        pytest.skip("no FP8 on this card")
+    args = operands(make, format, (2, 333, 1536), 264)
+    y = launch_library(*args, BF16, fast)
+    assert ((y.double() - reference(*args, FP64)).abs() <= bound(args, BF16, unit, promote=False)).all()
+
+
+# --- as a program runs them
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+def test_the_shapes_of_wan(make, format, k, n):
+    """M = 32,760: the first and last rows and some between, all columns."""
+    from turbocompile.kernels.linear_triton import launch_linear
+
+    if not runs(format):
+        pytest.skip("no FP8 on this card")
+    data, scale, weight, weight_scale, bias, _ = operands(make, format, (ROWS, k), n)
+    y = launch_linear(data, scale, weight, weight_scale, bias, format, BF16)
+    for first in (0, 128 * 101, 128 * 255):
+        part = slice(first, first + 128)
+        rows = scale[first // 128 : first // 128 + 1] if format == "int8_block" else scale[part]
+        expected = reference(data[part], rows, weight, weight_scale, bias, format, FP64)
+        # two roundings to bf16, of at most 2^-8 each and about a third in the norm; FP8's cuts of 128 of K
+        assert relative_l2(y[part], expected) < 2.0**-8 + (4 * CUT if format == "fp8" else 0)
+
+
+@pytest.mark.parametrize(("format", "config"), EVERY)
+def test_repeated_calls_are_equal_bit_by_bit(make, format, config):
+    from turbocompile.kernels.linear_triton import launch_linear
+
+    args = operands(make, format, (5000, 1536), 1536)
+    first = launch_linear(*args, BF16, config)
+    for _ in range(5):
+        torch.empty(1 << 24, device="cuda").fill_(float("nan"))  # what freed memory holds must not matter
+        assert torch.equal(launch_linear(*args, BF16, config), first)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_captured_graph_replays_on_new_operands(make, format):
+    from turbocompile.kernels.linear_triton import launch_linear
+
+    if not runs(format):
+        pytest.skip("no FP8 on this card")
+    data, *rest = operands(make, format, (1000, 512), 264)
+    other = operands(make, format, (1000, 512), 264)[0]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        launch_linear(data, *rest, BF16)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = launch_linear(data, *rest, BF16)
+    data.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, launch_linear(data, *rest, BF16))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_new_number_of_rows_compiles_nothing(make, format):
+    from turbocompile.kernels import linear_triton as t
+
+    if not runs(format):
+        pytest.skip("no FP8 on this card")
+    kernels = t._linear.device_caches[torch.cuda.current_device()][0]
+    config = next(c for c in configurations(format) if c.path == "pointer")
+    gate, residual = make(1, 1, 264), make(1, 2000, 264)
+    for rows in (2000, 1999, 1, 16, 1000):
+        args = operands(make, format, (1, rows, 512), 264)
+        t.launch_linear(*args, BF16, config, residual=residual[:, :rows], gate=gate)
+        if rows == 2000:
+            before = len(kernels)
+    assert len(kernels) == before
+
+
+def test_every_path_for_the_sanitizer(make):
+    """Small, so that compute-sanitizer gets through it: `-k sanitizer`."""
+    from turbocompile.kernels.linear_triton import launch_linear
+
+    for format in FORMATS:
+        for config in configurations(format):
+            for n in (264, 17) if config.path == "pointer" and format != "int8_block" else (264,):
+                args = operands(make, format, (200, 384), n)
+                y = launch_linear(*args, BF16, config, gelu=True, residual=make(200, n), gate=make(n))
+                assert y.isfinite().all()

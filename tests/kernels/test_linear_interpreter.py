@@ -1,0 +1,251 @@
+"""The 8-bit linears in Triton's interpreter, at small ragged shapes, against the op's reference.
+
+The interpreter has to be chosen before Triton is imported, so the tests run in a process of their own. It is wrong on
+casts to bfloat16 and e4m3: results are float16 and float32, and torch makes the FP8 operands; the rest is for the GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+from turbocompile.kernels.quantize import dequantize, quantize
+from turbocompile.kernels.w8a8_linear import reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+inside = pytest.mark.skipif(not INTERPRETED, reason="runs in a process that interprets Triton")
+FORMATS = ["int8", "int8_block", "fp8"]
+FP16, FP32, FP64 = torch.float16, torch.float32, torch.float64
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts the process that interprets Triton")
+def test_the_kernels_interpreted():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def configurations(format):
+    """Each declared one, without those that compute as another does: stages and warps mean nothing here."""
+    if not INTERPRETED:  # nothing here may import Triton in the process that does not interpret it
+        return []
+    from turbocompile.kernels.linear_triton import CONFIGS
+
+    plain = {"warps": 4, "stages": 1, "programs": 1, "registers": None, "flatten": False}
+    return sorted({replace(c, **plain) for c in CONFIGS[format]}, key=str)
+
+
+CASES = [(format, config) for format in FORMATS for config in configurations(format)]
+
+
+def operands(normal, format, shape, n, biased=True):
+    """Arguments of the linear up to the format: x N(0, 1) of `shape`, weights N(0, 0.2^2)."""
+    bias = normal(n, dtype=FP16) if biased else None
+    return (*quantize(normal(*shape), format), *quantize(normal(n, shape[-1]) * 0.2, format), bias, format)
+
+
+def bound(args, dtype, unit):
+    """How far a result in dtype may be from the reference in float64.
+
+    float32 sums of K products, in any order, of the scales and of the bias: K + 5 roundings at most, each of the sum of
+    magnitudes; int8_block rounds to dtype before the bias and after it, the others after it.
+    """
+    data, scale, weight, weight_scale, bias, format = args
+    a, b = (dequantize(*q, format, FP64).abs() for q in ((data, scale), (weight, weight_scale)))
+    size = a @ b.T + (0 if bias is None else bias.double().abs())
+    inner = unit[FP32] * (data.shape[-1] + 5) * size
+    # 2^-25: half the distance of float16's numbers below 2^-14
+    return inner + 2 * unit[dtype] * (size + inner) + (2.0**-25 if dtype == FP16 else 0)
+
+
+@inside
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+@pytest.mark.parametrize(("format", "config"), CASES)
+def test_every_configuration_is_the_reference(normal, unit, format, config, dtype):
+    from turbocompile.kernels.linear_triton import launch_linear
+
+    args = operands(normal, format, (2, 70, 384 if format == "int8_block" else 304), 136)
+    y = launch_linear(*args, dtype, config)
+    assert (y.shape, y.dtype) == ((2, 70, 136), dtype)
+    assert ((y.double() - reference(*args, FP64)).abs() <= bound(args, dtype, unit)).all()
+    if format != "fp8":  # integers are exact, and numpy contracts nothing: the same roundings in the same order
+        assert torch.equal(y, reference(*args, dtype))
+
+
+@inside
+@pytest.mark.parametrize("format", FORMATS)
+def test_more_tiles_than_programs_and_groups_cut_short(normal, format):
+    """9 x 3 tiles of 128 and 18 x 3 of 64 rows over 2 programs: groups of 8 rows of tiles and one more."""
+    from turbocompile.kernels import linear_triton as t
+
+    args = operands(normal, format, (1100, 128), 264, biased=False)
+    expected = reference(*args, FP32)
+    for config in (t.SINGLE, t.SMALL, t.AMPERE_TILES):
+        y = t.launch_linear(*args, FP32, config)
+        # K = 128, one dot: the sums of numpy and torch may differ in order
+        assert torch.allclose(y, expected, rtol=0, atol=0 if format != "fp8" else 128 * 2.0**-24 * 128)
+
+
+@inside
+@pytest.mark.parametrize(("format", "k"), [("int8", 16), ("fp8", 16), ("int8", 208), ("int8_block", 128)])
+@pytest.mark.parametrize("rows", [1, 130])
+@pytest.mark.parametrize("n", [8, 17])
+def test_the_default_at_ragged_sizes(normal, unit, format, k, rows, n):
+    from turbocompile.kernels.linear_triton import launch_linear
+
+    if format == "int8_block" and n % 8:
+        n = 24
+    args = operands(normal, format, (rows, k), n)
+    y = launch_linear(*args, FP16)
+    assert ((y.double() - reference(*args, FP64)).abs() <= bound(args, FP16, unit)).all()
+
+
+@inside
+def test_the_default_follows_shape_and_card(monkeypatch):
+    from turbocompile.kernels import linear_triton as t
+
+    cpu = torch.device("cpu")
+    cards = {"h100": ((9, 0), 132, 228), "rtx5090": ((12, 0), 170, 100), "rtx4090": ((8, 9), 128, 100)}
+    for card, format, rows, n, k, expected in (
+        ("h100", "fp8", 32760, 1536, 1536, t.PAIR),
+        ("h100", "int8", 32760, 8960, 1536, t.PAIR),
+        ("h100", "int8", 32760, 5120, 5120, t.WIDE),
+        ("h100", "int8_block", 32760, 5120, 13824, t.PAIR),
+        ("h100", "fp8", 512, 1536, 4096, t.SMALL),
+        ("rtx5090", "fp8", 32760, 1536, 1536, t.AMPERE),
+        ("rtx4090", "int8_block", 32760, 1536, 1536, t.AMPERE_TILES),
+        ("rtx4090", "int8", 512, 1536, 1536, t.AMPERE_SMALL),
+    ):
+        capability, processors, kib = cards[card]
+        found = t._Card(capability, processors, kib << 10)
+        monkeypatch.setattr(t, "_card", lambda device, found=found: found)
+        assert t.default_config(format, rows, n, k, cpu) == expected
+        assert expected in t.configs(format, cpu)
+        assert t.default_config(format, rows, n, k, cpu, described=False).path == "pointer"
+
+
+@inside
+def test_the_conversion_by_an_addition_is_exact(normal, monkeypatch):
+    from turbocompile.kernels import linear_triton as t
+
+    args = [*operands(normal, "int8_block", (130, 256), 24, biased=False)]
+    args[0][:2], args[2][:2] = -128, -128  # the largest sum there is, 2^21
+    args[2][1] = 127  # and nearly the smallest
+    monkeypatch.setattr(t, "_card", lambda device: t._Card((8, 0), 3, 164 << 10))
+    assert t.default_config("int8_block", 130, 24, 256, args[0].device) == t.AMPERE_TILES_SMALL
+    assert torch.equal(t.launch_linear(*args, FP32), reference(*args, FP32))
+
+
+@inside
+@pytest.mark.parametrize("format", FORMATS)
+def test_zeros_give_the_bias_and_large_values_stay_finite(normal, format):
+    from turbocompile.kernels.linear_triton import launch_linear
+
+    x, w, bias = normal(80, 128), normal(24, 128), normal(24)
+    x[3:70] = 0
+    weight = quantize(w, format)
+    data, scale = quantize(torch.zeros_like(x), format)
+    assert torch.equal(launch_linear(data, scale, *weight, bias, format, FP32), bias.expand(80, 24))
+    args = (*quantize(x * 1e15, format), *quantize(w * 1e15, format), None, format)
+    y, expected = launch_linear(*args, FP32), reference(*args, FP32)
+    assert y.isfinite().all()
+    assert (y[3:70] == 0).all()
+    assert ((y - expected).norm() / expected.norm()) < 128 * 2.0**-24
+
+
+@inside
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("descriptor", [True, False])
+def test_rows_that_are_not_contiguous(normal, format, descriptor):
+    from turbocompile.kernels import linear_triton as t
+
+    data, scale, weight, weight_scale, bias, _ = operands(normal, format, (70, 128), 24)
+    config = t.SMALL if descriptor else t.AMPERE_TILES_SMALL
+    expected = t.launch_linear(data, scale, weight, weight_scale, bias, format, FP16, config)
+
+    def padded(rows, columns, offset):
+        bytes_ = torch.full((rows.shape[0], columns), 0x7F, dtype=torch.int8)  # NaN in e4m3
+        bytes_[:, offset : offset + 128] = rows.view(torch.int8)
+        return bytes_.view(rows.dtype)[:, offset : offset + 128]
+
+    turned = scale.t().contiguous().t()
+    for columns, offset in ((160, 16), (160, 8), (133, 5)):  # the first is read in place
+        y = t.launch_linear(
+            padded(data, columns, offset), turned, padded(weight, columns, offset), weight_scale,
+            bias.repeat_interleave(2)[::2], format, FP16, config,
+        )  # fmt: skip
+        assert torch.equal(y, expected)
+
+
+@inside
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("shape", ["none", "all", "batch"])
+def test_the_options_of_the_epilogue(normal, unit, format, shape):
+    from turbocompile.kernels.linear_triton import launch_linear
+
+    args = operands(normal, format, (2, 35, 128), 24)
+    residual = normal(2, 35, 24)
+    gate = {"none": None, "all": normal(24), "batch": normal(2, 1, 24)}[shape]
+    y = launch_linear(*args, FP32, gelu=True, residual=residual, gate=gate)
+    linear = reference(*args, FP64)
+    factor = 1 if gate is None else gate.double()
+    expected = residual.double() + factor * F.gelu(linear, approximate="tanh")
+    # GELU's slope is below 1.13; its own steps: exp2 of at most 2^7 here, off by 2^-24 of its argument, and six more
+    inner = 1.13 * bound(args, FP32, unit) + 2.0**-24 * (2**7 + 6) * linear.abs()
+    sizes = residual.abs() + (factor * linear).abs()
+    assert ((y.double() - expected).abs() <= abs(factor) * inner + 2 * unit[FP32] * sizes).all()
+    assert torch.equal(launch_linear(*args, FP32), launch_linear(*args, FP32, residual=residual * 0))
+
+
+@inside
+def test_gelu_of_large_values_is_themselves_or_zero(normal):
+    from turbocompile.kernels.linear_triton import launch_linear
+
+    args = (*quantize(normal(16, 128) * 1e15, "int8"), *quantize(normal(8, 128), "int8"), None, "int8")
+    linear, y = launch_linear(*args, FP32), launch_linear(*args, FP32, gelu=True)
+    assert torch.equal(y, linear.clamp(min=0))
+
+
+@inside
+def test_what_the_kernel_cannot_do_is_refused(normal, monkeypatch):
+    from turbocompile.kernels import linear_triton as t
+
+    from turbocompile.errors import UnsupportedError
+
+    args = operands(normal, "int8", (4, 128), 24)
+    short = operands(normal, "int8", (4, 100), 24)
+    odd = operands(normal, "int8", (4, 128), 17)
+    cases = [
+        (lambda: t.launch_linear(*short, FP16), "multiple of 16"),
+        (lambda: t.launch_linear(*operands(normal, "int8", (1, 1 << 17), 8), FP16), "below 131072"),
+        (lambda: t.launch_linear(*args, FP64), "float64"),
+        (lambda: t.launch_linear(*odd, FP16, t.PAIR), "N is 17"),
+        (lambda: t.launch_linear(*operands(normal, "int8_block", (4, 128), 24), FP16, t.WIDE), "is not for int8_block"),
+        (lambda: t.launch_linear(*args, FP16, gate=normal(24)), "a gate needs a residual"),
+        (lambda: t.launch_linear(*args, FP16, residual=normal(4, 24), gate=normal(3, 24)), "the gate is"),
+        (lambda: t.launch_linear(*args, FP16, residual=normal(3, 24)), "a residual of"),
+        (lambda: t.launch_library(*operands(normal, "int8_block", (4, 128), 24), FP16), "for each tile"),
+        (lambda: t.LinearConfig("hopper", 128, 128), "no path"),
+    ]
+    for call, words in cases:
+        with pytest.raises(ValueError, match=words):
+            call()
+    monkeypatch.setattr(t, "_card", lambda device: t._Card((8, 6), 3, 100 << 10))
+    with pytest.raises(UnsupportedError, match="no fp8"):
+        t.launch_linear(*operands(normal, "fp8", (4, 128), 24), FP16)
+    assert t.launch_linear(*operands(normal, "int8", (0, 128), 24), FP16).shape == (0, 24)
+
+
+@inside
+def test_the_library_variant_for_integers_is_the_reference(normal, unit):
+    from turbocompile.kernels.linear_triton import launch_library
+
+    args = operands(normal, "int8", (2, 40, 304), 136)
+    y = launch_library(*args, FP16)
+    assert ((y.double() - reference(*args, FP64)).abs() <= bound(args, FP16, unit)).all()
