@@ -1,0 +1,247 @@
+"""The memory-bound ops on one GPU: each Triton kernel beside plain torch and torch.compile, and beside a copy.
+
+    python benchmarks/norms.py [--out FOLDER] [--shapes 1.3B-480p ...] [--no-compile] [--sweep]
+
+Inputs are bf16, N(0, 1), (1, L, C); modulations are float32, as Wan computes them. Times are milliseconds between CUDA
+events around the call, the median over three turns over the variants, so that the card's drift meets all alike.
+
+"of the copy" is a variant's rate over that of `copy_` of x, measured in the same turns: the bytes that the op has to
+move (each input read once, each output written once) by its time. A kernel that reads twice stays below 100% by that.
+"torch" is what a model would write, in bf16 (quantized: the reference behind it; qk_norm_rope: F.rms_norm alone);
+"compiled" is torch.compile of the op's reference. --sweep times other launch configurations too. FOLDER gets
+norms.json and norms.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+from turbocompile.kernels import adaln, gelu_quantize, norm_quantize, qk_norm_rope, quantize, residual_norm
+from turbocompile.kernels import norms_triton as norms
+from turbocompile.kernels import quantize_triton as quantizing
+from turbocompile.kernels.quantize_triton import RowConfig
+from turbocompile.kernels.rotary_triton import launch_qk_norm_rope
+
+TURNS = 3
+EPS = 1e-6
+HEAD_DIM = 128
+BF16 = 2  # bytes
+SWEEP = tuple(RowConfig(warps, rows) for warps in (1, 2, 4, 8, 16) for rows in (1, 4, 8, 16))
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model's activations."""
+
+    name: str
+    grid: tuple[int, int, int]
+    dim: int
+    ffn: int
+    rounds: int  # calls in a turn
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+
+SHAPES = (
+    Shape("1.3B-480p", (21, 30, 52), 1536, 8960, 20),
+    Shape("14B-480p", (21, 30, 52), 5120, 13824, 10),
+    Shape("14B-720p", (21, 45, 80), 5120, 13824, 6),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op at a shape."""
+
+    name: str
+    bytes: int  # an element of x, of all that has to be read and written
+    elements: int
+    kernel: Callable[..., object]  # of a launch configuration, or of nothing
+    torch: Call
+    reference: Callable[..., object]
+    args: tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A median time."""
+
+    shape: str
+    op: str
+    variant: str
+    milliseconds: float
+    fastest: float
+    slowest: float
+    of_the_copy: float
+
+
+def cases(shape: Shape) -> list[Case]:
+    """The ops of a block, on tensors that they share."""
+    c, tokens = shape.dim, shape.tokens
+    x, y = (torch.randn(1, tokens, c, device="cuda").bfloat16() for _ in "xy")
+    gate, scale, shift = (torch.randn(1, 1, c, device="cuda") for _ in range(3))
+    g16, s16, h16 = (t.bfloat16() for t in (gate, scale, shift))
+    weight = torch.randn(c, device="cuda").bfloat16()
+    widths = (HEAD_DIM // 2 - 2 * (HEAD_DIM // 6), HEAD_DIM // 6, HEAD_DIM // 6)
+    angle = [torch.rand(n, d, device="cuda") for n, d in zip(shape.grid, widths, strict=True)]
+    cos, sin = [a.cos() for a in angle], [a.sin() for a in angle]
+    heads = c // HEAD_DIM
+    wide = torch.randn(1, tokens, shape.ffn, device="cuda").bfloat16()
+
+    def layer(r: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(r, (c,), eps=EPS) * (1 + s16) + h16
+
+    plain: dict[str, Callable[[], torch.Tensor]] = {
+        "adaln": lambda: layer(x),
+        "sum": lambda: x + g16 * y,
+        "residual_norm": lambda: layer(x + g16 * y),
+        "norm": lambda: F.rms_norm(x, (c,), weight, EPS),
+        "quantize": lambda: x,
+        "tanh": lambda: F.gelu(wide, approximate="tanh"),
+        "erf": lambda: F.gelu(wide),
+    }
+
+    def then(name: str, format: str) -> Call:
+        return lambda: quantize.reference(plain[name](), format)
+
+    modulated = (x, scale, shift, None, None, EPS)
+    summed = (x, y, gate, scale, shift, None, None, EPS, "layer")
+    rms = (x, weight, None, EPS, "rms")
+    turned = (x, weight, EPS, False, heads, cos, sin, list(shape.grid), True)
+
+    def case(name: str, moved: int, launch: Callable[..., object], torch_: Call, reference: Callable[..., object],
+             *args: object) -> Case:  # fmt: skip
+        elements = (wide if wide is args[0] else x).numel()
+        return Case(name, moved, elements, partial(launch, *args), torch_, reference, args)
+
+    found = [
+        case("adaln", 2 * BF16, norms.launch_adaln, plain["adaln"], adaln.reference, *modulated),
+        case("gated_residual", 3 * BF16, norms.launch_gated_residual, plain["sum"], residual_norm.gated, x, y, gate),
+        case("residual_norm", 4 * BF16, norms.launch_residual_norm, plain["residual_norm"], residual_norm.reference,
+             *summed),
+        case("qk_norm_rope", 2 * BF16, launch_qk_norm_rope, plain["norm"], qk_norm_rope.reference, *turned),
+        case("gelu_quantize fp8, erf", BF16 + 1, quantizing.launch_gelu_quantize, then("erf", "fp8"),
+             gelu_quantize.reference, wide, "none", "fp8"),
+    ]  # fmt: skip
+    for f in ("fp8", "int8", "int8_block"):
+        found += [
+            case(f"adaln_quantize {f}", BF16 + 1, norms.launch_adaln_quantize, then("adaln", f),
+                 adaln.reference_quantize, *modulated, f),
+            case(f"residual_norm_quantize {f}", 3 * BF16 + 1, norms.launch_residual_norm_quantize,
+                 then("residual_norm", f), residual_norm.reference_quantize, *summed, f),
+            case(f"norm_quantize {f}", BF16 + 1, norms.launch_norm_quantize, then("norm", f), norm_quantize.reference,
+                 *rms, f),
+            case(f"quantize {f}", BF16 + 1, quantizing.launch_quantize, then("quantize", f), quantize.reference, x, f),
+            case(f"gelu_quantize {f}", BF16 + 1, quantizing.launch_gelu_quantize, then("tanh", f),
+                 gelu_quantize.reference, wide, "tanh", f),
+        ]  # fmt: skip
+    return found
+
+
+def milliseconds(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
+    """Times of each call: TURNS turns over all of them, in each some calls queued one behind the other."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(TURNS):
+        for name, call in calls.items():
+            call()
+            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
+            for start, end in events:
+                start.record()
+                call()
+                end.record()
+            torch.cuda.synchronize()
+            times[name] += [start.elapsed_time(end) for start, end in events]
+    return times
+
+
+def measure(shape: Shape, case: Case, compiled: bool, sweep: bool) -> list[Result]:
+    """Results of the variants of an op; the copy is of as many elements as the op's x has."""
+    source = torch.randn(case.elements, device="cuda").bfloat16()
+    target = torch.empty_like(source)
+    calls: dict[str, Call] = {
+        "copy": lambda: target.copy_(source),
+        "kernel": case.kernel,
+        "torch": case.torch,
+    }
+    if compiled:
+        torch.compiler.reset()
+        function = torch.compile(case.reference, dynamic=False)
+        calls["compiled"] = partial(function, *case.args)
+    if sweep and "int8_block" not in case.name:  # its tiles have one configuration
+        for config in SWEEP:
+            if 16 <= case.elements // shape.tokens // (32 * config.warps) <= 64:
+                calls[f"{config.warps} warps, {config.rows} rows"] = partial(case.kernel, config)
+    times = milliseconds(calls, shape.rounds)
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    rate = 2 * BF16 / medians["copy"]
+    return [
+        Result(shape.name, case.name, name, m, min(times[name]), max(times[name]),
+               1.0 if name == "copy" else case.bytes / m / rate)
+        for name, m in medians.items()
+    ]  # fmt: skip
+
+
+def table(results: list[Result]) -> str:
+    """Markdown, a line a variant."""
+    lines = ["| shape | op | variant | ms (fastest - slowest) | of the copy |", "| --- | --- | --- | --- | --- |"]
+    for r in results:
+        spread = f"{r.milliseconds:.4f} ({r.fastest:.4f} - {r.slowest:.4f})"
+        lines.append(f"| {r.shape} | {r.op} | {r.variant} | {spread} | {r.of_the_copy:.0%} |")
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """What a reader needs to repeat the run."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": found.stdout.strip() or "unknown",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="a folder for norms.json and norms.md")
+    parser.add_argument("--shapes", nargs="+", choices=[s.name for s in SHAPES], default=[s.name for s in SHAPES])
+    parser.add_argument("--ops", nargs="+", help="only ops whose name starts with one of these")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes")
+    parser.add_argument("--sweep", action="store_true", help="also other launch configurations")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    results: list[Result] = []
+    about = versions()
+    with torch.no_grad():
+        for shape in (s for s in SHAPES if s.name in arguments.shapes):
+            for case in cases(shape):
+                if arguments.ops and not case.name.startswith(tuple(arguments.ops)):
+                    continue
+                found = measure(shape, case, not arguments.no_compile, arguments.sweep)
+                results += found
+                print(table(found).split("\n", 2)[2], flush=True)
+                if arguments.out:  # after each op: a run that is cut short leaves what it has
+                    arguments.out.mkdir(parents=True, exist_ok=True)
+                    document = {"about": about, "results": [asdict(r) for r in results]}
+                    (arguments.out / "norms.json").write_text(json.dumps(document, indent=1) + "\n")
+                    text = f"{', '.join(f'{k} {v}' for k, v in about.items())}\n\n{table(results)}\n"
+                    (arguments.out / "norms.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

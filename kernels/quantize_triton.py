@@ -1,0 +1,297 @@
+"""Quantization of activations, and of a GELU's result, in Triton, and what all kernels over rows share.
+
+    int8, fp8    a program takes some rows, one behind the other: y = act(x), amax |y|, data, scale, all in registers
+    int8_block   a program takes one 128 x 128 tile of x seen as (M, K)
+
+act: none, GELU by tanh, or by erf. Formats, scales and rounding are those of quantize.py, y is rounded to x's dtype
+first. x: (..., K), bf16, fp16 or float32; a last axis that is not contiguous costs a copy. A NaN is undefined.
+
+These kernels are launched by name, by tests and the benchmark: they become the ops' CUDA implementations (are
+registered) once measured.
+
+Bytes an element, 16-bit x: 2 read + 1 written = 3. At the 3.0 TB/s of a copy: 32,760 x 1536 in 0.050 ms, 75,600 x 5120
+in 0.387 ms; behind a GELU 32,760 x 8960 in 0.294 ms, 75,600 x 13,824 in 1.045 ms.
+
+A row is held as two pieces whose widths are powers of two, 5120 = 4096 + 1024: as one of 8192 three eighths of the
+arithmetic would be on padding. While a row is computed the next one is on its way. A Hopper card can issue some 28
+instructions for the 3 bytes of an element; Triton 3.6 compiles a row of 5120 to 8 an element, with GELU by tanh to 17,
+by erf to 42, which is then what its time depends on.
+"""
+
+# mypy: allow-untyped-defs
+# (the arguments of a jit function have types of Triton's)
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from turbocompile.kernels._common import check, choose
+from turbocompile.kernels.prepare_triton import ROUND, _exp2, _product, processors
+from turbocompile.kernels.quantize import BLOCK, FLOOR, LIMIT, empty_quantized
+
+from turbocompile.errors import UnsupportedError
+
+TANH_1 = tl.constexpr(-2.302208198144325)  # -2 sqrt(2 / pi) log2 e
+TANH_3 = tl.constexpr(-0.1029432395800235)  # the same times 0.044715
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+
+
+@triton.jit
+def place(row, length, b_stride, l_stride, FLAT: tl.constexpr):
+    """Where rows of a (B, L, C) tensor start, in elements; FLAT: B is 1, and there is nothing to divide."""
+    if FLAT:
+        at = row.to(tl.int64) * l_stride
+    else:
+        at = (row // length).to(tl.int64) * b_stride + (row % length).to(tl.int64) * l_stride
+    return at
+
+
+@triton.jit
+def inside(c, C: tl.constexpr, END: tl.constexpr):
+    """c < C, as a constant where all columns before END are real: the mask then leaves the code."""
+    if END <= C:
+        mask = tl.full(c.shape, 1, tl.int32) > 0
+    else:
+        mask = c < C
+    return mask
+
+
+@triton.jit
+def only_before(mask, row, stop):
+    """mask, if row < stop. (A scalar condition on a mask would do, but the interpreter makes integers of it.)"""
+    return mask & (tl.full(mask.shape, 0, tl.int32) + row < stop)
+
+
+@triton.jit
+def fetch(at, mask):
+    """What is read once: the first to leave the caches, where vectors that every row needs stay."""
+    return tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def encode(y, factor, data, FORMAT: tl.constexpr, FTZ: tl.constexpr):
+    """y * factor, rounded, as an element of data. Its magnitude is at most the format's limit and an ulp, which rounds
+    to the limit, so int8_block's +128 alone has to be cut.
+    """
+    v = _product(y, factor, FTZ)  # a multiply-add with what rounds to integers would move a quotient near a half
+    if FORMAT == "fp8":
+        coded = v.to(data.dtype.element_ty)
+    else:
+        if FORMAT == "int8_block":
+            v = tl.minimum(v, 127.0)
+        coded = (v + ROUND).to(tl.int32, bitcast=True).to(data.dtype.element_ty)
+    return coded
+
+
+@triton.jit
+def _reciprocal(x, FTZ: tl.constexpr):
+    """1 / x within an ulp; FTZ, on a GPU, in one instruction."""
+    if FTZ:
+        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    else:
+        y = 1.0 / x
+    return y
+
+
+@triton.jit
+def _activate(raw, ACT: tl.constexpr, FTZ: tl.constexpr):
+    """act(x), rounded to x's dtype, in float32. x / (1 + exp(-2 u)) is x (1 + tanh u) / 2 without its cancellation."""
+    x = raw.to(tl.float32)
+    if ACT == "tanh":
+        x = x * _reciprocal(1.0 + _exp2(x * (TANH_1 + TANH_3 * (x * x)), FTZ), FTZ)
+    elif ACT == "erf":
+        x = 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
+    return x.to(raw.dtype).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["length", "per"])
+def _quantize_rows(
+    x, data, data_scale,
+    x_b, x_l,
+    length, per,
+    C: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
+    ACT: tl.constexpr, FORMAT: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, FTZ: tl.constexpr,
+):  # fmt: skip
+    """`per` rows of C channels of one batch item, in pieces of W0 and W1 (W1 0: one piece)."""
+    first = tl.program_id(0) * per
+    stop = tl.minimum(first + per, length)
+    b = tl.program_id(1).to(tl.int64)
+    at = x + b * x_b + first.to(tl.int64) * x_l
+    to = data + (b * length + first) * C
+    unit = data_scale + b * length
+    c0 = tl.arange(0, W0)
+    m0 = inside(c0, C, W0)
+    x0 = fetch(at + c0, m0)
+    if W1 > 0:
+        c1 = W0 + tl.arange(0, W1)
+        m1 = inside(c1, C, W0 + W1)
+        x1 = fetch(at + c1, m1)
+    for row in range(first, stop):
+        at += x_l
+        next0 = fetch(at + c0, only_before(m0, row + 1, stop))
+        y0 = _activate(x0, ACT, FTZ)
+        amax = tl.max(tl.abs(y0), 0)
+        if W1 > 0:
+            next1 = fetch(at + c1, only_before(m1, row + 1, stop))
+            y1 = _activate(x1, ACT, FTZ)
+            amax = tl.maximum(amax, tl.max(tl.abs(y1), 0))
+        amax = tl.maximum(amax, FLOOR)
+        factor = tl.div_rn(LIMIT, amax)
+        tl.store(to + c0, encode(y0, factor, data, FORMAT, FTZ), mask=m0)
+        x0 = next0
+        if W1 > 0:
+            tl.store(to + c1, encode(y1, factor, data, FORMAT, FTZ), mask=m1)
+            x1 = next1
+        tl.store(unit + row, tl.div_rn(amax, LIMIT))
+        to += C
+
+
+@triton.jit(do_not_specialize=["length", "rows"])
+def _quantize_tiles(
+    x, data, data_scale,
+    x_b, x_l,
+    length, rows,
+    C: tl.constexpr, EDGE: tl.constexpr, FLAT: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr,
+    FLOOR: tl.constexpr, FTZ: tl.constexpr,
+):  # fmt: skip
+    """One EDGE x EDGE tile."""
+    row = tl.program_id(1) * EDGE + tl.arange(0, EDGE)
+    c = tl.program_id(0) * EDGE + tl.arange(0, EDGE)
+    mask = (row < rows)[:, None] & (c < C)[None, :]
+    y = _activate(fetch(x + place(row, length, x_b, x_l, FLAT)[:, None] + c[None, :], mask), ACT, FTZ)
+    store_tile(y, row, c, mask, data, data_scale, C, LIMIT, FLOOR, FTZ)
+
+
+@triton.jit
+def store_tile(
+    y, row, c, mask, data, data_scale, C: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, FTZ: tl.constexpr
+):
+    """The data and the scale of a tile; y is zero where mask is false."""
+    amax = tl.maximum(tl.max(tl.max(tl.abs(y), 1), 0), FLOOR)
+    to = data + (row.to(tl.int64) * C)[:, None] + c[None, :]
+    tl.store(to, encode(y, tl.div_rn(LIMIT, amax), data, "int8_block", FTZ), mask=mask)
+    tl.store(data_scale + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.div_rn(amax, LIMIT))
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """How a kernel over rows is launched."""
+
+    warps: int
+    rows: int  # a program takes
+
+
+# The declared set, by the widest row: 32 to 48 elements a thread, so that little is spent on sums across threads (none
+# across warps at 1536), while a row, the next one and what comes between fit the registers of some 16 warps.
+ROW_CONFIGS = {
+    1536: RowConfig(1, 8),
+    3072: RowConfig(2, 8),
+    6144: RowConfig(4, 8),
+    12288: RowConfig(8, 4),
+    32768: RowConfig(16, 4),
+}
+TILE_WARPS = 8  # 64 elements a thread
+WIDEST = max(ROW_CONFIGS)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return processors(device)
+
+
+def row_config(width: int, rows: int, device: torch.device) -> RowConfig:
+    """The configuration for rows held in `width` places: fewer a program where they would not fill the card."""
+    config = next(config for widest, config in ROW_CONFIGS.items() if width <= widest)
+    return RowConfig(config.warps, max(1, min(config.rows, rows // (16 * _processors(device)))))
+
+
+def pieces(width: int, least: int = 256) -> tuple[int, int]:
+    """Two powers of two, the second perhaps 0, that hold `width`: the fewest, and one where it is at most `least`."""
+    whole = triton.next_power_of_2(width)
+    tail = triton.next_power_of_2(width - whole // 2)
+    return (whole // 2, tail) if whole > least and tail < whole // 2 else (whole, 0)
+
+
+def view3(t: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """t, broadcast to shape (..., L, C), as (B, L, C) with a contiguous last axis: a view nearly always."""
+    t = t.reshape(1) if t.ndim == 0 else t
+    t = t.expand(*t.shape[:-1], shape[-1])
+    if t.stride(-1) != 1:
+        t = t.contiguous()
+    t = t.expand(shape)
+    while t.ndim < 3:
+        t = t[None]
+    return t.flatten(0, -3)
+
+
+def view3_of_rows(x: torch.Tensor) -> torch.Tensor:
+    """x (..., C) as (1, M, C) where a view is enough, otherwise as (B, L, C)."""
+    v = view3(x, x.shape)
+    return v.view(1, -1, v.shape[-1]) if v.shape[0] * v.shape[1] and v.stride(0) == v.shape[1] * v.stride(1) else v
+
+
+def row_strides(t: torch.Tensor | None) -> tuple[int, int]:
+    """Strides of the first two axes of a (B, L, C) view; 0 for an axis of one, so that it compiles nothing anew."""
+    if t is None:
+        return 0, 0
+    return (0 if t.shape[0] == 1 else t.stride(0)), (0 if t.shape[1] == 1 else t.stride(1))
+
+
+def check_input(x: torch.Tensor, width: int) -> None:
+    """UnsupportedError for what the kernels over rows do not take: another dtype, or a row too wide for registers."""
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise UnsupportedError(f"the kernel takes bfloat16, float16 and float32, not {x.dtype}: use the reference")
+    if width > WIDEST:
+        raise UnsupportedError(f"a row of {width} channels is wider than the kernel's {WIDEST}: use the reference")
+
+
+def quantize_into(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    format: str,
+    act: str = "identity",
+    config: RowConfig | None = None,
+) -> None:
+    """Fills data and scale of act(x): "identity", "tanh", "erf". Float32 data of format "fp8" get the values before the
+    cast, for machines that do not know it.
+    """
+    width, rows, gpu = x.shape[-1], x.shape[:-1].numel(), x.is_cuda
+    v = view3_of_rows(x)
+    limits = {"LIMIT": LIMIT[format], "FLOOR": FLOOR[format]}
+    if format == "int8_block":
+        check_input(x, 1)
+        _quantize_tiles[(triton.cdiv(width, BLOCK), triton.cdiv(rows, BLOCK))](
+            v, data, scale, *row_strides(v), v.shape[1], rows,
+            C=width, EDGE=BLOCK, FLAT=v.shape[0] == 1, ACT=act, FTZ=gpu, **limits, num_warps=TILE_WARPS, num_stages=1,
+        )  # fmt: skip
+        return
+    check_input(x, width)
+    w0, w1 = pieces(width)
+    config = config or row_config(w0 + w1, rows, x.device)
+    _quantize_rows[(triton.cdiv(v.shape[1], config.rows), v.shape[0])](
+        v, data, scale, *row_strides(v), v.shape[1], config.rows,
+        C=width, W0=w0, W1=w1, ACT=act, FORMAT=format, FTZ=gpu, **limits, num_warps=config.warps, num_stages=1,
+    )  # fmt: skip
+
+
+def launch_quantize(x: torch.Tensor, format: str, config: RowConfig | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """quantize.py's op: (data, scale)."""
+    check(x.ndim >= 1, "quantize: x has no dimension to quantize along")
+    data, scale = empty_quantized(x, format)
+    quantize_into(x, data, scale, format, config=config)
+    return data, scale
+
+
+def launch_gelu_quantize(
+    x: torch.Tensor, approximate: str, format: str, config: RowConfig | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """gelu_quantize.py's op: (data, scale)."""
+    choose("gelu_quantize: the approximation", approximate, "tanh", "none")
+    data, scale = empty_quantized(x, format)
+    quantize_into(x, data, scale, format, "erf" if approximate == "none" else "tanh", config)
+    return data, scale

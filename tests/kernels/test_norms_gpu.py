@@ -1,0 +1,390 @@
+"""The kernels of the norms, of quantization and of the rotation on a GPU, against the references.
+
+Two bounds. What rounds no sum is the reference bit by bit: r, and data and scales of `quantize`. (The reference runs
+on the CPU there: on a GPU torch divides by a constant through its reciprocal.) What contains a norm or a GELU is
+compared with the reference in float64: 1e-6 of the largest value of a row for the float32 inside, and one rounding to
+x's dtype; quantized, half a step of the format more.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from turbocompile.kernels import ops
+from turbocompile.kernels.quantize import FORMATS, LIMIT, dequantize
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+BF16, FP16, F32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = [BF16, FP16, F32]
+SHAPES = [(1, 777, 1536), (2, 301, 5120), (3, 50, 1000), (2, 9, 40), (1, 33, 13824), (5, 1, 1536)]
+EPS = 1e-6
+
+
+@pytest.fixture
+def make():
+    """make(*shape, dtype=bfloat16): N(0, 1) on the GPU, another tensor at each call."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    return lambda *shape, dtype=BF16: torch.randn(*shape, device="cuda", generator=generator).to(dtype)
+
+
+def slack(expected, unit):
+    subnormal = 2.0**-25 if unit == 2.0**-11 else 0.0  # half a step of float16 near zero
+    return 1e-6 * expected.abs().amax(-1, keepdim=True) + unit * expected.abs() + subnormal
+
+
+def assert_near(got, expected, unit):
+    assert got.is_contiguous()
+    assert got.shape == expected.shape
+    assert ((got.double() - expected).abs() <= slack(expected, unit)).all()
+
+
+def assert_quantized(found, format, expected, unit):
+    """data and scale stand for expected (float64) within half a step of the format, on top of the slack."""
+    data, scale = found
+    assert (data.dtype, scale.dtype, data.is_contiguous()) == (FORMATS[format], F32, True)
+    got = dequantize(data, scale, format, torch.float64)
+    each = dequantize(torch.ones(data.shape, device="cuda"), scale, format, torch.float64)  # a step
+    if format == "fp8":  # 3 bits of mantissa: 2^-4 of a value, and half of the smallest subnormal, 2^-9
+        half = torch.maximum(2.0**-4 * expected.abs(), 2.0**-10 * each)
+    elif format == "int8_block":  # +amax saturates, a step short
+        half = torch.where(expected > 127 * each, each, each / 2)
+    else:
+        half = each / 2
+    room = (1 + 2.0**-4) * slack(expected, unit) + 1e-6 * each * LIMIT[format]  # the last: scale and factor, rounded
+    assert ((got - expected).abs() <= half + room).all()
+    if format != "int8_block":
+        amax = expected.abs().amax(-1, keepdim=True)
+        assert ((scale * LIMIT[format] - amax).abs() <= (unit + 2e-6) * amax + 1e-8).all()
+
+
+def double(*tensors):
+    return [None if t is None else t.double() for t in tensors]
+
+
+def modulation(make, shape, dtype):
+    """gate, scale, shift by batch item, weight and bias."""
+    batch, _, width = shape
+    return [make(batch, 1, width, dtype=dtype) for _ in range(3)] + [make(width, dtype=dtype) for _ in range(2)]
+
+
+def views(make, dtype):
+    """Activations (2, 65, 1536) that are not contiguous."""
+    return {
+        "fused": make(2, 65, 3, 1536, dtype=dtype)[:, :, 1],
+        "part of a row": make(2, 65, 2000, dtype=dtype)[..., 200:1736],
+        "odd start": make(2, 65, 1601, dtype=dtype)[..., 1:1537],
+        "tokens first": make(65, 2, 1536, dtype=dtype).transpose(0, 1),
+        "channels first": make(2, 1536, 65, dtype=dtype).transpose(1, 2),
+        "expanded": make(1, 65, 1536, dtype=dtype).expand(2, 65, 1536),
+    }
+
+
+# --- quantization
+
+
+@pytest.mark.parametrize("format", list(FORMATS))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (300,), (2, 3, 5, 130)])
+def test_quantize_bit_by_bit(make, same, shape, dtype, format):
+    from turbocompile.kernels.quantize_triton import launch_quantize
+
+    for factor in (1.0, 1e4, 1e-6, 0.0):
+        x = make(*shape, dtype=dtype) * factor
+        x[..., :3] = 0
+        data, scale = launch_quantize(x, format)
+        expected = ops.quantize(x.cpu(), format)
+        same((data.view(torch.int8).cpu(), scale.cpu()), (expected[0].view(torch.int8), expected[1]))
+
+
+@pytest.mark.parametrize("format", list(FORMATS))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_of_any_strides(make, same, dtype, format):
+    from turbocompile.kernels.quantize_triton import launch_quantize
+
+    for x in views(make, dtype).values():
+        data, scale = launch_quantize(x, format)
+        expected = ops.quantize(x.cpu(), format)
+        assert data.is_contiguous()
+        same((data.view(torch.int8).cpu(), scale.cpu()), (expected[0].view(torch.int8), expected[1]))
+
+
+def test_every_quotient_rounds_as_in_the_reference(same):
+    """Halves of int8 and of e4m3 and their neighbours: a fused multiply-add or a cast that truncates would show."""
+    from turbocompile.kernels.quantize_triton import launch_quantize
+
+    x = torch.arange(-(2**15), 2**15, device="cuda", dtype=torch.int32).to(torch.int16).view(FP16)
+    x = torch.where(x.isfinite(), x, 0).reshape(64, 1024)
+    for rows in (x, x.float() * 0.37):
+        for format in FORMATS:
+            data, scale = launch_quantize(rows, format)
+            expected = ops.quantize(rows.cpu(), format)
+            same((data.view(torch.int8).cpu(), scale.cpu()), (expected[0].view(torch.int8), expected[1]))
+
+
+@pytest.mark.parametrize("format", list(FORMATS))
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 300, 8960), (2, 77, 13824), (3, 50, 1000)])
+def test_gelu_quantize(make, unit, shape, dtype, approximate, format):
+    from turbocompile.kernels.quantize_triton import launch_gelu_quantize
+
+    for factor in (3.0, 1e4, 1e-3, 0.0):
+        x = make(*shape, dtype=dtype) * factor
+        expected = torch.nn.functional.gelu(x.double(), approximate=approximate)
+        assert_quantized(launch_gelu_quantize(x, approximate, format), format, expected, unit[dtype])
+
+
+# --- norms
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("form", ["batch", "vector", "token", "column"])
+def test_adaln(make, unit, shape, dtype, form):
+    from turbocompile.kernels.norms_triton import launch_adaln
+
+    batch, tokens, width = shape
+    sizes = {"batch": (batch, 1, width), "vector": (width,), "token": shape, "column": (batch, tokens, 1)}[form]
+    x = make(*shape, dtype=dtype) * 3 + 1
+    vectors = [make(width, dtype=dtype), make(width, dtype=F32)] if form in ("batch", "column") else [None, None]
+    args = (x, make(*sizes, dtype=F32), make(*sizes, dtype=dtype), *vectors)
+    assert_near(launch_adaln(*args, EPS), ops.adaln(*double(*args), EPS), unit[dtype])
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("parts", ["all", "none", "norm", "modulation"])
+def test_residual_and_its_norm(make, unit, shape, dtype, norm, parts):
+    from turbocompile.kernels.norms_triton import launch_gated_residual, launch_residual_norm
+
+    x, y = make(*shape, dtype=dtype) * 3, make(*shape, dtype=BF16)
+    gate, scale, shift, weight, bias = modulation(make, shape, F32)
+    gate, scale, shift = (gate, scale, shift) if parts in ("all", "modulation") else (None, None, None)
+    weight, bias = (weight, bias) if parts in ("all", "norm") else (None, None)
+    r, n = launch_residual_norm(x, y, gate, scale, shift, weight, bias, EPS, norm)
+    assert torch.equal(r, ops.gated_residual(x, y, gate))
+    assert torch.equal(launch_gated_residual(x, y, gate), r)
+    zero = torch.zeros_like(r).double()
+    expected = ops.residual_norm(r.double(), zero, None, *double(scale, shift, weight, bias), EPS, norm)[1]
+    assert n.dtype == dtype
+    assert_near(n, expected, unit[dtype])
+
+
+@pytest.mark.parametrize("format", list(FORMATS))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_norms_quantized(make, unit, shape, dtype, format):
+    from turbocompile.kernels.norms_triton import (
+        launch_adaln_quantize,
+        launch_norm_quantize,
+        launch_residual_norm_quantize,
+    )
+
+    x, y = make(*shape, dtype=dtype), make(*shape, dtype=dtype)
+    gate, scale, shift, weight, bias = modulation(make, shape, dtype)
+    expected = ops.adaln(*double(x, scale, shift, weight, bias), EPS)
+    found = launch_adaln_quantize(x, scale, shift, weight, bias, EPS, format)
+    assert_quantized(found, format, expected, unit[dtype])
+    zero = torch.zeros_like(x).double()
+    for norm in ("layer", "rms"):
+        expected = ops.residual_norm(x.double(), zero, None, None, None, *double(weight, bias), EPS, norm)[1]
+        found = launch_norm_quantize(x, weight, bias, EPS, norm, format)
+        assert_quantized(found, format, expected, unit[dtype])
+        args = (scale, shift, weight, None)
+        r, *found = launch_residual_norm_quantize(x, y, gate, *args, EPS, norm, format)
+        assert torch.equal(r, ops.gated_residual(x, y, gate))
+        expected = ops.residual_norm(r.double(), zero, None, *double(*args), EPS, norm)[1]
+        assert_quantized(found, format, expected, unit[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_of_any_strides(make, unit, dtype):
+    from turbocompile.kernels.norms_triton import launch_adaln, launch_adaln_quantize, launch_residual_norm
+
+    _, scale, shift, weight, bias = modulation(make, (2, 65, 1536), F32)
+    table = make(2, 6, 1536, dtype=F32)  # how a block's modulations come: rows of one tensor
+    others = list(views(make, dtype).values())[::-1]
+    for x, y in zip(views(make, dtype).values(), others, strict=True):
+        expected = ops.adaln(*double(x, table[:, 1:2], table[:, 4:5], None, None), EPS)
+        args = (x, table[:, 1:2], table[:, 4:5], None, None, EPS)
+        assert_near(launch_adaln(*args), expected, unit[dtype])
+        for format in FORMATS:
+            assert_quantized(launch_adaln_quantize(*args, format), format, expected, unit[dtype])
+        r, n = launch_residual_norm(x, y, table[:, 2:3], scale, shift, weight, bias, EPS, "layer")
+        assert torch.equal(r, ops.gated_residual(x, y, table[:, 2:3]))
+        assert r.is_contiguous()
+        zero = torch.zeros_like(r).double()
+        assert_near(
+            n,
+            ops.residual_norm(r.double(), zero, None, *double(scale, shift, weight, bias), EPS, "layer")[1],
+            unit[dtype],
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1000, 1536, 5120, 13824])
+def test_zeros_and_large_values(make, unit, dtype, width):
+    from turbocompile.kernels.norms_triton import launch_adaln, launch_adaln_quantize, launch_norm_quantize
+
+    scale, shift = make(1, 1, width, dtype=F32), make(1, 1, width, dtype=F32)
+    for value in (0.0, 1e4):  # constant rows: the mean has to be exact
+        x = torch.full((1, 9, width), value, device="cuda", dtype=dtype)
+        assert torch.equal(launch_adaln(x, scale, shift, None, None, EPS), shift.to(dtype).expand(1, 9, width))
+    x = make(1, 40, width, dtype=dtype) * 1e4
+    x[:, 3] = 0
+    expected = ops.adaln(*double(x, scale, shift, None, None), EPS)
+    assert_near(launch_adaln(x, scale, shift, None, None, EPS), expected, unit[dtype])
+    for format in FORMATS:
+        assert_quantized(launch_adaln_quantize(x, scale, shift, None, None, EPS, format), format, expected, unit[dtype])
+        data, unit_scale = launch_norm_quantize(torch.zeros_like(x), None, None, EPS, "rms", format)
+        assert (data.view(torch.int8) == 0).all()
+        assert unit_scale.isfinite().all()
+
+
+# --- rotation
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("per_head", [True, False])
+@pytest.mark.parametrize(("heads", "half"), [(12, 64), (40, 64), (3, 48), (5, 20), (1, 5)])
+def test_qk_norm_rope(make, unit, dtype, interleaved, per_head, heads, half):
+    from turbocompile.kernels.rotary_triton import launch_qk_norm_rope
+
+    channels = 2 * half * heads
+    x = make(2, 3 * 7 * 11, 3, channels, dtype=dtype)[:, :, 1]  # as a fused projection leaves it
+    x[0, 3] = 0
+    x[0, 4] *= 1e4
+    weight = make(2 * half if per_head else channels, dtype=F32) + 1
+    widths = (half - 2 * (half // 3), half // 3, half // 3)
+    for grid in ([3, 7, 11], [21, 11], [231], []):
+        columns = {3: widths, 2: (half - 2, 2), 1: (half,), 0: ()}[len(grid)]
+        turns = [make(n, d, dtype=F32) for n, d in zip(grid, columns, strict=True)]
+        tables = [[f(t) for t in turns] for f in (torch.cos, torch.sin)]
+        for given in (weight, None):
+            args = (EPS, per_head, heads)
+            got = launch_qk_norm_rope(x, given, *args, *tables, grid, interleaved)
+            exact = [double(*axes) for axes in tables]
+            expected = ops.qk_norm_rope(x.double(), *double(given), *args, *exact, grid, interleaved)
+            assert got.dtype == dtype
+            assert_near(got.flatten(2), expected.flatten(2), unit[dtype])
+
+
+# --- all, as a program runs them
+
+
+def calls(make):
+    """Each kernel as a function of x (B, L, 1536)."""
+    from turbocompile.kernels import norms_triton as n
+    from turbocompile.kernels import quantize_triton as q
+    from turbocompile.kernels.rotary_triton import launch_qk_norm_rope
+
+    gate, scale, shift, weight, bias = modulation(make, (1, 1, 1536), F32)
+    result = {
+        "adaln": lambda x: n.launch_adaln(x, scale, shift, None, None, EPS),
+        "gated_residual": lambda x: n.launch_gated_residual(x, x, gate),
+        "residual_norm": lambda x: n.launch_residual_norm(x, x, gate, scale, shift, weight, bias, EPS, "layer"),
+        "qk_norm_rope": lambda x: launch_qk_norm_rope(x, weight, EPS, False, 12, [], [], [], True),
+    }
+    for f in FORMATS:
+        result |= {
+            f"adaln {f}": lambda x, f=f: n.launch_adaln_quantize(x, scale, shift, None, None, EPS, f),
+            f"norm {f}": lambda x, f=f: n.launch_norm_quantize(x, weight, None, EPS, "rms", f),
+            f"residual {f}": lambda x, f=f: n.launch_residual_norm_quantize(
+                x, x, gate, scale, shift, None, None, EPS, "layer", f
+            ),
+            f"quantize {f}": lambda x, f=f: q.launch_quantize(x, f),
+            f"gelu {f}": lambda x, f=f: q.launch_gelu_quantize(x, "tanh", f),
+        }
+    return result
+
+
+def as_bits(found):
+    return [
+        t.view(torch.int8) if t.dtype == torch.float8_e4m3fn else t
+        for t in ([found] if isinstance(found, torch.Tensor) else found)
+    ]
+
+
+def test_repeated_calls_are_equal_bit_by_bit(make):
+    x = make(1, 3000, 1536)
+    for name, call in calls(make).items():
+        first = as_bits(call(x))
+        for _ in range(3):
+            torch.empty(1 << 24, device="cuda").fill_(float("nan"))  # what freed memory holds must not matter
+            assert all(map(torch.equal, as_bits(call(x)), first)), name
+
+
+def test_the_declared_configurations_agree(make, unit):
+    from turbocompile.kernels.norms_triton import launch_adaln
+    from turbocompile.kernels.quantize_triton import ROW_CONFIGS, RowConfig, launch_quantize
+
+    for shape in ((2, 101, 1536), (1, 50, 5120)):
+        x, scale = make(*shape), make(1, 1, shape[-1], dtype=F32)
+        expected = ops.adaln(*double(x, scale, scale, None, None), EPS)
+        data, _ = launch_quantize(x, "int8")
+        for config in [*ROW_CONFIGS.values(), RowConfig(4, 1), RowConfig(4, 16)]:
+            assert torch.equal(launch_quantize(x, "int8", config)[0], data)
+            assert_near(launch_adaln(x, scale, scale, None, None, EPS, config), expected, unit[BF16])
+
+
+def test_a_captured_graph_replays_on_new_operands(make):
+    for name, call in calls(make).items():
+        x = make(1, 1000, 1536)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            call(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = call(x)
+        x.copy_(make(1, 1000, 1536))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, as_bits(out), as_bits(call(x)))), name
+
+
+def test_a_new_length_compiles_nothing(make):
+    from turbocompile.kernels import norms_triton, quantize_triton, rotary_triton
+
+    def compiled():
+        modules = (norms_triton, quantize_triton, rotary_triton)
+        kernels = {id(f): f for m in modules for f in vars(m).values() if hasattr(f, "device_caches")}
+        return sum(len(f.device_caches[0][0]) for f in kernels.values())
+
+    functions = calls(make)
+    for call in functions.values():
+        call(make(1, 20000, 1536))
+    before = compiled()
+    assert before >= 10
+    for tokens in (17777, 21001, 30000):
+        for call in functions.values():
+            call(make(1, tokens, 1536))
+    assert compiled() == before
+
+
+def test_offsets_beyond_32_bits(make):
+    """2^31 elements: the last rows are wrong, or a fault, where an offset is a 32-bit product."""
+    from turbocompile.kernels.norms_triton import launch_adaln
+    from turbocompile.kernels.quantize_triton import launch_quantize
+
+    rows = 2**31 // 5120 + 100
+    x = torch.zeros(1, rows, 5120, device="cuda", dtype=BF16)
+    x[:, -50:] = make(1, 50, 5120)
+    zero = torch.zeros(5120, device="cuda")
+    assert torch.equal(launch_adaln(x, zero, zero, None, None, EPS)[:, -50:],
+                       launch_adaln(x[:, -50:], zero, zero, None, None, EPS))  # fmt: skip
+    for format in ("int8", "fp8"):
+        data, _ = launch_quantize(x, format)
+        assert torch.equal(as_bits([data[:, -50:]])[0], as_bits(launch_quantize(x[:, -50:], format))[0])
+
+
+def test_every_path_for_the_sanitizer(make):
+    """Small, so that compute-sanitizer gets through it: `-k sanitizer`."""
+    for call in calls(make).values():
+        for t in as_bits(call(make(1, 77, 1536))):
+            assert t.float().isfinite().all()
