@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import triton
+from timing import milliseconds, versions
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from turbocompile.kernels import ops
@@ -29,7 +28,6 @@ from turbocompile.kernels.sla_attention import kept_blocks, reference
 from turbocompile.kernels.sla_triton import sla_forward
 
 TOPK = 0.1
-TURNS = 3
 FORMATS = ("fp8", "fp16")
 HEAD_DIM = 128
 BLOCKS = ((64, 128), (128, 64), (64, 64))  # of q and of k
@@ -99,22 +97,6 @@ def training_calls(shape: Shape) -> dict[str, Callable[[], object]]:
             ops.sla_attention(*leaves, *options), leaves, grad
         ),
     }
-
-
-def milliseconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Times of each call: TURNS turns over all of them, in each some calls queued one behind the other."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(TURNS):
-        for name, call in calls.items():
-            call()
-            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
-            for start, end in events:
-                start.record()
-                call()
-                end.record()
-            torch.cuda.synchronize()
-            times[name] += [start.elapsed_time(end) for start, end in events]
-    return times
 
 
 def parts(call: Callable[[], object], repeats: int = 3) -> dict[str, float]:
@@ -204,19 +186,6 @@ def accuracy_table() -> str:
         found = accuracy(kind)
         lines.append(f"| {kind} | " + " | ".join(f"{c:.5f} / {e:.4f}" for c, e in found.values()) + " |")
     return "\n".join([f"| cosine / relative L1 | {' | '.join(found)} |", "| --- " * (len(found) + 1) + "|", *lines])
-
-
-def versions() -> dict[str, str]:
-    """What a reader needs to repeat the run."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cudnn": str(torch.backends.cudnn.version()),
-        "commit": found.stdout.strip() or "unknown",
-    }
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
+from timing import milliseconds, versions
 from turbocompile.kernels.linear_triton import (
     CONFIGS,
     LinearConfig,
@@ -39,7 +38,6 @@ BASELINE = "bf16 F.linear"
 QUANTIZATION, SUMS = "quantization alone", "_int_mm alone"
 SHORT = "fp8, short sums"  # what the tensor cores add without help: linear_triton.py
 ROWS = 32760  # tokens of 81 frames of 832 x 480
-TURNS = 3
 Call = Callable[[], torch.Tensor]
 
 
@@ -167,26 +165,10 @@ def errors(found: list[Variant]) -> tuple[list[Variant], list[float], list[str]]
     return kept, distances, refused
 
 
-def milliseconds(calls: list[Call], rounds: int) -> list[list[float]]:
-    """Times of each call: TURNS turns over all of them, in each some calls queued one behind the other."""
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(TURNS):
-        for call, own in zip(calls, times, strict=True):
-            call()
-            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
-            for start, end in events:
-                start.record()
-                call()
-                end.record()
-            torch.cuda.synchronize()
-            own += [start.elapsed_time(end) for start, end in events]
-    return times
-
-
 def measure(shape: Shape, rows: int, formats: list[str]) -> tuple[list[Result], list[str]]:
     """Results of the variants at a shape, and what was refused."""
     kept, distances, refused = errors(variants(shape, rows, formats))
-    times = milliseconds([v.call for v in kept], shape.rounds)
+    times = list(milliseconds({i: v.call for i, v in enumerate(kept)}, shape.rounds).values())
     base = statistics.median(times[0])
     flops = 2 * rows * shape.k * shape.n
     results = []
@@ -231,18 +213,6 @@ def best(results: list[Result]) -> str:
             )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def versions() -> dict[str, str]:
-    """What a reader needs to repeat the run."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": found.stdout.strip() or "unknown",
-    }
 
 
 def main() -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,14 +24,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import triton
+from timing import milliseconds, versions
 from turbocompile.kernels import adaln, gelu_quantize, norm_quantize, qk_norm_rope, quantize, residual_norm
 from turbocompile.kernels import norms_triton as norms
 from turbocompile.kernels import quantize_triton as quantizing
 from turbocompile.kernels.quantize_triton import RowConfig
 from turbocompile.kernels.rotary_triton import launch_qk_norm_rope
 
-TURNS = 3
 EPS = 1e-6
 HEAD_DIM = 128
 BF16 = 2  # bytes
@@ -152,22 +150,6 @@ def cases(shape: Shape) -> list[Case]:
     return found
 
 
-def milliseconds(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
-    """Times of each call: TURNS turns over all of them, in each some calls queued one behind the other."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(TURNS):
-        for name, call in calls.items():
-            call()
-            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
-            for start, end in events:
-                start.record()
-                call()
-                end.record()
-            torch.cuda.synchronize()
-            times[name] += [start.elapsed_time(end) for start, end in events]
-    return times
-
-
 def measure(shape: Shape, case: Case, compiled: bool, sweep: bool) -> list[Result]:
     """Results of the variants of an op; the copy is of as many elements as the op's x has."""
     source = torch.randn(case.elements, device="cuda").bfloat16()
@@ -202,18 +184,6 @@ def table(results: list[Result]) -> str:
         spread = f"{r.milliseconds:.4f} ({r.fastest:.4f} - {r.slowest:.4f})"
         lines.append(f"| {r.shape} | {r.op} | {r.variant} | {spread} | {r.of_the_copy:.0%} |")
     return "\n".join(lines)
-
-
-def versions() -> dict[str, str]:
-    """What a reader needs to repeat the run."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": found.stdout.strip() or "unknown",
-    }
 
 
 def main() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -80,3 +84,17 @@ def same() -> Callable[[Sequence[Any] | torch.Tensor, Sequence[Any] | torch.Tens
             assert torch.equal(x, y)
 
     return compare
+
+
+@pytest.fixture
+def interpret():
+    """A function that runs a file's tests in a process where Triton interprets: it decides that at its import."""
+
+    def run(file: str) -> None:
+        pytest.importorskip("triton")
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file]
+        done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-4000:]
+        assert re.search(r"[1-9]\d* passed", done.stdout), "no test ran in the interpreter"
+
+    return run

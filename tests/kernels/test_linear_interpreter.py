@@ -7,8 +7,6 @@ casts to bfloat16 and e4m3: results are float16 and float32, and torch makes the
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -24,11 +22,8 @@ FP16, FP32, FP64 = torch.float16, torch.float32, torch.float64
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the process that interprets Triton")
-def test_the_kernels_interpreted():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
+def test_the_kernels_interpreted(interpret):
+    interpret(__file__)
 
 
 def configurations(format):

@@ -8,8 +8,6 @@ the cast are compared; the rest is for the GPU.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -31,11 +29,8 @@ def config():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the process that interprets Triton")
-def test_the_kernels_interpreted():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
+def test_the_kernels_interpreted(interpret):
+    interpret(__file__)
 
 
 def slack(expected, unit):
