@@ -1,7 +1,7 @@
 """Makes a video with an engine, and says what the engine is made of.
 
-    turbocompile optimize examples/wan-tiny.yaml -o engine/
-    python examples/run_engine.py engine/ --prompt "a cat walking on the beach" -o out.mp4
+    turbocompile optimize examples/wan-mini.yaml -o engine/
+    python examples/run_engine.py engine/ --prompt "a red seven moves left and bounces" -o out.mp4
 
 `turbocompile run` does the same with more options; this file shows the API.
 """

@@ -1,6 +1,6 @@
 """Trains examples/wan-mini from nothing: autoencoder, latents, transformer with text encoder; then judges it.
 
-    python examples/train_wan_mini.py --run runs/wan-mini --device cuda                 # under 16 minutes of one H100
+    python examples/train_wan_mini.py --run runs/wan-mini --device cuda                 # 16 to 17 minutes of one H100
     python examples/train_wan_mini.py --run runs/wan-mini --device cuda --seconds 580   # a part; call it again
 
 A run that was stopped or killed goes on from its last checkpoint. The pipeline comes to RUN/wan-mini, with a line of

@@ -25,7 +25,7 @@ def blocks(name: str, language: str) -> list[str]:
 
 def test_the_readmes_commands_are_the_main_job_and_the_tests():
     first, second = blocks("README.md", "bash")[:2]
-    for part in ("pip install -e .", "turbocompile optimize examples/wan-tiny.yaml", "python examples/run_engine.py"):
+    for part in ("pip install -e .", "turbocompile optimize examples/wan-mini.yaml", "python examples/run_engine.py"):
         assert part in first
     assert "pip install -e" in second
     assert "pytest" in second
