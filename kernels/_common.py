@@ -1,15 +1,23 @@
-"""What the ops share: registration, the dtype they compute in, checks of their arguments."""
+"""What the ops share: registration, the dtype they compute in, checks of their arguments, where kernels serve."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_flatten
 
 from turbocompile.errors import UnsupportedError
 
 NAMESPACE = "turbocompile"
+TRITON, FP8 = (8, 0), (8, 9)  # the compute capabilities from which Triton's kernels run, and those on e4m3
+ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of what the kernels over rows take
+WIDEST = 32768  # channels of a row that a program holds in its registers
+GRID = 65535  # programs along a grid's second axis: batch items, or tiles of 128 rows
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -65,6 +73,51 @@ def register(
     torch.library.register_fake(qualified)(fake)
     torch.library.register_autograd(qualified, backward or _no_backward(name), setup_context=setup_context)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def register_kernel(
+    overload: torch._ops.OpOverload, reference: Callable[..., Any], takes: Callable[..., bool], launch: str
+) -> None:
+    """Makes a kernel the op's implementation on CUDA where takes(*args) says so; the reference stays for the rest.
+
+    launch: "file.function" of this package with the op's arguments, imported at the first call: a machine without a
+    GPU may lack Triton.
+    """
+    module, function = launch.split(".")
+
+    def on_cuda(*args: Any) -> Any:
+        if not takes(*args):
+            return reference(*args)
+        with torch.cuda.device(args[0].device):
+            return getattr(importlib.import_module(f"turbocompile.kernels.{module}"), function)(*args)
+
+    torch.library.impl(overload.name(), "cuda")(on_cuda)
+
+
+@functools.cache
+def runs_triton(device: torch.device, capability: tuple[int, int] = TRITON) -> bool:
+    """Whether Triton is installed and the device is a GPU of at least this compute capability."""
+    found = importlib.util.find_spec("triton") is not None
+    return found and device.type == "cuda" and torch.cuda.get_device_capability(device) >= capability
+
+
+def takes_rows(x: torch.Tensor, *others: Any) -> bool:
+    """Whether the kernels over rows compute x (..., C) with the op's other arguments, one of which may be its format.
+
+    bf16, fp16 or float32; 1 to 32,768 channels; no empty axis; all on one device that has the arithmetic.
+    """
+    leaves = tree_flatten(others)[0]
+    fp8 = any(isinstance(leaf, str) and leaf == "fp8" for leaf in leaves)
+    return (
+        x.dtype in ROW_DTYPES
+        and x.numel() > 0
+        and x.ndim > 0
+        and x.shape[-1] <= WIDEST
+        and x.shape[:-2].numel() <= GRID
+        and x.shape[:-1].numel() <= 128 * GRID
+        and all(leaf.device == x.device for leaf in leaves if isinstance(leaf, torch.Tensor))
+        and runs_triton(x.device, FP8 if fp8 else TRITON)
+    )
 
 
 def _no_backward(name: str) -> Callable[..., Any]:

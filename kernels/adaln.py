@@ -12,7 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from turbocompile.kernels._common import check_broadcast, check_channels, compute_dtype, register
+from turbocompile.kernels._common import (
+    check_broadcast,
+    check_channels,
+    compute_dtype,
+    register,
+    register_kernel,
+    takes_rows,
+)
 from turbocompile.kernels.norm_quantize import normalize
 from turbocompile.kernels.quantize import empty_quantized, quantize
 
@@ -83,6 +90,9 @@ adaln_quantize = register(
     reference_quantize,
     _fake_quantize,
 )
+
+register_kernel(adaln, reference, takes_rows, "norms_triton.launch_adaln")
+register_kernel(adaln_quantize, reference_quantize, takes_rows, "norms_triton.launch_adaln_quantize")
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from turbocompile.kernels._common import choose, compute_dtype, register
+from turbocompile.kernels._common import choose, compute_dtype, register, register_kernel, takes_rows
 from turbocompile.kernels.quantize import empty_quantized, quantize
 
 
@@ -27,6 +27,8 @@ def _fake(x: torch.Tensor, approximate: str, format: str) -> tuple[torch.Tensor,
 gelu_quantize = register(
     "gelu_quantize", "(Tensor x, str approximate, str format) -> (Tensor data, Tensor data_scale)", reference, _fake
 )
+
+register_kernel(gelu_quantize, reference, takes_rows, "quantize_triton.launch_gelu_quantize")
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:

@@ -22,8 +22,6 @@ of which the two sums would fill: some 16 spills a step are the price. Three pro
 read 24 KiB for 2.1 MOP: 0.6 POP/s are 7 TB/s, about what L2 gives. Tiles twice as wide hold 256 registers of sums. So
 the default is two programs of 128 x 128; prediction 0.75-0.95 POP/s, 1.1-1.4 times bf16 F.linear at 600-690 TFLOP/s,
 and one program (no spills) 0.65-0.8. FP8 with `promote` is the same loop with 64 FADD for the 128 instructions.
-
-Not the op's CUDA implementation yet: launched explicitly, it is registered once measured.
 """
 
 # mypy: allow-untyped-defs
@@ -241,6 +239,11 @@ def configs(format: str, device: torch.device) -> tuple[LinearConfig, ...]:
     if format == "fp8" and card.capability < (8, 9):
         return ()
     return tuple(c for c in CONFIGS[format] if c.path == "pointer" or _large(card))
+
+
+def takes(format: str, dtype: torch.dtype, k: int, device: torch.device) -> bool:
+    """Whether the kernel computes linears of K into dtype there."""
+    return dtype in DTYPES and 0 < k < DEEP and k % ALIGNED == 0 and bool(configs(format, device))
 
 
 def default_config(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from turbocompile.kernels._common import check_channels, choose, compute_dtype, register
+from turbocompile.kernels._common import check_channels, choose, compute_dtype, register, register_kernel, takes_rows
 from turbocompile.kernels.quantize import empty_quantized, quantize
 
 NORMS = ("layer", "rms")
@@ -53,6 +53,8 @@ norm_quantize = register(
     reference,
     _fake,
 )
+
+register_kernel(norm_quantize, reference, takes_rows, "norms_triton.launch_norm_quantize")
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:

@@ -9,9 +9,6 @@ These are the ops of adaln.py, residual_norm.py and norm_quantize.py, whose refe
 None here and leaves the code. x: (..., L, C), bf16, fp16 or float32; y, gate, scale, shift and the vectors may have
 other float dtypes. Strides are free; a last axis that is not contiguous costs a copy.
 
-These kernels are launched by name, by tests and the benchmark: they become the ops' CUDA implementations (are
-registered) once measured.
-
 A program takes some rows, one behind the other, each as two pieces in registers (quantize_triton.py), and loads the
 next before it computes one. The variance is of the differences from the mean, both over C alone. gate, scale, shift
 and the vectors are read again for every row, from the first-level cache: per token or per batch is then one code, and
@@ -41,13 +38,12 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from turbocompile.kernels._common import check, check_broadcast, check_channels, choose
+from turbocompile.kernels._common import WIDEST, check, check_broadcast, check_channels, choose
 from turbocompile.kernels.norm_quantize import NORMS
 from turbocompile.kernels.prepare_triton import _product
 from turbocompile.kernels.quantize import BLOCK, FLOOR, LIMIT, empty_quantized
 from turbocompile.kernels.quantize_triton import (
     TILE_WARPS,
-    WIDEST,
     RowConfig,
     check_input,
     encode,

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from turbocompile.kernels import rope
-from turbocompile.kernels._common import check, compute_dtype, register
+from turbocompile.kernels._common import check, compute_dtype, register, register_kernel, takes_rows
 from turbocompile.kernels.norm_quantize import normalize
+
+AXES = 3  # by whose tables the kernel turns
 
 
 def reference(
@@ -81,6 +83,24 @@ qk_norm_rope = register(
     reference,
     _fake,
 )
+
+
+def has_kernel(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    per_head: bool,
+    num_heads: int,
+    cos: Sequence[torch.Tensor],
+    sin: Sequence[torch.Tensor],
+    grid: Sequence[int],
+    interleaved: bool,
+) -> bool:
+    """Whether the GPU kernel computes these operands: rows as takes_rows says, turned by at most three axes."""
+    return len(cos) <= AXES and takes_rows(x, weight, cos, sin)
+
+
+register_kernel(qk_norm_rope, reference, has_kernel, "rotary_triton.launch_qk_norm_rope")
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:

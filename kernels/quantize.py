@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from turbocompile.kernels._common import check, choose, compute_dtype, register
+from turbocompile.kernels._common import check, choose, compute_dtype, register, register_kernel, takes_rows
 
 BLOCK = 128  # edge of an int8_block tile
 FORMATS = {"int8": torch.int8, "int8_block": torch.int8, "fp8": torch.float8_e4m3fn}  # dtype of the data
@@ -108,6 +108,8 @@ def _fake(x: torch.Tensor, format: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 quantize_op = register("quantize", "(Tensor x, str format) -> (Tensor data, Tensor scale)", reference, _fake)
+
+register_kernel(quantize_op, reference, takes_rows, "quantize_triton.launch_quantize")
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:

@@ -13,7 +13,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from turbocompile.kernels._common import check, check_broadcast, check_channels, choose, compute_dtype, register
+from turbocompile.kernels._common import (
+    check,
+    check_broadcast,
+    check_channels,
+    choose,
+    compute_dtype,
+    register,
+    register_kernel,
+    takes_rows,
+)
 from turbocompile.kernels.adaln import modulate
 from turbocompile.kernels.norm_quantize import NORMS, normalize
 from turbocompile.kernels.quantize import empty_quantized, quantize
@@ -118,6 +127,10 @@ residual_norm_quantize = register(
     reference_quantize,
     _fake_quantize,
 )
+
+register_kernel(gated_residual, gated, takes_rows, "norms_triton.launch_gated_residual")
+register_kernel(residual_norm, reference, takes_rows, "norms_triton.launch_residual_norm")
+register_kernel(residual_norm_quantize, reference_quantize, takes_rows, "norms_triton.launch_residual_norm_quantize")
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:

@@ -7,9 +7,6 @@ This is the op of qk_norm_rope.py, whose reference defines it: x (B, L, H * D), 
 last axis that is not contiguous costs a copy) -> (B, L, H, D), contiguous, rounded once. Tables as in rope.py, for at
 most three axes.
 
-The kernel is launched by name, by tests and the benchmark: it becomes the op's CUDA implementation (is registered)
-once measured.
-
 A program takes some tokens, one behind the other, and loads the next before it computes one. A token's pairs are held
 as tiles (heads, D/2) of first and second elements. Interleaved pairs are neighbours in a thread's load, halves are two
 loads. The heads are two tiles, 12 = 8 + 4, 40 = 32 + 8 (quantize_triton.py). A row of the tables is read for all heads
@@ -29,9 +26,9 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from turbocompile.kernels.qk_norm_rope import _check
+from turbocompile.kernels._common import WIDEST
+from turbocompile.kernels.qk_norm_rope import AXES, _check
 from turbocompile.kernels.quantize_triton import (
-    WIDEST,
     RowConfig,
     check_input,
     inside,
@@ -43,8 +40,6 @@ from turbocompile.kernels.quantize_triton import (
 )
 
 from turbocompile.errors import UnsupportedError
-
-AXES = 3
 
 
 @triton.jit

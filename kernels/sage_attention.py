@@ -21,15 +21,13 @@ Source: arXiv 2410.02367, 2411.10958, 2505.21136 (per-block INT8, smoothed k, FP
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from turbocompile.kernels._common import check, choose, compute_dtype, register
+from turbocompile.kernels._common import check, choose, compute_dtype, register, runs_triton
 from turbocompile.kernels.quantize import quotient
 
 LOG2E = math.log2(math.e)
@@ -146,12 +144,6 @@ def reference(
     return out
 
 
-@functools.cache
-def _runs_triton(device: torch.device) -> bool:
-    found = importlib.util.find_spec("triton") is not None
-    return found and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def has_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether the GPU kernels compute these operands; the reference does where they don't.
 
@@ -164,7 +156,7 @@ def has_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
         and q.shape[0] * q.shape[2] <= KERNEL_HEADS
         and min(*q.shape, *k.shape) > 0
         and q.device == k.device == v.device
-        and _runs_triton(q.device)
+        and runs_triton(q.device)
     )
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from turbocompile.kernels._common import check, compute_dtype, register
+from turbocompile.kernels._common import check, compute_dtype, register, register_kernel, runs_triton
 from turbocompile.kernels.quantize import BLOCK, FORMATS, blocks, check_format, spread
 
 # |a b| <= 2^14 for int8: sums of 1,024 products fit the 24 bits of a float32, so a float32 matmul that deep is exact.
@@ -130,6 +130,28 @@ w8a8_linear = register(
     reference,
     _fake,
 )
+
+
+def has_kernel(
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    format: str,
+    dtype: torch.dtype,
+) -> bool:
+    """Whether the GPU kernels compute these operands: the dtypes and K of linear_triton.py, on a card of the format."""
+    _check(data, scale, weight, weight_scale, bias, format)
+    others = [t for t in (scale, weight, weight_scale, bias) if t is not None]
+    if not (all(t.device == data.device for t in others) and runs_triton(data.device)):
+        return False
+    from turbocompile.kernels import linear_triton  # here: a machine without a GPU may lack Triton
+
+    return linear_triton.takes(format, dtype, weight.shape[1], data.device)
+
+
+register_kernel(w8a8_linear, reference, has_kernel, "linear_triton.launch_linear")
 
 
 def _decomposition(

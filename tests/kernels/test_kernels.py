@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
+from turbocompile.kernels import _common, qk_norm_rope
 
 from turbocompile import kernels
 
@@ -41,6 +43,50 @@ def test_the_schemas_that_stand_in_saved_files_are_these():
 
 def test_every_op_has_a_decomposition():
     assert set(kernels.DECOMPOSITIONS) == {getattr(torch.ops.turbocompile, name).default for name in kernels.OPS}
+
+
+def test_every_op_but_the_plain_rotation_has_a_kernel():
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert {n for n in kernels.OPS if not registered(f"turbocompile::{n}", "CUDA")} == {"rope"}
+
+
+@pytest.mark.parametrize(
+    ("x", "others", "taken"),
+    [
+        (torch.zeros(2, 5, 40), (), True),
+        (torch.zeros(40, dtype=torch.float16), ("int8",), True),
+        (torch.zeros(2, 3, 5, 40, dtype=torch.bfloat16), ("int8_block",), True),
+        (torch.zeros(2, 5, 40), ([torch.zeros(40)], None, 1e-6), True),
+        (torch.zeros(1, 1, 32768), (), True),
+        (torch.zeros(1, 1, 32769), (), False),
+        (torch.zeros(2, 5, 40, dtype=torch.float64), (), False),
+        (torch.zeros(2, 5, 40, dtype=torch.int8), (), False),
+        (torch.zeros(0, 40), (), False),
+        (torch.zeros(()), (), False),
+        (torch.zeros(65535, 1, 1), (), True),
+        (torch.zeros(65536, 1, 1), (), False),
+        (torch.zeros(1, 1, 1).expand(1, 128 * 65535 + 1, 1), (), False),
+        (torch.zeros(2, 5, 40), ("fp8",), False),
+        (torch.zeros(2, 5, 40), ([torch.zeros(40, device="meta")],), False),
+    ],
+)
+def test_the_kernels_over_rows_take(monkeypatch, x, others, taken):
+    """As on a card of compute capability 8.0, which lacks e4m3."""
+    monkeypatch.setattr(_common, "runs_triton", lambda device, capability=(8, 0): capability <= (8, 0))
+    assert _common.takes_rows(x, *others) == taken
+
+
+def test_the_rotation_takes_three_axes(monkeypatch):
+    monkeypatch.setattr(_common, "runs_triton", lambda device, capability=(8, 0): True)
+    x, table = torch.zeros(1, 16, 64), torch.zeros(2, 8)
+    for axes, taken in ((0, True), (3, True), (4, False)):
+        assert (
+            qk_norm_rope.has_kernel(x, None, 1e-6, False, 1, [table] * axes, [table] * axes, [2] * axes, True) == taken
+        )
+
+
+def test_a_cpu_runs_no_kernel():
+    assert not _common.runs_triton(torch.device("cpu"))
 
 
 def test_the_package_imports_without_the_rest():
