@@ -17,6 +17,8 @@ from turbocompile.errors import EngineError
 from turbocompile.program import SHELL, Program, Subgraph, call
 from turbocompile.weights import emitted_name, is_relative
 
+SOURCE = "source"  # in the meta of a node of generated code: the program's node that it comes from
+
 
 def check(target: str) -> None:
     """Every target can be built for: the code is generated when the engine is loaded."""
@@ -103,6 +105,7 @@ class _Compiled:
                 env[node] = graph.call_module(node.name, tuple(args[3:]))
             else:
                 env[node] = graph.create_node(node.op, node.target, args, place(node, kwargs, device), name=node.name)
+            env[node].meta[SOURCE] = node
         self.code = fx.GraphModule(root, graph)
 
     def _weight(self, node: fx.Node, prefix: str, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:

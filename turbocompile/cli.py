@@ -26,6 +26,7 @@ from turbocompile.wan.configs import VARIANTS
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from turbocompile.bench import Bench
     from turbocompile.report import Report
 
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # what torchao says when it is imported under another torch
@@ -153,6 +154,35 @@ def explain(engine: Path, after: str | None, module: str, gpu: str | None, html:
         _print_json({**report.to_dict(), **more})
     else:
         _print(report.render(gpu))
+        for found in _records(engine):
+            _print(found)
+
+
+@main.command()
+@click.argument("engine", metavar="ENGINE|RECIPE", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field of the recipe.")
+@click.option("--shape", help="One of the engine's shapes, as in 480x832x81x1; the first by default.")
+@click.option("--module", default="transformer", show_default=True, help="Which of the engine's modules.")
+@click.option("--calls", type=click.IntRange(min=1), default=10, show_default=True, help="How many forwards are timed.")
+@click.option("--device", help="Where to run, as in cpu or cuda:1; by default what the engine was built for.")
+@_json
+def bench(engine: Path, overrides: tuple[str, ...], device: str | None, as_json: bool, **options: Any) -> None:
+    """Time a forward of ENGINE, and each of its operations.
+
+    The engine of a recipe is built in a temporary folder.
+    """
+    _quiet()
+    from turbocompile.bench import bench_path
+
+    _check_device(device)
+    with _progress() as progress:
+        found, record = bench_path(engine, overrides, device=device, progress=progress, **options)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        _print(found)
+        if record is not None:
+            click.echo(f"record: {record} (`turbocompile explain` shows it)")
 
 
 @main.command()
@@ -253,6 +283,16 @@ def _read_report(folder: Path) -> Report:
     name = "report.json"
     check_files(folder, read_manifest(folder), [name])
     return Report.from_dict(read_json(inside(folder, name)))
+
+
+def _records(folder: Path) -> list[Bench]:
+    """The last `bench` of each module of an engine on this machine, where there was one."""
+    from turbocompile.bench import read_record
+    from turbocompile.engine import read_manifest
+
+    manifest = read_manifest(folder)
+    found = (read_record(module, str(manifest["digest"])) for module in manifest["modules"])
+    return [record for record in found if record is not None]
 
 
 def _graph_text(folder: Path, module: str, stage: str) -> str:

@@ -126,8 +126,7 @@ def cost(program: Program) -> Cost:
         for node in sub.graph.nodes:
             work, moved = node_cost(node)
             if calls and (any(work.values()) or moved):
-                key = (graph, op_name(node), describe(node), tuple(sorted(work.items())), moved)
-                row = rows.setdefault(key, [work, moved, 0, []])
+                row = rows.setdefault((graph, *_alike(node, work, moved)), [work, moved, 0, []])
                 row[2] += calls
                 if (path := module_path(node)) not in row[3]:
                     row[3].append(path)
@@ -136,6 +135,16 @@ def cost(program: Program) -> Cost:
         for (graph, name, shapes, _, _), (work, moved, n, paths) in rows.items()
     ]
     return Cost(tuple(ops), parameter_bytes([program]), activation_bytes(program))
+
+
+def _alike(node: fx.Node, work: Work, moved: int) -> tuple[Any, ...]:
+    return (op_name(node), describe(node), tuple(sorted(work.items())), moved)
+
+
+def alike(node: fx.Node) -> tuple[Any, ...] | None:
+    """What nodes of one `OpCost` have in common within their graph; None for a node that costs nothing."""
+    work, moved = node_cost(node)
+    return _alike(node, work, moved) if any(work.values()) or moved else None
 
 
 def node_cost(node: fx.Node) -> tuple[Work, int]:

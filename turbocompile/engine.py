@@ -25,6 +25,7 @@ from torch import nn
 
 from turbocompile import signature as sig
 from turbocompile.backends import get_backend
+from turbocompile.cuda_graph import CudaGraph, Pool
 from turbocompile.errors import CaptureError, EngineError, UnsupportedError
 from turbocompile.program import SHELL, Program
 from turbocompile.report import Report
@@ -82,9 +83,13 @@ class Engine(nn.Module):
 
     Called like the model it came from. `.to(device)` moves the weights; no `.to(dtype)` changes them. `experts` maps
     the names of all modules in the same folder ("transformer", "transformer_2") to their engines.
+
+    On a GPU each shape becomes a CUDA graph at its second call (backend triton); `engine.cuda_graph = False` runs its
+    kernels one by one. Moving the engine drops the graphs.
     """
 
     experts: dict[str, Engine]
+    cuda_graph: bool = True
     build: EngineBuild | None = None  # how it was built, where that was in this process; `save` needs it
 
     def __init__(
@@ -110,6 +115,8 @@ class Engine(nn.Module):
         self._device = torch.device("cpu")
         self._device = next((t.device for t in self.weights.values()), self._device)
         self._runners: dict[str, Any] = {}
+        self._graphs: dict[str, CudaGraph] = {}
+        self._pool: Pool | None = None
         self.report = report
         self.manifest = dict(manifest or {})
         self.folder = folder
@@ -150,7 +157,7 @@ class Engine(nn.Module):
         for name, program in self.programs.items():
             if sig.fits(program.signature, tensors):
                 tensors = sig.cast(program.signature, tensors, self.model_name)
-                flat = self._runner(name)(*(t.to(self._device) for t in tensors))
+                flat = self.runner(name)(*(t.to(self._device) for t in tensors))
                 return sig.wrap_output(program.signature, flat, wrapped)
         given = {i.path: list(t.shape) for i, t in zip(first.signature.inputs, tensors, strict=True)}
         raise CaptureError(f"{self.model_name} has no program for the shapes {given}; it has {self.shapes}")
@@ -161,7 +168,8 @@ class Engine(nn.Module):
         tensors, _ = sig.bind(first.signature, args, kwargs, self.model_name)
         return any(sig.fits(p.signature, tensors) for p in self.programs.values())
 
-    def _runner(self, name: str) -> Any:
+    def compiled(self, name: str) -> Any:
+        """The callable of a shape as its backend made it, over flat tensors on the engine's device."""
         if name not in self._runners:
             backend = get_backend(self.backend)
             files = tuple(self.files.get(name, ()))
@@ -169,6 +177,26 @@ class Engine(nn.Module):
                 self.programs[name], self.weights, self._device, self.folder, files
             )
         return self._runners[name]
+
+    def runner(self, name: str) -> Any:
+        """What runs a shape: `compiled`, on a GPU as a CUDA graph."""
+        compiled = self.compiled(name)
+        if not self.cuda_graph or self._device.type != "cuda" or self.backend != "triton":
+            return compiled
+        if name not in self._graphs:
+            self._graphs[name] = CudaGraph(compiled, self._graph_pool(), self.model_name)
+        return self._graphs[name]
+
+    def _graph_pool(self) -> Pool:
+        """One for the graphs of all shapes and experts on the device: a step runs one of them."""
+        if self._pool is None:
+            known = (e._pool for e in self.experts.values() if e._pool is not None)
+            self._pool = next((p for p in known if p.device == self._device), None) or Pool(self._device)
+        return self._pool
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy compiles and records anew."""
+        return {**self.__dict__, "_runners": {}, "_graphs": {}, "_pool": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Engine:
         """Moves the weights to the device that `fn` moves tensors to; dtype changes do not reach them."""
@@ -188,6 +216,8 @@ class Engine(nn.Module):
         if device != self._device:
             self.weights = {k: v.to(device) for k, v in self.weights.items()}
             self._device = device
+            self._graphs.clear()
+            self._pool = None
             self._runners.clear()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
