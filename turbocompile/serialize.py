@@ -306,7 +306,7 @@ def _graph(data: dict[str, Any], name: str, program: Program) -> Subgraph:
             path, kind = entry["module"]
             node.meta["nn_module_stack"] = {"module": (str(path), str(kind))}
         env[label] = node
-    if not sub.graph.nodes or next(reversed(sub.graph.nodes)).op != "output":
+    if not sub.graph.nodes or next(iter(reversed(sub.graph.nodes))).op != "output":
         raise EngineError(f"the graph {name!r} has no output; the engine is damaged, build it again")
     return sub
 
