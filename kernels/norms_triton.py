@@ -48,13 +48,19 @@ from turbocompile.kernels.quantize_triton import (
     check_input,
     encode,
     fetch,
+    hold,
     inside,
+    largest,
+    neighbours,
     only_before,
     pieces,
     place,
+    release,
+    rounded,
     row_config,
     row_strides,
     store_tile,
+    sum_of,
     view3,
 )
 
@@ -68,17 +74,18 @@ def _vector(at, mask):
 
 
 @triton.jit
-def _add(x, y, gate_at, mask, FTZ: tl.constexpr):
-    """x + gate * y in x's dtype, the product rounded to float32 as in the reference: r is the same bit by bit."""
-    product = y.to(tl.float32)
+def _add(x, y, gate_at, mask, DTYPE: tl.constexpr, FTZ: tl.constexpr):
+    """x + gate * y rounded to DTYPE, in float32, the product rounded to float32 as in the reference: r is the same bit
+    by bit.
+    """
     if gate_at is not None:
-        product = _product(_vector(gate_at, mask), product, FTZ)
-    return (x.to(tl.float32) + product).to(x.dtype)
+        y = _product(_vector(gate_at, mask), y, FTZ)
+    return rounded(x + y, DTYPE, FTZ)
 
 
 @triton.jit
-def _affine(n, weight_at, bias_at, scale_at, shift_at, columns, mask, DTYPE: tl.constexpr):
-    """n * weight + bias, then * (1 + scale) + shift, rounded to DTYPE. What is None is left out."""
+def _affine(n, weight_at, bias_at, scale_at, shift_at, columns, mask):
+    """n * weight + bias, then * (1 + scale) + shift. What is None is left out."""
     if weight_at is not None:
         n = n * _vector(weight_at, columns)
     if bias_at is not None:
@@ -87,7 +94,7 @@ def _affine(n, weight_at, bias_at, scale_at, shift_at, columns, mask, DTYPE: tl.
         n = n * (1.0 + _vector(scale_at, mask))
     if shift_at is not None:
         n = n + _vector(shift_at, mask)
-    return n.to(DTYPE)
+    return n
 
 
 @triton.jit
@@ -105,10 +112,10 @@ def _norm_rows(
     x, y, gate, scale, shift, weight, bias, residual, out, out_scale,
     x_b, x_l, y_b, y_l, gate_b, gate_l, scale_b, scale_l, shift_b, shift_l,
     length, per, eps,
-    C: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, RMS: tl.constexpr,
+    C: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, NEAR: tl.constexpr, RMS: tl.constexpr,
     OUT: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """`per` rows of C channels of one batch item, in pieces of W0 and W1 (W1 0: one piece).
+    """`per` rows of C channels of one batch item, in pieces of W0 and W1 (0: none), NEAR neighbours in a thread.
 
     OUT: "residual" (r alone), "moments" (r; mean and root to out), "normed" (n to out), "int8", "fp8" (its data).
     """
@@ -122,80 +129,75 @@ def _norm_rows(
     scale_at = _at(scale, b * scale_b + first * scale_l)
     shift_at = _at(shift, b * shift_b + first * shift_l)
     to = (b * length + first) * C
-    c0 = tl.arange(0, W0)
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    c0 = tl.max_contiguous(tl.arange(0, W0), NEAR)
     m0 = inside(c0, C, W0)
-    x0 = fetch(x_at + c0, m0)
+    x0 = hold(fetch(x_at + c0, m0))
     if y is not None:
-        y0 = fetch(y_at + c0, m0)
+        y0 = hold(fetch(y_at + c0, m0))
     if W1 > 0:
-        c1 = W0 + tl.arange(0, W1)
+        c1 = W0 + tl.max_contiguous(tl.arange(0, W1), NEAR)
         m1 = inside(c1, C, W0 + W1)
-        x1 = fetch(x_at + c1, m1)
+        x1 = hold(fetch(x_at + c1, m1))
         if y is not None:
-            y1 = fetch(y_at + c1, m1)
+            y1 = hold(fetch(y_at + c1, m1))
     for row in range(start, stop):
-        r0 = x0
+        r0 = release(x0, DTYPE)
+        r1 = None
         if W1 > 0:
-            r1 = x1
+            r1 = release(x1, DTYPE)
         if y is not None:
-            r0 = _add(x0, y0, _at(gate_at, c0), m0, FTZ)
+            r0 = _add(r0, release(y0, y.dtype.element_ty), _at(gate_at, c0), m0, DTYPE, FTZ)
             if W1 > 0:
-                r1 = _add(x1, y1, _at(gate_at, c1), m1, FTZ)
+                r1 = _add(r1, release(y1, y.dtype.element_ty), _at(gate_at, c1), m1, DTYPE, FTZ)
         ahead0 = only_before(m0, row + 1, stop)
         x_at += x_l
-        x0 = fetch(x_at + c0, ahead0)
+        x0 = hold(fetch(x_at + c0, ahead0))
         if W1 > 0:
             ahead1 = only_before(m1, row + 1, stop)
-            x1 = fetch(x_at + c1, ahead1)
+            x1 = hold(fetch(x_at + c1, ahead1))
         if y is not None:
             y_at += y_l
-            y0 = fetch(y_at + c0, ahead0)
+            y0 = hold(fetch(y_at + c0, ahead0))
             if W1 > 0:
-                y1 = fetch(y_at + c1, ahead1)
+                y1 = hold(fetch(y_at + c1, ahead1))
         if residual is not None:
-            tl.store(residual + to + c0, r0, mask=m0)
+            tl.store(residual + to + c0, r0.to(DTYPE), mask=m0)
             if W1 > 0:
-                tl.store(residual + to + c1, r1, mask=m1)
+                tl.store(residual + to + c1, r1.to(DTYPE), mask=m1)
         if OUT != "residual":
-            n0 = r0.to(tl.float32)
-            if W1 > 0:
-                n1 = r1.to(tl.float32)
+            n0 = r0
+            n1 = r1
             mean = 0.0
             if not RMS:
-                mean = tl.sum(n0, 0)
-                if W1 > 0:
-                    mean += tl.sum(n1, 0)
-                mean = tl.div_rn(mean, C * 1.0)  # a product with 1 / C would leave constant rows a difference
+                # a product with 1 / C would leave constant rows a difference
+                mean = tl.div_rn(sum_of(n0, n1), C * 1.0)
                 n0 = tl.where(m0, n0 - mean, 0.0)
                 if W1 > 0:
                     n1 = tl.where(m1, n1 - mean, 0.0)
-            square = tl.sum(n0 * n0, 0)
+            square0 = n0 * n0
+            square1 = None
             if W1 > 0:
-                square += tl.sum(n1 * n1, 0)
-            root = tl.rsqrt(tl.div_rn(square, C * 1.0) + eps)
+                square1 = n1 * n1
+            root = tl.rsqrt(tl.div_rn(sum_of(square0, square1), C * 1.0) + eps)
             if OUT == "moments":
                 tl.store(out + 2 * (b * length + row), mean)
                 tl.store(out + 2 * (b * length + row) + 1, root)
             else:
-                DTYPE: tl.constexpr = x.dtype.element_ty
-                n0 = _affine(
-                    n0 * root, _at(weight, c0), _at(bias, c0), _at(scale_at, c0), _at(shift_at, c0), m0, m0, DTYPE
-                )
+                n0 = _affine(n0 * root, _at(weight, c0), _at(bias, c0), _at(scale_at, c0), _at(shift_at, c0), m0, m0)
                 if W1 > 0:
                     n1 = _affine(
-                        n1 * root, _at(weight, c1), _at(bias, c1), _at(scale_at, c1), _at(shift_at, c1), m1, m1, DTYPE
+                        n1 * root, _at(weight, c1), _at(bias, c1), _at(scale_at, c1), _at(shift_at, c1), m1, m1
                     )
                 if OUT == "normed":
-                    tl.store(out + to + c0, n0, mask=m0)
+                    tl.store(out + to + c0, n0.to(DTYPE), mask=m0)
                     if W1 > 0:
-                        tl.store(out + to + c1, n1, mask=m1)
+                        tl.store(out + to + c1, n1.to(DTYPE), mask=m1)
                 else:
-                    n0 = n0.to(tl.float32)
-                    amax = tl.max(tl.abs(n0), 0)
+                    n0 = rounded(n0, DTYPE, FTZ)
                     if W1 > 0:
-                        n1 = n1.to(tl.float32)
-                        amax = tl.maximum(amax, tl.max(tl.abs(n1), 0))
-                    amax = tl.maximum(amax, FLOOR)
+                        n1 = rounded(n1, DTYPE, FTZ)
+                    amax = tl.maximum(tl.max(largest(n0, n1), 0), FLOOR)
                     factor = tl.div_rn(LIMIT, amax)
                     tl.store(out + to + c0, encode(n0, factor, out, OUT, FTZ), mask=m0)
                     if W1 > 0:
@@ -230,14 +232,13 @@ def _norm_tiles(
     mean = tl.load(moments + 2 * row, mask=real, other=0.0)
     root = tl.load(moments + 2 * row + 1, mask=real, other=0.0)
     n = (v - mean[:, None]) * root[:, None]
-    DTYPE: tl.constexpr = x.dtype.element_ty
     if SHARED:
-        n = _affine(n, _at(weight, c), _at(bias, c), _at(scale, c), _at(shift, c), c < C, c < C, DTYPE)
+        n = _affine(n, _at(weight, c), _at(bias, c), _at(scale, c), _at(shift, c), c < C, c < C)
     else:
         scale_at = _at(scale, place(row, length, scale_b, scale_l, FLAT)[:, None] + c)
         shift_at = _at(shift, place(row, length, shift_b, shift_l, FLAT)[:, None] + c)
-        n = _affine(n, _at(weight, c), _at(bias, c), scale_at, shift_at, c < C, mask, DTYPE)
-    n = tl.where(mask, n.to(tl.float32), 0.0)
+        n = _affine(n, _at(weight, c), _at(bias, c), scale_at, shift_at, c < C, mask)
+    n = tl.where(mask, rounded(n, x.dtype.element_ty, FTZ), 0.0)
     store_tile(n, row, column, mask, data, data_scale, C, LIMIT, FLOOR, FTZ)
 
 
@@ -290,13 +291,13 @@ def norm_into(
     strides = [n for t in wide for n in row_strides(t)]
     moments = torch.empty((rows, 2), dtype=torch.float32, device=x.device) if tiles else out
     limits = {"LIMIT": LIMIT.get(form, 0.0), "FLOOR": FLOOR.get(form, 0.0), "FTZ": x.is_cuda}
-    w0, w1 = pieces(width)
-    places = min(WIDEST, (w0 + w1) * (2 if sum else 1))  # a sum keeps two tensors in flight
-    config = config or row_config(places, rows, x.device)
+    w0, w1 = pieces(max(width, 2))
+    wider = 2 if sum and x.element_size() > 2 else 1  # a sum keeps two tensors in flight
+    config = config or row_config(min(WIDEST, (w0 + w1) * wider), rows, x.device)
     _norm_rows[(triton.cdiv(v.shape[1], config.rows), v.shape[0])](
         v, *wide, *narrow, residual, moments, out_scale, *row_strides(v), *strides, v.shape[1], config.rows, norm.eps,
-        C=width, W0=w0, W1=w1, RMS=norm.kind == "rms", OUT="moments" if tiles else form, **limits,
-        num_warps=config.warps, num_stages=1,
+        C=width, W0=w0, W1=w1, NEAR=neighbours((w0, w1), config.warps, 8), RMS=norm.kind == "rms",
+        OUT="moments" if tiles else form, **limits, num_warps=config.warps, num_stages=1, **config.limit(x),
     )  # fmt: skip
     if tiles:
         r = v if residual is None else view3(residual, x.shape)

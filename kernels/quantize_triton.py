@@ -9,10 +9,10 @@ first. x: (..., K), bf16, fp16 or float32; a last axis that is not contiguous co
 Bytes an element, 16-bit x: 2 read + 1 written = 3. At the 3.0 TB/s of a copy: 32,760 x 1536 in 0.050 ms, 75,600 x 5120
 in 0.387 ms; behind a GELU 32,760 x 8960 in 0.294 ms, 75,600 x 13,824 in 1.045 ms.
 
-A row is held as two pieces whose widths are powers of two, 5120 = 4096 + 1024: as one of 8192 three eighths of the
-arithmetic would be on padding. While a row is computed the next one is on its way. A Hopper card can issue some 28
-instructions for the 3 bytes of an element; Triton 3.6 compiles a row of 5120 to 8 an element, with GELU by tanh to 17,
-by erf to 42, which is then what its time depends on.
+A row is held as two or three pieces whose widths are powers of two, 5120 = 4096 + 1024: as one of 8192 three eighths of
+the arithmetic would be on padding. While a row is computed the next one is on its way, two elements a register. A
+Hopper card can issue some 28 instructions for the 3 bytes of an element, and 3.5 of those of which a multiprocessor
+does 16 a clock; GELU by tanh has two of these (2^x, 1 / x).
 """
 
 # mypy: allow-untyped-defs
@@ -21,7 +21,7 @@ by erf to 42, which is then what its time depends on.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -70,6 +70,31 @@ def fetch(at, mask):
 
 
 @triton.jit
+def hold(x):
+    """x (W) as it waits for its turn: two 16-bit elements a register. Left to itself each takes one."""
+    if x.dtype.primitive_bitwidth == 16:
+        low, high = tl.split(x.to(tl.int16, bitcast=True).reshape(x.shape[0] // 2, 2))
+        x = (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+    return x
+
+
+@triton.jit
+def release(held, dtype: tl.constexpr):
+    """What `hold` was given, of dtype, in float32."""
+    if held.dtype.is_floating():
+        x = held.to(tl.float32)
+    elif dtype == tl.bfloat16:
+        low = (held << 16).to(tl.float32, bitcast=True)
+        high = (held & -65536).to(tl.float32, bitcast=True)
+        x = tl.join(low, high).reshape(2 * held.shape[0])
+    else:
+        low = held.to(tl.int16).to(tl.float16, bitcast=True)
+        high = (held >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        x = tl.join(low, high).reshape(2 * held.shape[0]).to(tl.float32)
+    return x
+
+
+@triton.jit
 def encode(y, factor, data, FORMAT: tl.constexpr, FTZ: tl.constexpr):
     """y * factor, rounded, as an element of data. Its magnitude is at most the format's limit and an ulp, which rounds
     to the limit, so int8_block's +128 alone has to be cut.
@@ -85,6 +110,39 @@ def encode(y, factor, data, FORMAT: tl.constexpr, FTZ: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, dtype: tl.constexpr, FTZ: tl.constexpr):
+    """x, float32, rounded to dtype and still float32. On a GPU two at a time to bfloat16: a cast whose result is not
+    stored compiles to one conversion each, of which a multiprocessor does 16 a clock, as of exponentials.
+    """
+    if FTZ and dtype == tl.bfloat16:
+        bits = tl.inline_asm_elementwise(
+            "{ .reg .b32 both; cvt.rn.bf16x2.f32 both, $3, $2; shl.b32 $0, both, 16; and.b32 $1, both, 0xffff0000; }",
+            "=r,=r,f,f", [x], tl.int32, True, 2,
+        )  # fmt: skip
+        y = bits.to(tl.float32, bitcast=True)
+    else:
+        y = x.to(dtype).to(tl.float32)
+    return y
+
+
+@triton.jit
+def sum_of(a, b):
+    """The sum of a row in two pieces (b None: one), added up in the threads first: one sum across them, not two."""
+    if b is not None:
+        a = tl.sum(a.reshape(a.shape[0] // b.shape[0], b.shape[0]), 0) + b
+    return tl.sum(a, 0)
+
+
+@triton.jit
+def largest(a, b):
+    """The largest magnitudes of a and b, where a is longer (b None: of a): one an element of b."""
+    a = tl.abs(a)
+    if b is not None:
+        a = tl.maximum(tl.max(a.reshape(a.shape[0] // b.shape[0], b.shape[0]), 0), tl.abs(b))
+    return a
+
+
+@triton.jit
 def _reciprocal(x, FTZ: tl.constexpr):
     """1 / x within an ulp; FTZ, on a GPU, in one instruction."""
     if FTZ:
@@ -95,14 +153,13 @@ def _reciprocal(x, FTZ: tl.constexpr):
 
 
 @triton.jit
-def _activate(raw, ACT: tl.constexpr, FTZ: tl.constexpr):
-    """act(x), rounded to x's dtype, in float32. x / (1 + exp(-2 u)) is x (1 + tanh u) / 2 without its cancellation."""
-    x = raw.to(tl.float32)
+def _activate(x, ACT: tl.constexpr, DTYPE: tl.constexpr, FTZ: tl.constexpr):
+    """act(x) of float32 x, rounded to DTYPE. x / (1 + exp(-2 u)) is x (1 + tanh u) / 2 without its cancellation."""
     if ACT == "tanh":
         x = x * _reciprocal(1.0 + _exp2(x * (TANH_1 + TANH_3 * (x * x)), FTZ), FTZ)
     elif ACT == "erf":
         x = 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
-    return x.to(raw.dtype).to(tl.float32)
+    return x if ACT == "identity" else rounded(x, DTYPE, FTZ)
 
 
 @triton.jit(do_not_specialize=["length", "per"])
@@ -110,39 +167,50 @@ def _quantize_rows(
     x, data, data_scale,
     x_b, x_l,
     length, per,
-    C: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
+    C: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, NEAR: tl.constexpr,
     ACT: tl.constexpr, FORMAT: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """`per` rows of C channels of one batch item, in pieces of W0 and W1 (W1 0: one piece)."""
+    """`per` rows of C channels of one batch item, in pieces of W0, W1 and W2 (0: none), NEAR neighbours in a thread."""
     first = tl.program_id(0) * per
     stop = tl.minimum(first + per, length)
     b = tl.program_id(1).to(tl.int64)
     at = x + b * x_b + first.to(tl.int64) * x_l
     to = data + (b * length + first) * C
     unit = data_scale + b * length
-    c0 = tl.arange(0, W0)
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    c0 = tl.max_contiguous(tl.arange(0, W0), NEAR)
     m0 = inside(c0, C, W0)
-    x0 = fetch(at + c0, m0)
+    x0 = hold(fetch(at + c0, m0))
     if W1 > 0:
-        c1 = W0 + tl.arange(0, W1)
+        c1 = W0 + tl.max_contiguous(tl.arange(0, W1), NEAR)
         m1 = inside(c1, C, W0 + W1)
-        x1 = fetch(at + c1, m1)
+        x1 = hold(fetch(at + c1, m1))
+    if W2 > 0:
+        c2 = W0 + W1 + tl.max_contiguous(tl.arange(0, W2), NEAR)
+        m2 = inside(c2, C, W0 + W1 + W2)
+        x2 = hold(fetch(at + c2, m2))
     for row in range(first, stop):
         at += x_l
-        next0 = fetch(at + c0, only_before(m0, row + 1, stop))
-        y0 = _activate(x0, ACT, FTZ)
-        amax = tl.max(tl.abs(y0), 0)
+        next0 = hold(fetch(at + c0, only_before(m0, row + 1, stop)))
+        y0 = _activate(release(x0, DTYPE), ACT, DTYPE, FTZ)
+        y1 = None
+        y2 = None
         if W1 > 0:
-            next1 = fetch(at + c1, only_before(m1, row + 1, stop))
-            y1 = _activate(x1, ACT, FTZ)
-            amax = tl.maximum(amax, tl.max(tl.abs(y1), 0))
-        amax = tl.maximum(amax, FLOOR)
+            next1 = hold(fetch(at + c1, only_before(m1, row + 1, stop)))
+            y1 = _activate(release(x1, DTYPE), ACT, DTYPE, FTZ)
+        if W2 > 0:
+            next2 = hold(fetch(at + c2, only_before(m2, row + 1, stop)))
+            y2 = _activate(release(x2, DTYPE), ACT, DTYPE, FTZ)
+        amax = tl.maximum(tl.max(largest(largest(y0, y1), y2), 0), FLOOR)
         factor = tl.div_rn(LIMIT, amax)
         tl.store(to + c0, encode(y0, factor, data, FORMAT, FTZ), mask=m0)
         x0 = next0
         if W1 > 0:
             tl.store(to + c1, encode(y1, factor, data, FORMAT, FTZ), mask=m1)
             x1 = next1
+        if W2 > 0:
+            tl.store(to + c2, encode(y2, factor, data, FORMAT, FTZ), mask=m2)
+            x2 = next2
         tl.store(unit + row, tl.div_rn(amax, LIMIT))
         to += C
 
@@ -159,7 +227,8 @@ def _quantize_tiles(
     row = tl.program_id(1) * EDGE + tl.arange(0, EDGE)
     c = tl.program_id(0) * EDGE + tl.arange(0, EDGE)
     mask = (row < rows)[:, None] & (c < C)[None, :]
-    y = _activate(fetch(x + place(row, length, x_b, x_l, FLAT)[:, None] + c[None, :], mask), ACT, FTZ)
+    v = fetch(x + place(row, length, x_b, x_l, FLAT)[:, None] + c[None, :], mask).to(tl.float32)
+    y = _activate(v, ACT, x.dtype.element_ty, FTZ)
     store_tile(y, row, c, mask, data, data_scale, C, LIMIT, FLOOR, FTZ)
 
 
@@ -180,16 +249,21 @@ class RowConfig:
 
     warps: int
     rows: int  # a program takes
+    registers: int | None = None  # a thread may use at most, with 16-bit x
+
+    def limit(self, x: torch.Tensor) -> dict[str, int]:
+        """The limit as a launch takes it; float32 x needs more."""
+        return {} if self.registers is None or x.element_size() > 2 else {"maxnreg": self.registers}
 
 
 # The declared set, by the widest row: 32 to 48 elements a thread, so that little is spent on sums across threads (none
-# across warps at 1536), while a row, the next one and what comes between fit the registers of some 16 warps.
+# across warps at 1536), while 16 warps a multiprocessor fit, which 128 registers a thread allow.
 ROW_CONFIGS = {
-    1536: RowConfig(1, 8),
-    3072: RowConfig(2, 8),
-    6144: RowConfig(4, 8),
-    12288: RowConfig(8, 4),
-    WIDEST: RowConfig(16, 4),
+    1536: RowConfig(1, 8, 128),
+    3072: RowConfig(2, 8, 128),
+    6144: RowConfig(4, 8, 128),
+    14336: RowConfig(8, 8, 128),
+    WIDEST: RowConfig(16, 8),
 }
 TILE_WARPS = 8  # 64 elements a thread
 
@@ -202,14 +276,28 @@ def _processors(device: torch.device) -> int:
 def row_config(width: int, rows: int, device: torch.device) -> RowConfig:
     """The configuration for rows held in `width` places: fewer a program where they would not fill the card."""
     config = next(config for widest, config in ROW_CONFIGS.items() if width <= widest)
-    return RowConfig(config.warps, max(1, min(config.rows, rows // (16 * _processors(device)))))
+    return replace(config, rows=max(1, min(config.rows, rows // (16 * _processors(device)))))
 
 
-def pieces(width: int, least: int = 256) -> tuple[int, int]:
-    """Two powers of two, the second perhaps 0, that hold `width`: the fewest, and one where it is at most `least`."""
+def pieces(width: int, least: int = 256, count: int = 2) -> tuple[int, ...]:
+    """`count` powers of two, the last perhaps 0, that hold `width`: the fewest in sum, but what is below `least`, or an
+    eighth of the width, is not split.
+    """
     whole = triton.next_power_of_2(width)
-    tail = triton.next_power_of_2(width - whole // 2)
-    return (whole // 2, tail) if whole > least and tail < whole // 2 else (whole, 0)
+    least = max(least, whole // 8)
+    if whole > least and count > 1:
+        rest = pieces(width - whole // 2, least, count - 1)
+        if sum(rest) < whole // 2:
+            return (whole // 2, *rest)
+    return (whole, *[0] * (count - 1))
+
+
+def neighbours(widths: tuple[int, ...], warps: int, most: int) -> int:
+    """How many neighbours a thread holds in pieces of these widths, so that all pieces lie alike in the threads.
+
+    most: 16 bytes of what is stored, and 8 where float32 vectors are read: threads 64 bytes apart are served 2 a clock.
+    """
+    return max(1, min(most, min(w for w in widths if w) // (32 * warps)))
 
 
 def view3(t: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -267,11 +355,13 @@ def quantize_into(
         )  # fmt: skip
         return
     check_input(x, width)
-    w0, w1 = pieces(width)
-    config = config or row_config(w0 + w1, rows, x.device)
+    widths = pieces(max(width, 2), count=3)
+    config = config or row_config(sum(widths), rows, x.device)
+    w0, w1, w2 = widths
     _quantize_rows[(triton.cdiv(v.shape[1], config.rows), v.shape[0])](
         v, data, scale, *row_strides(v), v.shape[1], config.rows,
-        C=width, W0=w0, W1=w1, ACT=act, FORMAT=format, FTZ=gpu, **limits, num_warps=config.warps, num_stages=1,
+        C=width, W0=w0, W1=w1, W2=w2, NEAR=neighbours(widths, config.warps, 16), ACT=act, FORMAT=format, FTZ=gpu,
+        **limits, num_warps=config.warps, num_stages=1, **config.limit(x),
     )  # fmt: skip
 
 

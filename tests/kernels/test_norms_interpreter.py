@@ -61,12 +61,16 @@ def assert_quantized(data, scale, format, expected, unit):
         (12, 4, (8, 4)),
         (40, 4, (32, 8)),
         (1, 4, (1, 0)),
+        (13824, 256, (8192, 4096, 2048)),
+        (8960, 256, (8192, 1024, 0)),
+        (1536, 256, (1024, 512, 0)),
+        (1792, 256, (1024, 512, 256)),
     ],
 )
 def test_pieces_hold_a_width_with_little_padding(width, least, expected):
     from turbocompile.kernels.quantize_triton import pieces
 
-    assert pieces(width, least) == expected
+    assert pieces(width, least, len(expected)) == expected
 
 
 @inside
@@ -75,7 +79,9 @@ def test_pieces_hold_a_width_with_little_padding(width, least, expected):
 def test_quantize_bit_by_bit(normal, same, config, dtype, format):
     from turbocompile.kernels.quantize_triton import launch_quantize
 
-    shapes = [(1, 9, 300), (3, 2, 2, 130), (17,), (3, 1000)] + [(2, 70, 40)] * (format == "int8_block")
+    shapes = [(1, 9, 300), (3, 2, 2, 130), (17,), (3, 1000), (3, 1700), (5, 1)] + [(2, 70, 40)] * (
+        format == "int8_block"
+    )
     for shape in shapes:
         x = (normal(*shape) * 1e4).to(dtype)
         x[..., :3] = 0
