@@ -1,12 +1,13 @@
 """8-bit linears on one GPU beside bf16 F.linear, at the shapes of Wan: every format, configuration and library product.
 
-    python benchmarks/linear.py [--out FOLDER] [--shapes 1536-8960 ...] [--formats fp8 ...] [--rows 32760]
+    python benchmarks/linear.py [--out FOLDER] [--shapes 1536-8960 ...] [--formats fp8 ...] [--rows 32760] [--settle 80]
 
-Activations N(0, 1), weights N(0, 1/K), a bias, results in bf16. "quantized before" starts from 8-bit data, "whole call"
-from bf16 activations, quantized by what torch.compile makes of quantize. Times are milliseconds between CUDA events
-around the call, the median over all calls: three turns over the variants, so that the card's drift meets all alike,
-some calls of one variant queued back to back in each. A variant that the card or the library refuses is named, and
-left out. FOLDER gets linear.json and linear.md.
+Activations N(0, 1), weights N(0, 1/K), a bias, results in bf16, from 8-bit data or, "from bf16", quantized by the op
+first. Times are milliseconds a call in a CUDA graph, the median over three turns over the variants, so that the card's
+drift meets all alike. Before it is timed each variant runs for --settle milliseconds: a card at its limit of power
+lowers its clock after some, and a model's step lasts longer than that. Calls read and write at least 150 MB, three
+times the L2 of an H100. A variant that the card or the library refuses is named, and left out. FOLDER gets linear.json
+and linear.md.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import milliseconds, versions
+from timing import replayed, versions
+from turbocompile.kernels import ops
 from turbocompile.kernels.linear_triton import (
     CONFIGS,
     LinearConfig,
@@ -38,6 +40,7 @@ BASELINE = "bf16 F.linear"
 QUANTIZATION, SUMS = "quantization alone", "_int_mm alone"
 SHORT = "fp8, short sums"  # what the tensor cores add without help: linear_triton.py
 ROWS = 32760  # tokens of 81 frames of 832 x 480
+SPAN = 30.0  # milliseconds of each turn that are timed
 Call = Callable[[], torch.Tensor]
 
 
@@ -47,7 +50,6 @@ class Shape:
 
     k: int
     n: int
-    rounds: int  # calls in a turn
 
     @property
     def name(self) -> str:
@@ -55,12 +57,12 @@ class Shape:
 
 
 SHAPES = (
-    Shape(1536, 1536, 30),
-    Shape(1536, 8960, 20),
-    Shape(8960, 1536, 20),
-    Shape(5120, 5120, 12),
-    Shape(5120, 13824, 6),
-    Shape(13824, 5120, 6),
+    Shape(1536, 1536),
+    Shape(1536, 8960),
+    Shape(8960, 1536),
+    Shape(5120, 5120),
+    Shape(5120, 13824),
+    Shape(13824, 5120),
 )
 
 
@@ -102,16 +104,14 @@ def described(config: LinearConfig) -> str:
     return " ".join([f"Triton {config.path} {tile}", *rest])
 
 
-def quantized(
-    call: Callable[..., torch.Tensor], quantizer: Callable[..., Any], x: torch.Tensor, tail: tuple[Any, ...]
-) -> torch.Tensor:
+def quantized(call: Callable[..., torch.Tensor], x: torch.Tensor, tail: tuple[Any, ...]) -> torch.Tensor:
     """The linear of x, quantized to the format that `tail` names."""
-    return call(*quantizer(x, tail[3]), *tail)
+    return call(*ops.quantize(x, tail[3]), *tail)
 
 
-def codes(quantizer: Callable[..., tuple[torch.Tensor, torch.Tensor]], x: torch.Tensor, format: str) -> torch.Tensor:
+def codes(x: torch.Tensor, format: str) -> torch.Tensor:
     """The data of x in the format."""
-    return quantizer(x, format)[0]
+    return ops.quantize(x, format)[0]
 
 
 def variants(shape: Shape, rows: int, formats: list[str]) -> list[Variant]:
@@ -128,6 +128,7 @@ def variants(shape: Shape, rows: int, formats: list[str]) -> list[Variant]:
         calls: dict[str, Callable[..., torch.Tensor]] = {
             described(c) + (" (default)" if c == best else ""): partial(launch_linear, config=c)
             for c in configs(format, x.device)
+            if c.path == best.path
         }
         if format == "fp8":
             calls |= {"_scaled_mm": launch_library, "_scaled_mm fast": partial(launch_library, fast=True)}
@@ -135,13 +136,12 @@ def variants(shape: Shape, rows: int, formats: list[str]) -> list[Variant]:
             calls["_int_mm, scaled by torch.compile"] = torch.compile(launch_library, dynamic=False)
             # the int32 sums are no linear yet, but the library's share of one
             found.append(Variant(format, SUMS, False, partial(torch._int_mm, data[0], weight[0].t())))
-        by_inductor = torch.compile(quantize, dynamic=False)
         for name, call in calls.items():
             label = SHORT if "promote=False" in name or "fast" in name else format
             found.append(Variant(label, name, False, partial(call, *data, *tail)))
             if "Triton" not in name or "default" in name:
-                found.append(Variant(label, name, True, partial(quantized, call, by_inductor, x, tail)))
-        found.append(Variant(format, QUANTIZATION, True, partial(codes, by_inductor, x, format)))
+                found.append(Variant(label, name, True, partial(quantized, call, x, tail)))
+        found.append(Variant(format, QUANTIZATION, True, partial(codes, x, format)))
     return found
 
 
@@ -165,10 +165,10 @@ def errors(found: list[Variant]) -> tuple[list[Variant], list[float], list[str]]
     return kept, distances, refused
 
 
-def measure(shape: Shape, rows: int, formats: list[str]) -> tuple[list[Result], list[str]]:
+def measure(shape: Shape, rows: int, formats: list[str], settle: float) -> tuple[list[Result], list[str]]:
     """Results of the variants at a shape, and what was refused."""
     kept, distances, refused = errors(variants(shape, rows, formats))
-    times = list(milliseconds({i: v.call for i, v in enumerate(kept)}, shape.rounds).values())
+    times = list(replayed({i: [v.call] for i, v in enumerate(kept)}, settle, SPAN).values())
     base = statistics.median(times[0])
     flops = 2 * rows * shape.k * shape.n
     results = []
@@ -221,13 +221,16 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=[s.name for s in SHAPES], default=[s.name for s in SHAPES])
     parser.add_argument("--formats", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--rows", type=int, default=ROWS, help="rows of the activation")
+    parser.add_argument(
+        "--settle", type=float, default=80.0, help="milliseconds that a variant runs before it is timed"
+    )
     arguments = parser.parse_args()
     torch.manual_seed(0)
     results: list[Result] = []
     refused: list[str] = []
     about = versions() | {"rows": str(arguments.rows)}
     for shape in (s for s in SHAPES if s.name in arguments.shapes):
-        own, lines = measure(shape, arguments.rows, arguments.formats)
+        own, lines = measure(shape, arguments.rows, arguments.formats, arguments.settle)
         results += own
         refused += lines
         print(table(own), flush=True)

@@ -2,8 +2,9 @@
 
     python benchmarks/norms.py [--out FOLDER] [--shapes 1.3B-480p ...] [--no-compile] [--sweep]
 
-Inputs are bf16, N(0, 1), (1, L, C); modulations are float32, as Wan computes them. Times are milliseconds between CUDA
-events around the call, the median over three turns over the variants, so that the card's drift meets all alike.
+Inputs are bf16, N(0, 1), (1, L, C); modulations are float32, as Wan computes them. Times are milliseconds a call in a
+CUDA graph of some, alternating between two sets of tensors of at least 150 MB, three times the L2 of an H100; the
+median over three turns over the variants, so that the card's drift meets all alike.
 
 "of the copy" is a variant's rate over that of `copy_` of x, measured in the same turns: the bytes that the op has to
 move (each input read once, each output written once) by its time. A kernel that reads twice stays below 100% by that.
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timing import milliseconds, versions
+from timing import replayed, versions
 from turbocompile.kernels import adaln, gelu_quantize, norm_quantize, qk_norm_rope, quantize, residual_norm
 from turbocompile.kernels import norms_triton as norms
 from turbocompile.kernels import quantize_triton as quantizing
@@ -34,7 +35,12 @@ from turbocompile.kernels.rotary_triton import launch_qk_norm_rope
 EPS = 1e-6
 HEAD_DIM = 128
 BF16 = 2  # bytes
-SWEEP = tuple(RowConfig(warps, rows) for warps in (1, 2, 4, 8, 16) for rows in (1, 4, 8, 16))
+SETS = 2  # of tensors, between which calls alternate
+SWEEP = tuple(
+    RowConfig(warps, rows, registers)
+    for warps, registers in ((1, 128), (2, 128), (4, 128), (4, 96), (8, 128), (16, 64), (16, None))
+    for rows in (4, 8, 16)
+)
 
 Call = Callable[[], object]
 
@@ -47,7 +53,6 @@ class Shape:
     grid: tuple[int, int, int]
     dim: int
     ffn: int
-    rounds: int  # calls in a turn
 
     @property
     def tokens(self) -> int:
@@ -55,9 +60,9 @@ class Shape:
 
 
 SHAPES = (
-    Shape("1.3B-480p", (21, 30, 52), 1536, 8960, 20),
-    Shape("14B-480p", (21, 30, 52), 5120, 13824, 10),
-    Shape("14B-720p", (21, 45, 80), 5120, 13824, 6),
+    Shape("1.3B-480p", (21, 30, 52), 1536, 8960),
+    Shape("14B-480p", (21, 30, 52), 5120, 13824),
+    Shape("14B-720p", (21, 45, 80), 5120, 13824),
 )
 
 
@@ -150,24 +155,31 @@ def cases(shape: Shape) -> list[Case]:
     return found
 
 
-def measure(shape: Shape, case: Case, compiled: bool, sweep: bool) -> list[Result]:
-    """Results of the variants of an op; the copy is of as many elements as the op's x has."""
-    source = torch.randn(case.elements, device="cuda").bfloat16()
+def copying(elements: int) -> Call:
+    """A copy of so many."""
+    source = torch.randn(elements, device="cuda").bfloat16()
     target = torch.empty_like(source)
-    calls: dict[str, Call] = {
-        "copy": lambda: target.copy_(source),
-        "kernel": case.kernel,
-        "torch": case.torch,
+    return lambda: target.copy_(source)
+
+
+def measure(shape: Shape, sets: tuple[Case, ...], compiled: bool, sweep: bool) -> list[Result]:
+    """Results of the variants of an op, on some sets of tensors; the copy is of as many elements as the op's x has."""
+    case = sets[0]
+    calls: dict[str, list[Call]] = {
+        "copy": [copying(c.elements) for c in sets],
+        "kernel": [c.kernel for c in sets],
+        "torch": [c.torch for c in sets],
     }
     if compiled:
         torch.compiler.reset()
         function = torch.compile(case.reference, dynamic=False)
-        calls["compiled"] = partial(function, *case.args)
+        calls["compiled"] = [partial(function, *c.args) for c in sets]
     if sweep and "int8_block" not in case.name:  # its tiles have one configuration
         for config in SWEEP:
             if 16 <= case.elements // shape.tokens // (32 * config.warps) <= 64:
-                calls[f"{config.warps} warps, {config.rows} rows"] = partial(case.kernel, config)
-    times = milliseconds(calls, shape.rounds)
+                name = f"{config.warps} warps, {config.rows} rows, {config.registers} registers"
+                calls[name] = [partial(c.kernel, config) for c in sets]
+    times = replayed(calls)
     medians = {name: statistics.median(t) for name, t in times.items()}
     rate = 2 * BF16 / medians["copy"]
     return [
@@ -199,10 +211,10 @@ def main() -> None:
     about = versions()
     with torch.no_grad():
         for shape in (s for s in SHAPES if s.name in arguments.shapes):
-            for case in cases(shape):
-                if arguments.ops and not case.name.startswith(tuple(arguments.ops)):
+            for sets in zip(*(cases(shape) for _ in range(SETS)), strict=True):
+                if arguments.ops and not sets[0].name.startswith(tuple(arguments.ops)):
                     continue
-                found = measure(shape, case, not arguments.no_compile, arguments.sweep)
+                found = measure(shape, sets, not arguments.no_compile, arguments.sweep)
                 results += found
                 print(table(found).split("\n", 2)[2], flush=True)
                 if arguments.out:  # after each op: a run that is cut short leaves what it has
