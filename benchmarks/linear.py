@@ -132,9 +132,7 @@ def variants(shape: Shape, rows: int, formats: list[str]) -> list[Variant]:
         }
         if format == "fp8":
             calls |= {"_scaled_mm": launch_library, "_scaled_mm fast": partial(launch_library, fast=True)}
-        elif format == "int8":
-            calls["_int_mm, scaled by torch.compile"] = torch.compile(launch_library, dynamic=False)
-            # the int32 sums are no linear yet, but the library's share of one
+        elif format == "int8":  # the int32 sums are no linear yet, but the library's share of one
             found.append(Variant(format, SUMS, False, partial(torch._int_mm, data[0], weight[0].t())))
         for name, call in calls.items():
             label = SHORT if "promote=False" in name or "fast" in name else format

@@ -1,6 +1,6 @@
 """The memory-bound ops on one GPU: each Triton kernel beside plain torch and torch.compile, and beside a copy.
 
-    python benchmarks/norms.py [--out FOLDER] [--shapes 1.3B-480p ...] [--no-compile] [--sweep]
+    python benchmarks/norms.py [--out FOLDER] [--shapes 1.3B-480p ...] [--beside torch compiled] [--sweep]
 
 Inputs are bf16, N(0, 1), (1, L, C); modulations are float32, as Wan computes them. Times are milliseconds a call in a
 CUDA graph of some, alternating between two sets of tensors of at least 150 MB, three times the L2 of an H100; the
@@ -9,8 +9,8 @@ median over three turns over the variants, so that the card's drift meets all al
 "of the copy" is a variant's rate over that of `copy_` of x, measured in the same turns: the bytes that the op has to
 move (each input read once, each output written once) by its time. A kernel that reads twice stays below 100% by that.
 "torch" is what a model would write, in bf16 (quantized: the reference behind it; qk_norm_rope: F.rms_norm alone);
-"compiled" is torch.compile of the op's reference. --sweep times other launch configurations too. FOLDER gets
-norms.json and norms.md.
+"compiled", which takes minutes, is torch.compile of the op's reference. --sweep times other launch configurations too.
+FOLDER gets norms.json and norms.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from turbocompile.kernels.rotary_triton import launch_qk_norm_rope
 EPS = 1e-6
 HEAD_DIM = 128
 BF16 = 2  # bytes
+BESIDE = ("torch", "compiled")
 SETS = 2  # of tensors, between which calls alternate
 SWEEP = tuple(
     RowConfig(warps, rows, registers)
@@ -162,15 +163,16 @@ def copying(elements: int) -> Call:
     return lambda: target.copy_(source)
 
 
-def measure(shape: Shape, sets: tuple[Case, ...], compiled: bool, sweep: bool) -> list[Result]:
+def measure(shape: Shape, sets: tuple[Case, ...], beside: Sequence[str], sweep: bool) -> list[Result]:
     """Results of the variants of an op, on some sets of tensors; the copy is of as many elements as the op's x has."""
     case = sets[0]
     calls: dict[str, list[Call]] = {
         "copy": [copying(c.elements) for c in sets],
         "kernel": [c.kernel for c in sets],
-        "torch": [c.torch for c in sets],
     }
-    if compiled:
+    if "torch" in beside:
+        calls["torch"] = [c.torch for c in sets]
+    if "compiled" in beside:
         torch.compiler.reset()
         function = torch.compile(case.reference, dynamic=False)
         calls["compiled"] = [partial(function, *c.args) for c in sets]
@@ -203,7 +205,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a folder for norms.json and norms.md")
     parser.add_argument("--shapes", nargs="+", choices=[s.name for s in SHAPES], default=[s.name for s in SHAPES])
     parser.add_argument("--ops", nargs="+", help="only ops whose name starts with one of these")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes")
+    parser.add_argument("--beside", nargs="*", choices=BESIDE, default=BESIDE, help="what else is timed")
     parser.add_argument("--sweep", action="store_true", help="also other launch configurations")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -214,7 +216,7 @@ def main() -> None:
             for sets in zip(*(cases(shape) for _ in range(SETS)), strict=True):
                 if arguments.ops and not sets[0].name.startswith(tuple(arguments.ops)):
                     continue
-                found = measure(shape, sets, not arguments.no_compile, arguments.sweep)
+                found = measure(shape, sets, arguments.beside, arguments.sweep)
                 results += found
                 print(table(found).split("\n", 2)[2], flush=True)
                 if arguments.out:  # after each op: a run that is cut short leaves what it has
