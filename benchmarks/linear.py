@@ -28,9 +28,9 @@ from turbocompile.kernels import ops
 from turbocompile.kernels.linear_triton import (
     CONFIGS,
     LinearConfig,
+    candidates,
     configs,
     default_config,
-    launch_library,
     launch_linear,
 )
 from turbocompile.kernels.quantize import quantize
@@ -94,6 +94,8 @@ class Variant:
 
 def described(config: LinearConfig) -> str:
     """The configuration in short: its tile, and what differs from the defaults."""
+    if config.path == "library":
+        return "_scaled_mm" if config.promote else "_scaled_mm promote=False"
     tile = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.warps} s{config.stages}"
     rest = [
         f.name if getattr(config, f.name) is True else f"{f.name}={getattr(config, f.name)}"
@@ -127,17 +129,14 @@ def variants(shape: Shape, rows: int, formats: list[str]) -> list[Variant]:
         best = default_config(format, rows, shape.n, shape.k, x.device)
         calls: dict[str, Callable[..., torch.Tensor]] = {
             described(c) + (" (default)" if c == best else ""): partial(launch_linear, config=c)
-            for c in configs(format, x.device)
-            if c.path == best.path
+            for c in candidates(format, shape.n, shape.k, BF16, x.device)
         }
-        if format == "fp8":
-            calls |= {"_scaled_mm": launch_library, "_scaled_mm fast": partial(launch_library, fast=True)}
-        elif format == "int8":  # the int32 sums are no linear yet, but the library's share of one
+        if format == "int8":  # the int32 sums are no linear yet, but the library's share of one
             found.append(Variant(format, SUMS, False, partial(torch._int_mm, data[0], weight[0].t())))
         for name, call in calls.items():
-            label = SHORT if "promote=False" in name or "fast" in name else format
+            label = SHORT if "promote=False" in name else format
             found.append(Variant(label, name, False, partial(call, *data, *tail)))
-            if "Triton" not in name or "default" in name:
+            if "default" in name:
                 found.append(Variant(label, name, True, partial(quantized, call, x, tail)))
         found.append(Variant(format, QUANTIZATION, True, partial(codes, x, format)))
     return found

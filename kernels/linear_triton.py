@@ -8,9 +8,15 @@ A persistent program computes tiles of block_m x block_n of y = data weight^T, w
     int8_block   acc = fma(float(a b^T), scale[mb, kb] weight_scale[nb, kb], acc);  y = round(round(acc) + bias)
     then         y = round(gelu(y)),  y = round(residual + gate y), where asked for; int8 and fp8 round at the end only
 
-data (M, K), weight (N, K), y (M, N), all row-major; scales as in w8a8_linear.py. Tensor cores add products of e4m3 to
-a sum with few bits and cut the rest off: 8,192 positive products came out 10% short on a Hopper card. `promote` adds
-each block_k of K in float32 and is the default; without it the tile may be twice as wide.
+data (M, K), weight (N, K), y (M, N), all row-major; scales as in w8a8_linear.py.
+
+Tensor cores of Hopper add products of e4m3 to a sum with few bits and cut the rest off: 8,192 products of one sign came
+out 10% short on an H100. Of random signs, as activations times weights are, the cuts hardly add up: at K = 13,824 the
+relative error of N(0, 1) data is 0.0265 with them and without, so they are below 0.0017 beside e4m3's own roundings,
+less than bf16's of the result. So the default leaves them, as the libraries do; `promote` adds each block_k of K in
+float32, at the cost below. Measured on an H100 in bursts, over bf16 F.linear at Wan's shapes but the smallest, whose
+launch took as long: promoted 0.98-1.20, cut 1.60-1.80, cuBLAS with cut sums 1.62-1.78, ahead at K = 1536 by hiding
+the way out of a tile; int8 1.38-1.69; int8_block 1.02-1.17.
 
 What int8_block costs on Hopper, in clocks of a multiprocessor for 128 x 128 x 128: 512 of wgmma (4,096 int8
 multiply-adds a clock), which reads 48 KiB of shared memory while 32 KiB arrive: 640 at 128 bytes a clock. Of ordinary
@@ -20,8 +26,8 @@ latency: 1,030, so at most 0.9 POP/s at 1.7 GHz. Two such programs a multiproces
 a step, the limit of FP8 too, where the kernel reached 60-72% of the card's rate. They have 128 registers a thread, 128
 of which the two sums would fill: some 16 spills a step are the price. Three programs of 64 x 128 spill nothing, but
 read 24 KiB for 2.1 MOP: 0.6 POP/s are 7 TB/s, about what L2 gives. Tiles twice as wide hold 256 registers of sums. So
-the default is two programs of 128 x 128; prediction 0.75-0.95 POP/s, 1.1-1.4 times bf16 F.linear at 600-690 TFLOP/s,
-and one program (no spills) 0.65-0.8. FP8 with `promote` is the same loop with 64 FADD for the 128 instructions.
+the default is two programs of 128 x 128: 0.78-0.90 POP/s where one (no spills) reached 0.63-0.73. FP8 with `promote` is
+the same loop with 64 FADD for the 128 instructions.
 """
 
 # mypy: allow-untyped-defs
@@ -162,9 +168,9 @@ def _linear(
 class LinearConfig:
     """How the kernel is launched."""
 
-    path: str  # "descriptor" (Hopper and later) | "pointer"
-    block_m: int
-    block_n: int
+    path: str  # "descriptor" (Hopper and later) | "pointer" | "library": torch's product, of which only promote speaks
+    block_m: int = 128
+    block_n: int = 128
     block_k: int = 128
     warps: int = 8
     stages: int = 3
@@ -176,12 +182,13 @@ class LinearConfig:
     flatten: bool = False  # one loop over tiles and K: the next tile's loads start before this one is stored
 
     def __post_init__(self) -> None:
-        check(self.path in ("descriptor", "pointer"), f"there is no path {self.path!r} of the linear kernel")
+        check(self.path in ("descriptor", "pointer", "library"), f"there is no path {self.path!r} of the linear kernel")
 
     def fits(self, format: str) -> bool:
         """Whether the kernel computes `format` so."""
         sizes = self.block_m <= BLOCK and self.block_n <= BLOCK and self.block_k == BLOCK
-        return sizes if format == "int8_block" else format == "fp8" or self.promote
+        others = self.promote and self.path != "library"
+        return sizes and others if format == "int8_block" else format == "fp8" or others
 
 
 # The declared sets: a saved choice is one of these. 128 bytes of K are one swizzled row of shared memory.
@@ -200,13 +207,15 @@ AMPERE = LinearConfig("pointer", 128, 128, 64, stages=4)
 AMPERE_SMALL = LinearConfig("pointer", 64, 128, 64, warps=4, stages=4, programs=2)
 AMPERE_TILES = LinearConfig("pointer", 128, 128, stages=3)  # int8_block needs 128 of K a step: 64 KiB in flight
 AMPERE_TILES_SMALL = LinearConfig("pointer", 64, 128, warps=4, stages=3, programs=2)
+LIBRARY = {"fp8": (LinearConfig("library"), LinearConfig("library", promote=False))}  # row-wise _scaled_mm
 CONFIGS = {
     "fp8": (PAIR, SINGLE, SMALL, FAST, FAST_FLAT, AMPERE, AMPERE_SMALL),
     "int8": (WIDE, WIDE_FLAT, PAIR, SINGLE, SMALL, AMPERE, AMPERE_SMALL),
     "int8_block": (PAIR, SINGLE, TRIPLE, SMALL, AMPERE_TILES, AMPERE_TILES_SMALL),
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LONG = 2048  # of K: from here on one wide tile beats two square ones in int8
+LONG = 2048  # of K: from here on one wide tile beats two square ones in int8, and cuBLAS in fp8
+MIDDLE = 8192  # of K: below it a tile's way out is worth to be overlapped, beyond it the plain loop is faster
 LARGE_SHARED = 200 << 10  # bytes a multiprocessor
 DEEP = 1 << 17  # of K: sums of int8 products, at most 2^14 each, fit int32 below it
 ALIGNED = 16  # bytes: what a tensor descriptor asks of addresses and strides, and a vector load of K
@@ -246,12 +255,38 @@ def takes(format: str, dtype: torch.dtype, k: int, device: torch.device) -> bool
     return dtype in DTYPES and 0 < k < DEEP and k % ALIGNED == 0 and bool(configs(format, device))
 
 
+def library(format: str, n: int, k: int, dtype: torch.dtype, device: torch.device) -> tuple[LinearConfig, ...]:
+    """The library's products that give a plain linear (..., N) of K in dtype there: no other options, bf16, N and K
+    multiples of 16.
+    """
+    fits = dtype == torch.bfloat16 and n % ALIGNED == 0 and k % ALIGNED == 0 and device.type == "cuda"
+    return LIBRARY.get(format, ()) if fits and _card(device).capability >= (9, 0) else ()
+
+
+def candidates(format: str, n: int, k: int, dtype: torch.dtype, device: torch.device) -> tuple[LinearConfig, ...]:
+    """The declared configurations that compete for a plain linear of K to N into dtype there."""
+    described = n * dtype.itemsize % ALIGNED == 0
+    kernels = tuple(c for c in configs(format, device) if described or c.path != "descriptor")
+    best = "descriptor" if any(c.path == "descriptor" for c in kernels) else "pointer"
+    return tuple(c for c in kernels if c.path == best) + library(format, n, k, dtype, device)
+
+
 def default_config(
-    format: str, rows: int, n: int, k: int, device: torch.device, described: bool = True
+    format: str,
+    rows: int,
+    n: int,
+    k: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    plain: bool = True,
 ) -> LinearConfig:
-    """By shape: large tiles where they fill the card, else small ones. described: tensor descriptors reach all."""
+    """By shape: large tiles where they fill the card, else small ones. plain: without GELU and residual.
+
+    For what has not been measured (linear_choice.py).
+    """
     card = _card(device)
     few = triton.cdiv(rows, 128) * triton.cdiv(n, 128) < card.processors
+    described = n * dtype.itemsize % ALIGNED == 0
     if not (described and _large(card)):
         if format == "int8_block":
             return AMPERE_TILES_SMALL if few else AMPERE_TILES
@@ -260,9 +295,11 @@ def default_config(
         return SMALL
     # A wide tile's step takes 1,150 clocks of shared memory and two square ones' 1,280; its way out, which two programs
     # hide from each other, some 2,000: 16 steps.
-    if format == "int8" and k >= LONG and triton.cdiv(rows, 128) * triton.cdiv(n, 256) >= card.processors:
-        return WIDE
-    return PAIR
+    wide = triton.cdiv(rows, 128) * triton.cdiv(n, 256) >= card.processors
+    if format == "fp8" and wide:
+        products = library(format, n, k, dtype, device) if plain else ()
+        return products[-1] if products and k < LONG else FAST_FLAT if k < MIDDLE else FAST
+    return WIDE if format == "int8" and wide and k >= LONG else PAIR
 
 
 def launch_linear(
@@ -298,10 +335,13 @@ def launch_linear(
     if out.numel() == 0:
         return out
     rows, described = data.shape[:-1].numel(), n * dtype.itemsize % ALIGNED == 0
-    if config is None:
-        config = default_config(format, rows, n, k, data.device, described)
-    descriptor = config.path == "descriptor"
+    plain = not gelu and residual is None
+    config = config or default_config(format, rows, n, k, data.device, dtype, plain)
     check(config.fits(format), f"{config} is not for {format}")
+    if config.path == "library":
+        check(plain and bool(library(format, n, k, dtype, data.device)), f"torch has no such product: {config}")
+        return launch_library(data, scale, weight, weight_scale, bias, format, dtype, not config.promote)
+    descriptor = config.path == "descriptor"
     check(not descriptor or described, f"tensor descriptors need rows of 16 bytes, and N is {n}")
     flat, y = _aligned(data.reshape(-1, k)), out.view(rows, n)
     weight = _aligned(weight)

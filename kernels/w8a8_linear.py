@@ -151,7 +151,7 @@ def has_kernel(
     return linear_triton.takes(format, dtype, weight.shape[1], data.device)
 
 
-register_kernel(w8a8_linear, reference, has_kernel, "linear_triton.launch_linear")
+register_kernel(w8a8_linear, reference, has_kernel, "linear_choice.launch_chosen")
 
 
 def _decomposition(

@@ -254,6 +254,36 @@ def test_the_library_computes_the_same(make, unit, format, fast):
     assert ((y.double() - reference(*args, FP64)).abs() <= bound(args, BF16, unit, promote=False)).all()
 
 
+def test_the_library_is_a_configuration(make, unit):
+    from turbocompile.kernels import linear_triton as t
+
+    found = t.library("fp8", 272, 512, BF16, torch.device("cuda", 0))
+    if not found:
+        pytest.skip("not on this card")
+    args = operands(make, "fp8", (2, 333, 512), 272)
+    for config in found:
+        y = t.launch_linear(*args, BF16, config)
+        assert torch.equal(y, t.launch_library(*args, BF16, not config.promote))
+        with pytest.raises(ValueError, match="no such product"):
+            t.launch_linear(*args, BF16, config, gelu=True)
+        with pytest.raises(ValueError, match="no such product"):
+            t.launch_linear(*args, FP32, config)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_fastest_is_chosen_and_then_runs(make, format):
+    from turbocompile.kernels import linear_choice, linear_triton
+
+    if not runs(format):
+        pytest.skip("no FP8 on this card")
+    args = operands(make, format, (2, 333, 512), 272)
+    times = linear_choice.choose(format, 666, 272, 512, BF16, args[0].device)
+    assert set(times) == set(linear_triton.candidates(format, 272, 512, BF16, args[0].device))
+    winner = min(times, key=times.get)
+    assert torch.equal(ops.w8a8_linear(*args, BF16), linear_triton.launch_linear(*args, BF16, winner))
+    linear_choice.forget()
+
+
 # --- as a program runs them
 
 
@@ -326,7 +356,7 @@ def test_a_new_number_of_rows_compiles_nothing(make, format):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_op_runs_the_kernel(make, unit, format, monkeypatch):
-    from turbocompile.kernels import linear_triton
+    from turbocompile.kernels import linear_choice, linear_triton
 
     if not runs(format):
         pytest.skip("no FP8 on this card")
@@ -338,7 +368,7 @@ def test_the_op_runs_the_kernel(make, unit, format, monkeypatch):
     def ran(*args):
         raise RanError
 
-    monkeypatch.setattr(linear_triton, "launch_linear", ran)
+    monkeypatch.setattr(linear_choice, "launch_linear", ran)
     with pytest.raises(RanError):
         ops.w8a8_linear(*args, BF16)
 
@@ -350,12 +380,12 @@ class RanError(Exception):
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_op_falls_back_to_the_reference(make, format, monkeypatch):
     """For float64, and K that is no multiple of 16 or too deep for int32."""
-    from turbocompile.kernels import linear_triton
+    from turbocompile.kernels import linear_choice
 
     def ran(*args):
         raise RanError
 
-    monkeypatch.setattr(linear_triton, "launch_linear", ran)
+    monkeypatch.setattr(linear_choice, "launch_linear", ran)
     others = () if format == "int8_block" else ((24, FP32), (2**17, BF16))
     for k, dtype in ((128, FP64), *others):
         args = operands(make, format, (5, k), 16)

@@ -6,6 +6,7 @@ casts to bfloat16 and e4m3: results are float16 and float32, and torch makes the
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 
@@ -108,7 +109,10 @@ def test_the_default_follows_shape_and_card(monkeypatch):
     cpu = torch.device("cpu")
     cards = {"h100": ((9, 0), 132, 228), "rtx5090": ((12, 0), 170, 100), "rtx4090": ((8, 9), 128, 100)}
     for card, format, rows, n, k, expected in (
-        ("h100", "fp8", 32760, 1536, 1536, t.PAIR),
+        ("h100", "fp8", 32760, 1536, 1536, t.FAST_FLAT),
+        ("h100", "fp8", 32760, 5120, 5120, t.FAST_FLAT),
+        ("h100", "fp8", 32760, 5120, 13824, t.FAST),
+        ("h100", "fp8", 8000, 512, 1536, t.PAIR),
         ("h100", "int8", 32760, 8960, 1536, t.PAIR),
         ("h100", "int8", 32760, 5120, 5120, t.WIDE),
         ("h100", "int8_block", 32760, 5120, 13824, t.PAIR),
@@ -122,7 +126,71 @@ def test_the_default_follows_shape_and_card(monkeypatch):
         monkeypatch.setattr(t, "_card", lambda device, found=found: found)
         assert t.default_config(format, rows, n, k, cpu) == expected
         assert expected in t.configs(format, cpu)
-        assert t.default_config(format, rows, n, k, cpu, described=False).path == "pointer"
+        assert t.default_config(format, rows, n + 1, k, cpu).path == "pointer"
+
+
+@inside
+def test_cublas_competes_where_it_has_the_product(monkeypatch):
+    from turbocompile.kernels import linear_triton as t
+
+    cuda, bf16 = torch.device("cuda"), torch.bfloat16
+    monkeypatch.setattr(t, "_card", lambda device: t._Card((9, 0), 132, 228 << 10))
+    fast = t.LIBRARY["fp8"][1]
+    assert t.default_config("fp8", 32760, 1536, 1536, cuda) == fast
+    assert t.default_config("fp8", 32760, 1536, 1536, cuda, plain=False) == t.FAST_FLAT
+    assert t.default_config("fp8", 32760, 1536, 1536, cuda, FP32) == t.FAST_FLAT
+    assert t.default_config("fp8", 32760, 1544, 1536, cuda) == t.FAST_FLAT
+    assert set(t.candidates("fp8", 1536, 1536, bf16, cuda)) == {
+        t.PAIR, t.SINGLE, t.SMALL, t.FAST, t.FAST_FLAT, *t.LIBRARY["fp8"]
+    }  # fmt: skip
+    assert fast not in t.candidates("fp8", 1544, 1536, bf16, cuda)
+    assert all(c.path == "descriptor" for c in t.candidates("int8", 1536, 1536, bf16, cuda))
+    assert all(c.path == "pointer" for c in t.candidates("int8", 1537, 1536, bf16, cuda))
+    assert fast.fits("fp8")
+    assert not fast.fits("int8")
+    assert not t.LIBRARY["fp8"][0].fits("int8_block")
+
+
+@inside
+def test_a_choice_is_kept_by_shape_and_restored_from_what_was_saved(normal, monkeypatch):
+    from turbocompile.kernels import linear_choice as choice
+    from turbocompile.kernels import linear_triton as t
+
+    args = operands(normal, "int8", (40, 128), 24)
+    seen = []
+    monkeypatch.setattr(choice, "launch_linear", lambda *a: seen.append(a[-1]))
+    name = choice.key("int8", 40, 24, 128, FP32, args[0].device)
+    assert name == "cpu: int8 40x128 to 24, float32"
+    choice.launch_chosen(*args, FP32)
+    monkeypatch.setattr(choice, "_milliseconds", lambda calls, device: list(range(len(calls), 0, -1)))
+    times = choice.choose("int8", 40, 24, 128, FP32, args[0].device)
+    winner = next(iter(times))
+    assert list(times.values()) == sorted(times.values())
+    assert set(times) == set(t.candidates("int8", 24, 128, FP32, args[0].device))
+    choice.launch_chosen(*args, FP32)
+    choice.launch_chosen(*args, FP16)
+    kept = json.loads(json.dumps(choice.saved()))
+    choice.forget()
+    choice.launch_chosen(*args, FP32)
+    choice.restore(kept)
+    choice.launch_chosen(*args, FP32)
+    choice.forget()
+    assert seen == [None, winner, None, None, winner]
+    for wrong in ({"stages": 7}, {"path": "library"}):
+        with pytest.raises(ValueError, match="no declared configuration"):
+            choice.restore({name: kept[name] | wrong})
+    assert choice.saved() == {}
+
+
+@inside
+def test_exact_sums_can_be_asked_for(monkeypatch):
+    from turbocompile.kernels import linear_choice as choice
+
+    monkeypatch.setattr(choice, "_milliseconds", lambda calls, device: [1.0] * len(calls))
+    found = choice.choose("fp8", 40, 272, 128, FP32, torch.device("cpu"), promote=True)
+    choice.forget()
+    assert found
+    assert all(c.promote for c in found)
 
 
 @inside
