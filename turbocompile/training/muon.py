@@ -108,7 +108,8 @@ class Muon(torch.optim.Optimizer):
         momenta = [self.state[p]["momentum"] for p in parameters]
         gradients = _gradients(parameters)
         torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
-        directions = list(torch._foreach_lerp(gradients, momenta, _MOMENTUM))
+        directions = list(torch._foreach_mul(gradients, 1.0))  # copies: torch 2.11 shards _foreach_lerp in place alone
+        torch._foreach_lerp_(directions, momenta, _MOMENTUM)
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for i, parameter in enumerate(parameters):
             by_shape.setdefault(tuple(parameter.shape), []).append(i)
