@@ -34,7 +34,11 @@ from turbocompile.errors import UnsupportedError
 
 TANH_1 = tl.constexpr(-2.302208198144325)  # -2 sqrt(2 / pi) log2 e
 TANH_3 = tl.constexpr(-0.1029432395800235)  # the same times 0.044715
-SQRT_HALF = tl.constexpr(0.7071067811865476)
+# erfc(z) = (a1 t + ... + a5 t^5) exp(-z^2), t = 1 / (1 + p z), within 1.5e-7 for z >= 0 (Abramowitz and Stegun, 7.1.26)
+ERFC_P = tl.constexpr(0.3275911 * 0.7071067811865476)  # of x = sqrt(2) z, as all here
+ERFC_1, ERFC_2, ERFC_3 = tl.constexpr(0.254829592), tl.constexpr(-0.284496736), tl.constexpr(1.421413741)
+ERFC_4, ERFC_5 = tl.constexpr(-1.453152027), tl.constexpr(1.061405429)
+MINUS_HALF_LOG2E = tl.constexpr(-0.7213475204444817)
 
 
 @triton.jit
@@ -157,8 +161,11 @@ def _activate(x, ACT: tl.constexpr, DTYPE: tl.constexpr, FTZ: tl.constexpr):
     """act(x) of float32 x, rounded to DTYPE. x / (1 + exp(-2 u)) is x (1 + tanh u) / 2 without its cancellation."""
     if ACT == "tanh":
         x = x * _reciprocal(1.0 + _exp2(x * (TANH_1 + TANH_3 * (x * x)), FTZ), FTZ)
-    elif ACT == "erf":
-        x = 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
+    elif ACT == "erf":  # x erfc(|x| / sqrt 2) / 2 is gelu(x) of a negative x, and x less it of a positive one
+        t = _reciprocal(tl.abs(x) * ERFC_P + 1.0, FTZ)
+        sum = ((((t * ERFC_5 + ERFC_4) * t + ERFC_3) * t + ERFC_2) * t + ERFC_1) * t
+        part = 0.5 * x * sum * _exp2(x * x * MINUS_HALF_LOG2E, FTZ)
+        x = tl.where(x > 0, x - part, part)
     return x if ACT == "identity" else rounded(x, DTYPE, FTZ)
 
 
