@@ -101,12 +101,36 @@ def _finish(
         tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _halves(acc, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and the right half of the columns, in the registers where they are."""
+    return acc.reshape([BM, 2, BN // 2]).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _two_parts(
+    acc, out, out_tiles, scale, weight_scale, bias, residual, gate, row0, col0, rows, n, span,
+    BM: tl.constexpr, BN: tl.constexpr, TILED: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
+    RESIDUAL: tl.constexpr, GATE: tl.constexpr, DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """_finish of both halves."""
+    low, high = _halves(acc, BM, BN)
+    _finish(
+        low, out, out_tiles, scale, weight_scale, bias, residual, gate, row0, col0, rows, n, span,
+        BM, BN // 2, TILED, BIAS, GELU, RESIDUAL, GATE, DESCRIPTOR,
+    )  # fmt: skip
+    _finish(
+        high, out, out_tiles, scale, weight_scale, bias, residual, gate, row0, col0 + BN // 2, rows, n, span,
+        BM, BN // 2, TILED, BIAS, GELU, RESIDUAL, GATE, DESCRIPTOR,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["rows", "span"])
 def _linear(
     data, weight, out, out_tiles, scale, weight_scale, bias, residual, gate, data_m, weight_n, rows, n, k, span,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TILED: tl.constexpr,
     INTEGER: tl.constexpr, PROMOTE: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
-    GATE: tl.constexpr, ADDED: tl.constexpr, DESCRIPTOR: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr,
+    GATE: tl.constexpr, ADDED: tl.constexpr, DESCRIPTOR: tl.constexpr, PARTS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """ADDED: int32 becomes float32 by an addition (compute capability 8.0 converts 16 a clock, and adds 64).
 
@@ -147,15 +171,20 @@ def _linear(
                 acc = tl.dot(a, b.T, acc, max_num_imprecise_acc=BK)  # where the hardware's sums are short
             else:
                 acc = tl.dot(a, b.T, acc)
-        if HALVES:
-            low, high = acc.reshape([BM, 2, BN // 2]).permute(0, 2, 1).split()
-            _finish(
+        if PARTS == 4:
+            low, high = _halves(acc, BM, BN)
+            _two_parts(
                 low, out, out_tiles, scale, weight_scale, bias, residual, gate, row0, col0, rows, n, span,
                 BM, BN // 2, TILED, BIAS, GELU, RESIDUAL, GATE, DESCRIPTOR,
             )  # fmt: skip
-            _finish(
+            _two_parts(
                 high, out, out_tiles, scale, weight_scale, bias, residual, gate, row0, col0 + BN // 2, rows, n, span,
                 BM, BN // 2, TILED, BIAS, GELU, RESIDUAL, GATE, DESCRIPTOR,
+            )  # fmt: skip
+        elif PARTS == 2:
+            _two_parts(
+                acc, out, out_tiles, scale, weight_scale, bias, residual, gate, row0, col0, rows, n, span,
+                BM, BN, TILED, BIAS, GELU, RESIDUAL, GATE, DESCRIPTOR,
             )  # fmt: skip
         else:
             _finish(
@@ -177,7 +206,7 @@ class LinearConfig:
     programs: int = 1  # a multiprocessor, as registers and shared memory allow
     registers: int | None = None  # a thread may use at most; two programs of 8 warps share 65,536
     promote: bool = True  # fp8: add each block_k of K outside the tensor cores
-    halves: bool = False  # store the tile in two halves: half the shared memory for the way out
+    parts: int = 1  # 1, 2 or 4 in which a tile is stored: the shared memory for the way out holds one
     group: int = 8  # rows of tiles walked together: 8 of data's and the 16 of weight's in flight fit L2 at Wan's K
     flatten: bool = False  # one loop over tiles and K: the next tile's loads start before this one is stored
 
@@ -192,16 +221,19 @@ class LinearConfig:
 
 
 # The declared sets: a saved choice is one of these. 128 bytes of K are one swizzled row of shared memory.
-PAIR = LinearConfig("descriptor", 128, 128, programs=2, registers=128, halves=True)  # the docstring's count
+PAIR = LinearConfig("descriptor", 128, 128, programs=2, registers=128, parts=2)  # the docstring's count
 SINGLE = LinearConfig("descriptor", 128, 128, stages=4)  # no spills, and nothing hides the conversions
 TRIPLE = LinearConfig("descriptor", 64, 128, warps=4, stages=2, programs=3, registers=168)  # 64 KiB a program
 SMALL = LinearConfig("descriptor", 64, 128, warps=4, stages=4, programs=2)  # few rows: tiles for all multiprocessors
 # 3 stages and half a tile: 176 KiB, one program, whose way out nothing hides unless the loops are one. Square tiles
 # have a third more to read. Left out: warp specialization (Triton 3.6 and 3.9 ignore it with 8 warps, fail with 4).
-WIDE = LinearConfig("descriptor", 128, 256, halves=True)
-WIDE_FLAT = LinearConfig("descriptor", 128, 256, halves=True, flatten=True)
-FAST = LinearConfig("descriptor", 128, 256, promote=False, halves=True)  # in FP8 with sums cut short, 0.94-1.13x cuBLAS
-FAST_FLAT = LinearConfig("descriptor", 128, 256, promote=False, halves=True, flatten=True)
+WIDE = LinearConfig("descriptor", 128, 256, parts=2)
+WIDE_FLAT = LinearConfig("descriptor", 128, 256, parts=2, flatten=True)
+FAST = LinearConfig("descriptor", 128, 256, promote=False, parts=2)  # in FP8 with sums cut short, 0.94-1.13x cuBLAS
+FAST_FLAT = LinearConfig("descriptor", 128, 256, promote=False, parts=2, flatten=True)
+# 132 wide tiles in flight read least where they are 16 down and 8 right: a fifth less from memory than 8 and 16.
+FAST_DOWN = LinearConfig("descriptor", 128, 256, promote=False, parts=2, group=16)
+DEEP_FLAT = LinearConfig("descriptor", 128, 256, stages=4, promote=False, parts=4, group=16, flatten=True)  # 208 KiB
 # Elsewhere 100 KiB a multiprocessor: 64 bytes of K, so that four stages fit beside the tile on its way out.
 AMPERE = LinearConfig("pointer", 128, 128, 64, stages=4)
 AMPERE_SMALL = LinearConfig("pointer", 64, 128, 64, warps=4, stages=4, programs=2)
@@ -209,7 +241,7 @@ AMPERE_TILES = LinearConfig("pointer", 128, 128, stages=3)  # int8_block needs 1
 AMPERE_TILES_SMALL = LinearConfig("pointer", 64, 128, warps=4, stages=3, programs=2)
 LIBRARY = {"fp8": (LinearConfig("library"), LinearConfig("library", promote=False))}  # row-wise _scaled_mm
 CONFIGS = {
-    "fp8": (PAIR, SINGLE, SMALL, FAST, FAST_FLAT, AMPERE, AMPERE_SMALL),
+    "fp8": (PAIR, SINGLE, SMALL, FAST, FAST_FLAT, FAST_DOWN, DEEP_FLAT, AMPERE, AMPERE_SMALL),
     "int8": (WIDE, WIDE_FLAT, PAIR, SINGLE, SMALL, AMPERE, AMPERE_SMALL),
     "int8_block": (PAIR, SINGLE, TRIPLE, SMALL, AMPERE_TILES, AMPERE_TILES_SMALL),
 }
@@ -349,7 +381,7 @@ def launch_linear(
     if residual is not None:
         check(residual.shape == out.shape, f"a residual of {list(residual.shape)} is added to {list(out.shape)}")
         residual = residual.contiguous()
-    width = config.block_n // 2 if config.halves else config.block_n
+    width = config.block_n // config.parts
     operands: tuple[object, ...] = flat, weight, y, y
     if descriptor:
         operands = (
@@ -366,7 +398,7 @@ def launch_linear(
         BM=config.block_m, BN=config.block_n, BK=config.block_k, GROUP=config.group, TILED=format == "int8_block",
         INTEGER=format != "fp8", PROMOTE=config.promote, BIAS=bias is not None, GELU=gelu,
         RESIDUAL=residual is not None, GATE=gates is not None, ADDED=card.capability == (8, 0), DESCRIPTOR=descriptor,
-        HALVES=config.halves, FLATTEN=config.flatten,
+        PARTS=config.parts, FLATTEN=config.flatten,
         num_warps=config.warps, num_stages=config.stages, **limit,
     )  # fmt: skip
     return out
