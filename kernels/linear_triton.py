@@ -206,7 +206,7 @@ class LinearConfig:
     programs: int = 1  # a multiprocessor, as registers and shared memory allow
     registers: int | None = None  # a thread may use at most; two programs of 8 warps share 65,536
     promote: bool = True  # fp8: add each block_k of K outside the tensor cores
-    parts: int = 1  # 1, 2 or 4 in which a tile is stored: the shared memory for the way out holds one
+    parts: int = 1  # 1, 2 or 4 in which a tile of 16 bits is stored: the shared memory for the way out holds one
     group: int = 8  # rows of tiles walked together: 8 of data's and the 16 of weight's in flight fit L2 at Wan's K
     flatten: bool = False  # one loop over tiles and K: the next tile's loads start before this one is stored
 
@@ -383,7 +383,8 @@ def launch_linear(
     if residual is not None:
         check(residual.shape == out.shape, f"a residual of {list(residual.shape)} is added to {list(out.shape)}")
         residual = residual.contiguous()
-    width = config.block_n // config.parts
+    parts = min(4, config.parts * max(1, dtype.itemsize // 2))
+    width = config.block_n // parts
     operands: tuple[object, ...] = flat, weight, y, y
     if descriptor:
         operands = (
@@ -400,7 +401,7 @@ def launch_linear(
         BM=config.block_m, BN=config.block_n, BK=config.block_k, GROUP=config.group, TILED=format == "int8_block",
         INTEGER=format != "fp8", PROMOTE=config.promote, BIAS=bias is not None, GELU=gelu,
         RESIDUAL=residual is not None, GATE=gates is not None, ADDED=card.capability == (8, 0), DESCRIPTOR=descriptor,
-        PARTS=config.parts, FLATTEN=config.flatten,
+        PARTS=parts, FLATTEN=config.flatten,
         num_warps=config.warps, num_stages=config.stages, **limit,
     )  # fmt: skip
     return out
