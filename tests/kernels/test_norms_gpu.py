@@ -513,7 +513,9 @@ def test_the_ops_are_sound(make, sound):
 
 
 def test_torch_compile_takes_the_ops_whole(make):
-    for name, (op, _, args) in operations(make, make(1, 35, 1536), make(1, 35, 8960)).items():
+    found = operations(make, make(1, 35, 1536), make(1, 35, 8960))
+    for name in ("adaln", "residual_norm_quantize fp8", "qk_norm_rope", "quantize int8_block", "gelu_quantize int8"):
+        op, _, args = found[name]
         torch.compiler.reset()
         whole = torch.compile(lambda x, op=op, rest=args[1:]: op(x * 2, *rest), fullgraph=True)
         found, expected = whole(args[0]), op(args[0] * 2, *args[1:])
