@@ -38,10 +38,12 @@ BF16 = 2  # bytes
 BESIDE = ("torch", "compiled")
 SETS = 2  # of tensors, between which calls alternate
 SWEEP = tuple(
-    RowConfig(warps, rows, registers)
-    for warps, registers in ((1, 128), (2, 128), (4, 128), (4, 96), (8, 128), (16, 64), (16, None))
-    for rows in (4, 8, 16)
-)
+    RowConfig(warps, rows, registers, near)
+    for warps, registers, near in (
+        (1, 128, 8), (1, 128, 4), (2, 128, 8), (4, 128, 8), (4, 128, 4), (4, 96, 8), (8, 128, 8), (16, 64, 8),
+    )
+    for rows in (8, 16)
+)  # fmt: skip
 
 Call = Callable[[], object]
 
@@ -179,7 +181,7 @@ def measure(shape: Shape, sets: tuple[Case, ...], beside: Sequence[str], sweep: 
     if sweep and "int8_block" not in case.name:  # its tiles have one configuration
         for config in SWEEP:
             if 16 <= case.elements // shape.tokens // (32 * config.warps) <= 64:
-                name = f"{config.warps} warps, {config.rows} rows, {config.registers} registers"
+                name = f"{config.warps} warps, {config.rows} rows, {config.registers} registers, {config.near} near"
                 calls[name] = [partial(c.kernel, config) for c in sets]
     times = replayed(calls)
     medians = {name: statistics.median(t) for name, t in times.items()}

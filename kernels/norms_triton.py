@@ -296,7 +296,7 @@ def norm_into(
     config = config or row_config(min(WIDEST, (w0 + w1) * wider), rows, x.device)
     _norm_rows[(triton.cdiv(v.shape[1], config.rows), v.shape[0])](
         v, *wide, *narrow, residual, moments, out_scale, *row_strides(v), *strides, v.shape[1], config.rows, norm.eps,
-        C=width, W0=w0, W1=w1, NEAR=neighbours((w0, w1), config.warps, 8), RMS=norm.kind == "rms",
+        C=width, W0=w0, W1=w1, NEAR=neighbours((w0, w1), config.warps, config.near), RMS=norm.kind == "rms",
         OUT="moments" if tiles else form, **limits, num_warps=config.warps, num_stages=1, **config.limit(x),
     )  # fmt: skip
     if tiles:

@@ -257,6 +257,7 @@ class RowConfig:
     warps: int
     rows: int  # a program takes
     registers: int | None = None  # a thread may use at most, with 16-bit x
+    near: int = 8  # neighbours in a thread at most, where it reads float32 vectors: 16, 64 bytes, are served 2 a clock
 
     def limit(self, x: torch.Tensor) -> dict[str, int]:
         """The limit as a launch takes it; float32 x needs more."""
@@ -272,6 +273,7 @@ ROW_CONFIGS = {
     14336: RowConfig(8, 8, 128),
     WIDEST: RowConfig(16, 8),
 }
+STORED = 16  # bytes that a thread stores at once
 TILE_WARPS = 8  # 64 elements a thread
 
 
@@ -300,10 +302,7 @@ def pieces(width: int, least: int = 256, count: int = 2) -> tuple[int, ...]:
 
 
 def neighbours(widths: tuple[int, ...], warps: int, most: int) -> int:
-    """How many neighbours a thread holds in pieces of these widths, so that all pieces lie alike in the threads.
-
-    most: 16 bytes of what is stored, and 8 where float32 vectors are read: threads 64 bytes apart are served 2 a clock.
-    """
+    """How many neighbours a thread holds in pieces of these widths, so that all pieces lie alike in the threads."""
     return max(1, min(most, min(w for w in widths if w) // (32 * warps)))
 
 
@@ -367,7 +366,7 @@ def quantize_into(
     w0, w1, w2 = widths
     _quantize_rows[(triton.cdiv(v.shape[1], config.rows), v.shape[0])](
         v, data, scale, *row_strides(v), v.shape[1], config.rows,
-        C=width, W0=w0, W1=w1, W2=w2, NEAR=neighbours(widths, config.warps, 16), ACT=act, FORMAT=format, FTZ=gpu,
+        C=width, W0=w0, W1=w1, W2=w2, NEAR=neighbours(widths, config.warps, STORED), ACT=act, FORMAT=format, FTZ=gpu,
         **limits, num_warps=config.warps, num_stages=1, **config.limit(x),
     )  # fmt: skip
 
