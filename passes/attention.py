@@ -2,12 +2,14 @@
                                      ->   sage_attention(q, k, v, scale)           kind: sage, quantizing
    sla_attention(q, k, v, ..., "none")  ->   sla_attention(q, k, v, ..., pv)          kind: sla, quantizing
 
-Attention written as SDPA or as products around a softmax, with grouped heads or without. `auto` is what the target and
-the checkpoint ask for. In an SLA model, what cannot be sparse (cross-attention) is what `auto` gives to other models.
+Attention written as SDPA or as products around a softmax, with grouped heads or without. `auto` chooses for each site
+by its size and the target (turbocompile/hardware.py). In an SLA model, what cannot be sparse (cross-attention) is what
+`auto` gives to other models. Each attention node carries why it is what it is, for the report.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,7 +18,8 @@ from torch import fx
 from turbocompile.kernels import ops
 from turbocompile.passes import sla
 
-from turbocompile.hardware import choose_attention, choose_pv
+from turbocompile.attentions import WHY, because
+from turbocompile.hardware import AttentionChoice, AttentionShape, choose_attention, choose_pv, has_sage
 from turbocompile.match import Match, Pass, rewrite
 from turbocompile.program import Subgraph, is_op, shape
 from turbocompile.sites import BHLD, BLHD, Operands, operands, permuted, reshaped, softmax_attentions
@@ -33,18 +36,27 @@ def product_format(options: Mapping[str, Any], kind: str) -> str:
 
 def kind_of(options: Mapping[str, Any]) -> str:
     """What the pass does to numbers under these options. (That an SLA is another function is the sla pass's.)"""
-    kind = sla.resolved_kind(options)
-    exact = kind == "native" or (kind == "sla" and product_format(options, kind) == "none")
-    return "exact" if exact else "quantizing"
+    kind = options.get("kind", "auto")
+    if sla.wants_sla(options):
+        quantizes = product_format(options, "sla") != "none"
+    else:
+        quantizes = kind == "sage" or (kind == "auto" and has_sage(options.get("target", "cpu")))
+    return "quantizing" if quantizes else "exact"
 
 
-def dense_kind(options: Mapping[str, Any]) -> str:
+def choose(m: Match, found: Operands) -> AttentionChoice:
     """native or sage: for an attention that is no SLA."""
-    kind = sla.resolved_kind(options)
-    if kind != "sla":
-        return kind
-    in_floats = product_format(options, "sla") == "none"
-    return "native" if in_floats else choose_attention(options.get("target", "cpu"))
+    kind, target = m.options.get("kind", "auto"), m.options.get("target", "cpu")
+    if kind in ("native", "sage"):
+        return AttentionChoice(kind, "the recipe asks for it")
+    if sla.wants_sla(m.options) and product_format(m.options, "sla") == "none":
+        return AttentionChoice("native", "an SLA would be in floating point here, and so is this attention")
+    (batch, heads, length, head_dim), keys = shape(found.q), shape(found.k)[-2]
+    chosen = choose_attention(
+        target, AttentionShape(length, keys, batch * heads, head_dim), product_format(m.options, "sage")
+    )
+    # A twin at a small shape is to be what the engine's shapes are, whatever would pay at its own.
+    return m.options.get("choices", {}).get(m.site, chosen)
 
 
 def refusal(found: Operands) -> str | None:
@@ -61,7 +73,7 @@ def refusal(found: Operands) -> str | None:
     return None
 
 
-def native(m: Match, found: Operands) -> fx.Node:
+def native(m: Match, found: Operands, why: str) -> fx.Node:
     """SDPA in one spelling: what has its default is not given."""
     options = {
         "attn_mask": found.mask,
@@ -71,13 +83,14 @@ def native(m: Match, found: Operands) -> fx.Node:
     }
     given = {name: value for name, value in options.items() if value is not None}
     attended = m.op(aten.scaled_dot_product_attention.default, found.q, found.k, found.v, **given)
-    return reshaped(m, attended, shape(m.root))
+    return reshaped(m, because(m, attended, why), shape(m.root))
 
 
-def sage(m: Match, found: Operands, pv: str) -> fx.Node:
+def sage(m: Match, found: Operands, why: str) -> fx.Node:
     q, k, v = (permuted(m, n, BHLD, BLHD) for n in (found.q, found.k, found.v))
+    pv = product_format(m.options, "sage")
     attended = m.op(ops.sage_attention, q, k, v, float(found.scale_value), found.is_causal, pv)
-    return reshaped(m, permuted(m, attended, BLHD, BHLD), shape(m.root))
+    return reshaped(m, permuted(m, because(m, attended, why), BLHD, BHLD), shape(m.root))
 
 
 def all_attentions(sub: Subgraph) -> Iterator[fx.Node]:
@@ -88,19 +101,21 @@ def all_attentions(sub: Subgraph) -> Iterator[fx.Node]:
 @rewrite(candidates=all_attentions)
 def attention(m: Match) -> fx.Node | str:
     if is_op(m.root, ops.sla_attention):
-        return m.op(m.root.target, *m.root.args[:-1], product_format(m.options, "sla"))
+        made = m.op(m.root.target, *m.root.args[:-1], product_format(m.options, "sla"))
+        return because(m, made, m.root.meta.get(WHY, ""))
     found = operands(m)
     if isinstance(found, str):
         return found
     if m.options.get("kind") == "sla" and sla.refusal(m, found) == sla.UNTUNED:
+        warnings.warn(f"{m.site}: no SLA, since {sla.UNTUNED}", stacklevel=2)
         return sla.UNTUNED
-    if dense_kind(m.options) == "native":
-        return native(m, found)
+    choice = choose(m, found)
+    if choice.kind == "native":
+        return native(m, found, choice.why)
     reason = refusal(found)
     if reason is None:
-        return sage(m, found, product_format(m.options, "sage"))
-    named = m.options.get("kind") == "sage"
-    return reason if named or is_op(m.root, aten.scaled_dot_product_attention) else native(m, found)
+        return sage(m, found, choice.why)
+    return reason if m.options.get("kind") == "sage" else native(m, found, reason)
 
 
 PASS = Pass("attention", kind_of, [attention])

@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx
 from turbocompile.kernels import ops
 
-from turbocompile.hardware import choose_attention
+from turbocompile.attentions import because
 from turbocompile.match import Match, Pass, rewrite
 from turbocompile.program import SHELL, dtype, module_path, shape
 from turbocompile.sites import (
@@ -41,13 +41,11 @@ def checkpoint_keys(options: Mapping[str, Any]) -> frozenset[str]:
     return options.get("checkpoint_keys", frozenset())
 
 
-def resolved_kind(options: Mapping[str, Any]) -> str:
-    """native, sage or sla: what `kind` means for the target and the checkpoint."""
+def wants_sla(options: Mapping[str, Any]) -> bool:
+    """Whether the recipe asks for SLA: by name, or by `auto` on a checkpoint that was trained with it."""
     kind = options.get("kind", "auto")
-    if kind != "auto":
-        return kind
     trained = any(key.endswith(f".{PROJECTION}.weight") for key in checkpoint_keys(options))
-    return choose_attention(options.get("target", "cpu"), sla_trained=trained)
+    return kind == "sla" or (kind == "auto" and trained)
 
 
 def projection_path(m: Match) -> str | None:
@@ -91,13 +89,15 @@ def projection(m: Match, name: str, sizes: tuple[int, ...], like: fx.Node) -> fx
 
 @rewrite(candidates=softmax_attentions)
 def sparse(m: Match) -> fx.Node | str:
-    if resolved_kind(m.options) != "sla":
+    if not wants_sla(m.options):
         return "the recipe does not ask for SLA"
     found = operands(m)
     reason = found if isinstance(found, str) else refusal(m, found)
     if isinstance(found, str) or reason is not None:
         return str(reason)
+    why = "the checkpoint was trained with SLA: it has proj_l"
     if projection_path(m) is None:
+        why = "the recipe asks for it (allow_untuned), though the checkpoint was not trained with SLA"
         warnings.warn(f"{m.site}: {UNTUNED}", stacklevel=2)
     head_dim = shape(found.q)[-1]
     q, k, v = (permuted(m, n, BHLD, BLHD) for n in (found.q, found.k, found.v))
@@ -105,7 +105,7 @@ def sparse(m: Match) -> fx.Node | str:
     o = m.options
     blocks = (float(o.get("topk", 0.1)), int(o.get("block_q", 128)), int(o.get("block_k", 64)))
     attended = m.op(ops.sla_attention, q, k, v, weight, bias, *blocks, "softmax", "none")
-    return reshaped(m, permuted(m, attended, BLHD, BHLD), shape(m.root))
+    return reshaped(m, permuted(m, because(m, attended, why), BLHD, BHLD), shape(m.root))
 
 
 PASS = Pass("sla", "semantic", [sparse], section="attention")

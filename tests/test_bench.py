@@ -10,12 +10,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from turbocompile.bench import Bench, bench, bench_path, example, read_record, record_path, save_record
+from turbocompile.bench import Bench, bench, bench_path, example, read_record, record_path, save_record, time_attentions
 from turbocompile.build import optimize_recipe
 from turbocompile.cli import main
 from turbocompile.engine import load
 from turbocompile.errors import RecipeError, UnsupportedError
-from turbocompile.recipe import load_recipe
+from turbocompile.recipe import Recipe, load_recipe
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -56,6 +56,13 @@ def test_times_are_of_the_whole_forward(found):
     assert 1 / 3 < sum(op.seconds for op in found.ops) / found.seconds < 3
     assert [op.seconds for op in found.ops] == sorted((op.seconds for op in found.ops), reverse=True)
     assert (found.ungraphed, found.launch, found.peak) == (None, None, None)
+
+
+def test_each_attention_is_timed_by_its_site(folder):
+    program = next(iter(load(folder).programs.values()))
+    times = time_attentions(program, torch.device("cpu"))
+    assert list(times) == ["blocks:attn1", "blocks:attn2"]
+    assert all(0 < seconds < 10 for seconds in times.values())
 
 
 def test_the_inputs_are_what_the_program_takes(folder):
@@ -134,3 +141,24 @@ class TestCuda:
         # Alone and in a row the operations take what they take in the forward, but for caches and gaps.
         assert 0.5 < sum(op.seconds for op in found.ops) / found.seconds < 1.5
         assert all(op.seconds > 0 for op in found.ops)
+
+    @pytest.mark.parametrize(
+        ("attention", "kinds"),
+        [
+            ("native", ["native", "native"]),
+            ("sage", ["sage", "sage"]),
+            ({"kind": "sla", "allow_untuned": True}, ["sla", None]),
+        ],
+        ids=str,
+    )
+    def test_a_build_on_a_gpu_runs_and_times_each_attention(self, tmp_path, attention, kinds):
+        recipe = load_recipe(EXAMPLES / "wan-mini.yaml", ["target=host", "components=none"])
+        passes = replace(recipe.passes, attention=Recipe.from_dict(
+            {"model": {"preset": "wan-tiny"}, "passes": {"attention": attention}}
+        ).passes.attention)  # fmt: skip
+        report = optimize_recipe(replace(recipe, passes=passes), tmp_path / "engine")
+        assert report.measured_on == torch.cuda.get_device_name()
+        assert [a.role for a in report.attention] == ["self", "cross"]
+        for site, kind in zip(report.attention, kinds, strict=True):
+            assert kind is None or site.kind == kind
+            assert site.seconds > site.cost.seconds(report.gpu())  # a floor

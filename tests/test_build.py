@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from turbocompile import attentions, build, hardware
 from turbocompile.build import optimize_recipe
 from turbocompile.check import verify_folder
 from turbocompile.engine import load, read_manifest
@@ -183,15 +184,101 @@ def test_quantizing_passes_run_on_the_cpu_where_they_are_named(tmp_path, passes,
     assert found.errors["transformer"].rel_l1 > 1e-6
 
 
+def paying_from(monkeypatch, tokens):
+    """On sm90, Sage is twice as fast as SDPA from so many queries and keys on."""
+    rows = hardware._speeds("measured", "fp8", 1, 128, (tokens, tokens, 2.0))
+    monkeypatch.setattr(hardware, "_SAGE_SPEEDUP", {"sm90": rows})
+
+
+def test_what_is_measured_is_what_auto_chose_at_the_engines_shapes(monkeypatch):
+    """The twin has 192 tokens, one shape of the engine fewer and one more: only the largest pays."""
+    sizes = [SMALL, {"height": 128, "width": 160, "num_frames": 17}]  # 32 and 400 tokens
+    made = {"target": "sm90", "shapes": sizes, "components": "none", "passes": {"w8a8": "off"}}
+    for tokens, kind in ((300, "sage"), (1000, "native")):
+        paying_from(monkeypatch, tokens)
+        for shapes in (sizes, sizes[::-1]):
+            report = optimize_recipe(recipe(**{**made, "shapes": shapes}), None, dry_run=True)
+            done = report.passes["attention"]
+            assert (done.rewritten, done.sites) == (4, 4)
+            # FP8 and INT8 show as a percent at the site; SDPA in bf16 differs from itself by nothing
+            assert (done.error["rel_l1"] > 0.01) == (kind == "sage")
+            row = next(a for a in report.attention if a.role == "self")
+            assert row.kind == (kind if row.queries == 400 else "native")
+
+
+def test_the_report_has_a_row_for_each_attention(tmp_path):
+    report = optimize_recipe(recipe(components="none"), tmp_path / "engine")
+    assert load(tmp_path / "engine").report.attention == report.attention
+    rows = [(a.site, a.count, a.kind, a.role, a.queries, a.keys, a.heads, a.head_dim) for a in report.attention]
+    assert rows == [
+        ("blocks:attn1", 2, "native", "self", 32, 32, 4, 64),
+        ("blocks:attn2", 2, "native", "cross", 32, 512, 4, 64),
+    ]
+    assert {a.why for a in report.attention} == {"8-bit attention does not pay on cpu"}
+    assert all(a.seconds is None for a in report.attention)
+    assert (report.measured_on, "measure" in report.stages) == ("", False)
+    # the same figures as the table of operations has
+    costs = {(op.name, op.shapes): op for op in report.ops}
+    for a in report.attention:
+        op = costs[a.cost.name, a.cost.shapes]
+        assert (a.cost.work, a.cost.bytes, a.cost.count) == (op.work, op.bytes, op.count)
+
+
+def test_the_two_cross_attentions_of_an_image_model_are_two_rows():
+    made = recipe(model={"preset": "wan-tiny-i2v-image", "weights": "synthetic"})
+    rows = optimize_recipe(made, None, dry_run=True).attention
+    assert [a.site for a in rows] == ["blocks:attn1", "blocks:attn2", "blocks:attn2#2"]
+    assert [a.role for a in rows] == ["self", "cross", "cross"]
+    assert len({a.keys for a in rows}) == 3
+
+
+def test_an_engine_without_rewrites_says_so_of_its_attentions():
+    report = optimize_recipe(recipe(passes={"enabled": False}), None, dry_run=True)
+    assert {a.why for a in report.attention} == {"no pass looked at it"}
+    report = optimize_recipe(recipe(passes={"attention": {"enabled": False}}), None, dry_run=True)
+    assert {a.why for a in report.attention} == {"switched off in the recipe (enabled: false)"}
+
+
+def test_the_attentions_are_timed_on_the_card_that_the_engine_is_for(tmp_path, monkeypatch):
+    asked = []
+
+    def times(program, device):
+        asked.append(device.type)
+        return {"blocks:attn1": 0.25, "blocks:attn2": 0.125}
+
+    monkeypatch.setattr(build, "time_attentions", times)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    for target, measured in (("sm90", [0.5, 0.25]), ("sm80", [None, None]), ("cpu", [None, None])):
+        folder = tmp_path / target
+        report = optimize_recipe(recipe(target=target, components="none", verify="off"), folder)
+        assert [a.seconds for a in report.attention] == measured
+        assert report.measured_on == ("NVIDIA H100 80GB HBM3" if target == "sm90" else "")
+        assert [a.seconds for a in load(folder).report.attention] == measured
+    assert asked == ["cuda"]
+
+    def out_of_memory(program, device):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(build, "time_attentions", out_of_memory)
+    report = optimize_recipe(recipe(target="sm90", components="none", verify="off"), tmp_path / "full")
+    assert report.attention[0].seconds is None
+    assert "too little free memory" in report.warnings[-1]
+
+
 def test_an_untuned_sla_is_refused_site_by_site_unless_it_is_allowed(tmp_path):
-    refused = optimize_recipe(recipe(passes={"attention": "sla"}), None, dry_run=True).to_dict()["passes"]
+    report = optimize_recipe(recipe(passes={"attention": "sla"}), None, dry_run=True)
+    assert ["no SLA" in w for w in report.warnings] == [True]
+    refused = report.to_dict()["passes"]
     assert refused["attention"]["rewritten"] == refused["attention"]["sites"] or any(
         "allow_untuned" in s["reason"] for s in refused["attention"]["skipped"]
     )
     assert "sla" not in refused
     allowed = {"attention": {"kind": "sla", "allow_untuned": True, "topk": 0.5}}
     report = optimize_recipe(recipe(passes=allowed, components="none"), tmp_path / "engine")
-    assert any("sla" in w.lower() for w in report.warnings)
+    assert ["not trained with SLA" in w for w in report.warnings] == [True]
+    assert attentions.untuned(report.attention) == ["blocks:attn1"]
     assert torch.isfinite(load(tmp_path / "engine")(**call(load(tmp_path / "engine"))).sample).all()
 
 
@@ -282,6 +369,7 @@ def test_an_existing_folder_is_refused_before_anything_is_done(tmp_path):
 
 DRY = """
 import json, resource
+from turbocompile import attentions, build, hardware
 from turbocompile.build import optimize_recipe
 from turbocompile.recipe import Recipe
 report = optimize_recipe(Recipe.from_dict(json.loads(input())), None, dry_run=True)

@@ -252,6 +252,24 @@ def test_rcm_of_an_undistilled_checkpoint_warns(tmp_path, distilled):
     assert all("rCM-distilled" in sentence for sentence in told)
 
 
+@pytest.mark.parametrize("untuned", [False, True])
+def test_an_sla_that_the_checkpoint_was_not_trained_with_warns(tmp_path, untuned):
+    from turbocompile.wan.example import write_example
+
+    write_example(tmp_path / "wan")
+    attention = {"kind": "sla", "allow_untuned": True, "topk": 0.5} if untuned else "native"
+    sampler = {"kind": "unipc", "steps": 1, "guidance": 1.0}
+    made = recipe(None, model={"path": str(tmp_path / "wan")}, sampler=sampler, passes={"attention": attention})
+    optimize_recipe(made, tmp_path / "engine")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        generate(tmp_path / "engine", PROMPT)
+    told = [str(w.message) for w in caught if w.category is SamplingWarning]
+    assert ["not trained with SLA, which the engine has at blocks:attn1" in sentence for sentence in told] == [
+        True
+    ] * untuned
+
+
 def test_shapes_are_named_with_or_without_the_batch():
     shapes = (Shape(64, 64, 5), Shape(64, 64, 5, 2), Shape(64, 96, 5))
     assert choose_shape(shapes, None) is shapes[0]

@@ -5,7 +5,7 @@ import torch
 
 from turbocompile import hardware
 from turbocompile.errors import UnsupportedError
-from turbocompile.hardware import GPUS, TARGETS
+from turbocompile.hardware import GPUS, TARGETS, AttentionChoice, AttentionShape
 
 
 def test_every_gpu_target_has_a_card_and_every_card_a_target():
@@ -85,10 +85,61 @@ def test_the_linear_format_that_pays_is_chosen():
         assert format == "off" or hardware.linear_speedup(target, format) > 1
 
 
-def test_attention_and_pv_follow_the_target_and_the_checkpoint():
-    assert hardware.choose_attention("cpu") == "native"
-    assert hardware.choose_attention("sm90") == "sage"
-    assert {hardware.choose_attention(t, sla_trained=True) for t in TARGETS} == {"sla"}
+def choice(queries, keys=None, heads=12, head_dim=128, target="sm90", pv="fp8"):
+    return hardware.choose_attention(target, AttentionShape(queries, keys or queries, heads, head_dim), pv)
+
+
+def test_a_video_of_wan_has_sage_for_its_self_attention_on_cards_where_that_is_known_to_pay():
+    for tokens, heads in ((32760, 12), (32760, 40), (75600, 40)):
+        assert choice(tokens, heads=heads).kind == "sage"
+        assert choice(tokens, heads=heads, target="sm89").kind == choice(tokens, heads=heads, target="sm120").kind
+    assert choice(32760).why == (
+        "Sage (fp8) has 1.35 times the speed of SDPA at 32,760 x 32,760 tokens, 12 heads of 128, measured on an H100"
+    )
+    assert choice(32760, pv="fp16").kind == "native"
+    assert "0.72 times" in choice(32760, pv="fp16").why
+
+
+def test_what_nobody_measured_stays_as_it_is_and_says_so():
+    assert choice(32760, target="cpu") == AttentionChoice("native", "8-bit attention does not pay on cpu")
+    for target in ("sm80", "sm86"):
+        assert choice(32760, target=target).why == f"8-bit attention was not measured on {target}"
+    small = choice(8, heads=1)
+    assert small.kind == "native"
+    assert small.why == "8 x 8 tokens, 1 head of 128: smaller than all that Sage (fp8) was measured at on sm90"
+
+
+def test_the_nearest_smaller_attention_of_the_table_decides(monkeypatch):
+    rows = (
+        *hardware._speeds("measured", "fp8", 12, 128, (1000, 1000, 0.8), (2000, 2000, 1.2), (4000, 500, 1.04)),
+        *hardware._speeds("measured", "fp8", 12, 64, (3000, 3000, 1.5)),
+    )
+    monkeypatch.setattr(hardware, "_SAGE_SPEEDUP", {"sm90": rows})
+    kinds = {
+        (1000, 1000): "native", (1900, 1900): "sage", (1700, 1700): "native", (9000, 2000): "sage",
+        (4000, 500): "native",  # faster, by less than a card drifts
+        (4000, 900): "native", (800, 800): "native",
+    }  # fmt: skip
+    assert {size: choice(*size).kind for size in kinds} == kinds
+    assert choice(2000, heads=4).why.startswith("2,000 x 2,000 tokens, 4 heads of 128: smaller than all")
+    assert choice(2000, head_dim=96).kind == "sage"  # computed as 128
+    assert choice(2000, head_dim=64).kind == "native"
+    assert choice(3000, head_dim=40).kind == "sage"  # computed as 64
+
+
+def test_every_speed_of_the_table_says_where_it_comes_from():
+    for target, rows in hardware._SAGE_SPEEDUP.items():
+        assert target in TARGETS
+        assert hardware.has_sage(target)
+        for row in rows:
+            assert row.source.startswith(("measured on", "published for"))
+            assert row.pv in ("fp8", "fp16")
+            assert row.pv == "fp16" or hardware.has_fp8(target)
+            assert 0 < row.speedup < 10
+    assert not hardware.has_sage("cpu")
+
+
+def test_the_format_of_the_product_with_v_follows_the_target():
     assert {t: hardware.choose_pv(t) for t in ("sm80", "sm86", "sm89", "sm90", "sm120")} == {
         "sm80": "fp16", "sm86": "fp16", "sm89": "fp8", "sm90": "fp8", "sm120": "fp8"
     }  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from turbocompile.attentions import AttentionSite, Sparsity
 from turbocompile.capture import capture
 from turbocompile.cost import OpCost
 from turbocompile.errors import EngineError, UnsupportedError
@@ -90,6 +91,21 @@ def test_a_report_survives_json_and_files(report, tmp_path):
     assert Report.load(tmp_path / "report.json") == report
 
 
+def test_attentions_survive_json_with_their_least_time():
+    report = Report({}, (), attention=(SLA, NATIVE), measured_on="NVIDIA H100 80GB HBM3", target="sm90")
+    data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert Report.from_dict(data) == report
+    first, second = data["attention"]
+    assert first["least_seconds"] == pytest.approx(COST.seconds(GPUS["h100"]))
+    assert (first["seconds"], second["seconds"]) == (0.0375, None)
+    assert first["sparsity"] == {"topk": 0.1, "block_q": 128, "block_k": 64, "kept": 51, "blocks": 512, "tuned": True}
+    assert second["sparsity"] is None
+    on_ampere = Report({}, (), attention=(SLA,), target="sm80").to_dict()["attention"][0]
+    assert on_ampere["least_seconds"] is None  # which has no FP8
+    before = {k: v for k, v in report.to_dict().items() if k not in ("attention", "measured_on")}
+    assert Report.from_dict(before).attention == ()  # written before there were such rows
+
+
 def test_several_shapes_share_parameters(program):
     larger = capture(Feed(), (torch.randn(2, 30, 8),), {})
     one, both = Report.from_results([], program), Report.from_results([], {"small": program, "large": larger})
@@ -122,11 +138,23 @@ def test_an_error_is_a_measured_number_or_null_with_the_reason():
     assert nothing.error_reason == "nothing was rewritten"
 
 
+COST = OpCost("turbocompile.sla_attention", "blocks", ("attn1",), "", 30, {"int8": 10**12, "fp8": 10**12}, 10**9)
+SLA = AttentionSite(
+    "blocks:attn1", 30, "sla", "self", 1, 32760, 32760, 12, 128, "fp8", "the checkpoint was trained with SLA", COST,
+    Sparsity(0.1, 128, 64, 51, 512, True), seconds=0.0375,
+)  # fmt: skip
+NATIVE = AttentionSite(
+    "blocks:attn2", 30, "native", "cross", 2, 32760, 512, 12, 128, None, "8-bit attention was not measured on sm90",
+    OpCost("aten.scaled_dot_product_attention", "blocks", ("attn2",), "", 30, {"bf16": 10**12}, 10**9),
+)  # fmt: skip
+ATTENTION = SLA.to_dict()
+
 DAMAGED = [
     None, [], {}, {"passes": []}, {"passes": {"norms": {"kind": "exact"}}}, {"ops": [{}]}, {"ops": "x"},
     {"activation_bytes": -1}, {"activation_bytes": 10**60}, {"engine_bytes": "many"}, {"stages": {"capture": "long"}},
     {"stages": {"capture": 1e300}}, {"shapes": [{"name": "x", "inputs": {"x": [1.5]}}]}, {"parameters": [1]},
-    {"others": {"transformer_2": {}}},
+    {"others": {"transformer_2": {}}}, {"attention": [{}]}, {"attention": [{**ATTENTION, "count": -1}]},
+    {"attention": [{**ATTENTION, "seconds": "long"}]}, {"attention": [{**ATTENTION, "sparsity": {"topk": 0.1}}]},
 ]  # fmt: skip
 
 
@@ -193,6 +221,30 @@ def test_a_terminal_shows_every_pass_reason_and_figure(report):
     assert repr(report) in terminal(report, width=120)
 
 
+def test_a_terminal_and_a_page_show_each_attention():
+    report = Report({}, (), attention=(SLA, NATIVE), measured_on="NVIDIA H100 80GB HBM3", target="sm90")
+    text, page = terminal(report, width=240), parser_text(report.to_html())
+    lines = {line.split("  ")[0]: line for line in text.splitlines()}
+    for expected in (
+        "sla fp8",
+        "self, 32,760 x 32,760 tokens, 12 x 128",
+        "51 of 512 blocks of 64 (top-k 0.1)",
+        "37.5 ms",
+    ):
+        assert expected in lines["blocks:attn1"]
+        assert expected in page
+    for expected in ("native", "cross, 2 x 32,760 x 512 tokens", " all ", "8-bit attention was not measured on sm90"):
+        assert expected in lines["blocks:attn2"]
+    title = (
+        "Attention: what each site became, its least time on an H100 SXM, and as measured on an NVIDIA H100 80GB HBM3"
+    )
+    assert title in text
+    assert title in page
+    both = Report({}, (), others={"transformer_2": report})
+    assert f"{title} of transformer_2" in terminal(both, width=240)
+    assert "as measured" not in terminal(Report({}, (), attention=(NATIVE,)), width=240)
+
+
 def test_the_skipped_column_counts_sites_not_names(report):
     row = next(line for line in terminal(report).splitlines() if line.startswith("w8a8") and "quantizing" in line)
     assert row.split()[2:5] == ["26", "20", "6"]
@@ -247,7 +299,8 @@ def test_a_page_is_complete_and_escapes_everything(report):
     bad = Report(
         passes, (op,), module=evil, model=evil, target=evil, dtype=evil, backend=evil, weights=evil,
         stages={evil: 1.0}, warnings=(evil,), versions={evil: evil}, parameters={evil: 1},
-        others={evil: Report(passes, ())},
+        others={evil: Report(passes, ())}, measured_on=evil,
+        attention=(AttentionSite(evil, 1, evil, evil, 1, 1, 1, 1, 1, evil, evil, op),),
     )  # fmt: skip
     for page in (bad.to_html(), bad._repr_html_(), report.to_html(), report._repr_html_()):
         parser = _Balanced()

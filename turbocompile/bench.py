@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import fx
 
+from turbocompile.attentions import named_attentions
 from turbocompile.backends.triton import SOURCE
 from turbocompile.cost import OpCost, alike, cost
 from turbocompile.errors import UnsupportedError
@@ -240,6 +241,21 @@ def _alone(call: Callable[[], object], cuda: bool) -> float:
     except RuntimeError:  # it cannot be recorded: its launches count too
         return _median(call, REPEATS, True)
     return _median(graph.replay, 3, True) / REPEATS
+
+
+def time_attentions(program: Program, device: torch.device) -> dict[str, float]:
+    """Seconds of one run of each attention, by its site, on N(0, 1) in the shapes and strides of its operands."""
+    found = {}
+    for graph, sub in program.graphs.items():
+        for site, node in named_attentions(graph, sub) if program.count(graph) else ():
+            values = {n: _normal(n.meta["val"], device) for n in node.all_input_nodes}
+            args, kwargs = (fx.map_arg(x, values.__getitem__) for x in (node.args, dict(node.kwargs)))
+            found[site] = _alone(lambda t=node.target, a=args, k=kwargs: t(*a, **k), device.type == "cuda")  # type: ignore[misc]
+    return found
+
+
+def _normal(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device).normal_()
 
 
 class _Operations:

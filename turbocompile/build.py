@@ -15,12 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from turbocompile.attentions import chosen
 from turbocompile.backends import get_backend
+from turbocompile.bench import time_attentions
 from turbocompile.capture import capture
 from turbocompile.engine import Engine, module_entry, new_folder, seal, weight_plan
 from turbocompile.errors import EngineError, VerificationError
+from turbocompile.hardware import AttentionChoice, target_of
+from turbocompile.lineage import GraphView, begin, graph_views
 from turbocompile.normalize import normalize
-from turbocompile.pipeline import PassResult, run_passes
+from turbocompile.page import page
+from turbocompile.pipeline import PASSES, PassResult, load_pass, run_passes
 from turbocompile.printer import print_program
 from turbocompile.program import Program, is_op
 from turbocompile.recipe import Recipe, Shape, load_recipe
@@ -37,16 +42,23 @@ Progress = Callable[[str, float], None]
 
 @dataclass
 class Compiled:
-    """One module, compiled: Programs by shape name, what the passes did, and the printed graph after each pass."""
+    """One module, compiled: Programs by shape name, what the passes did, and the printed graph after each pass.
+
+    views: the graphs at the first shape before and after the passes.
+    times: measured seconds of each attention at the first shape, by its site, on the card `measured_on`.
+    """
 
     name: str
     programs: dict[str, Program]
     results: list[PassResult]
     printed: dict[str, str]
+    views: dict[str, GraphView]
     plan: dict[str, Emission]
     constants: dict[str, torch.Tensor]
     warnings: list[str] = field(default_factory=list)
     unmeasured: str = ""
+    times: dict[str, float] = field(default_factory=dict)
+    measured_on: str = ""
 
 
 class Stages:
@@ -114,8 +126,9 @@ def compile_programs(
     """
     stages = stages or Stages()
     options = {k: {**v, "checkpoint_keys": frozenset(source.keys())} for k, v in options.items()}
-    programs: dict[str, Program] = {}
+    programs = _capture_all(captured, rewrite, stages)
     printed: dict[str, str] = {}
+    views: dict[str, GraphView] = {}
     results: list[PassResult] = []
     warned: dict[str, None] = {}
     judged: list[PassResult] | None = None
@@ -123,20 +136,20 @@ def compile_programs(
     if rewrite and twin is not None:
         with stages("capture"):
             small = twin()
+        with stages("rewrite"):
+            choices = _attention_choices(programs, options, target)
+            small_options = {**options, "attention": {**options.get("attention", {}), "choices": choices}}
         with stages("verify"):
             captured_small = small.copy()
             normalize(small)
             verifier = _Vetoes(small, Evaluator(source, small.constants), options)
             verifier.check_captured(captured_small)
             with _collected():  # said again for the Programs that are built
-                judged = run_passes(small, options, target, verifier)
-    for shape, make in captured.items():
-        with stages("capture"):
-            program = make()
+                judged = run_passes(small, small_options, target, verifier)
+    for number, program in enumerate(programs.values()):
+        first = number == 0
+        start = program.copy()
         if rewrite:
-            with stages("normalize"):
-                normalize(program)
-            first = not programs
             if first:
                 printed["normalize"] = print_program(program)
             with stages("rewrite"):
@@ -150,13 +163,38 @@ def compile_programs(
             _must_agree(name, judged or results, found)
             results = results or found
         else:
+            begin(program)
             printed["capture"] = printed.get("capture") or print_program(program)
-        programs[shape] = program
+        views = views or graph_views(start, program)
     for result, measured in zip(results, judged or [], strict=False):
         result.error, result.error_output = measured.error, measured.error_output
         result.error_reason = measured.error_reason
     plan = weight_plan(programs)
-    return Compiled(name, programs, results, printed, plan, merged_constants(programs), list(warned))
+    return Compiled(name, programs, results, printed, views, plan, merged_constants(programs), list(warned))
+
+
+def _capture_all(captured: Mapping[str, Callable[[], Program]], rewrite: bool, stages: Stages) -> dict[str, Program]:
+    """The Programs of all shapes, in normal form where they are to be rewritten."""
+    programs = {}
+    for shape, make in captured.items():
+        with stages("capture"):
+            programs[shape] = make()
+        if rewrite:
+            with stages("normalize"):
+                normalize(programs[shape])
+    return programs
+
+
+def _attention_choices(
+    programs: Mapping[str, Program], options: Mapping[str, Mapping[str, Any]], target: str
+) -> dict[str, AttentionChoice]:
+    """What `auto` makes of each attention at the engine's shapes: what the small twin has to be, to be a measure."""
+    copies = [program.copy() for program in programs.values()]
+    passes = [load_pass(name) for name in PASSES[: PASSES.index("attention") + 1]]
+    with _collected():
+        for program in copies:
+            run_passes(program, options, target, passes=passes)
+    return chosen(copies)
 
 
 @contextlib.contextmanager
@@ -219,9 +257,10 @@ def optimize_recipe(
         tensors = source.synthetic(name) if dry_run else transformer.tensors
         compiled[name] = _compile_transformer(name, transformer, tensors, recipe, stages)
     components = sum(source.components.sizes().values())
-    report = make_report(compiled, recipe, stages, components=components)
     if dry_run or out is None:
-        return report
+        return make_report(compiled, recipe, stages, components=components)
+    for item in compiled.values():
+        measure(item, recipe, stages)
     with new_folder(out) as folder:
         modules: dict[str, Any] = {}
         for name, item in compiled.items():
@@ -255,6 +294,20 @@ def _compile_transformer(
         name, captured, tensors, recipe.pass_options(), recipe.target,
         rewrite=recipe.passes.enabled, twin=twin, stages=stages,
     )  # fmt: skip
+
+
+def measure(item: Compiled, recipe: Recipe, stages: Stages) -> None:
+    """Times the attentions of a module where this machine has the card that it is built for."""
+    if recipe.backend != "triton" or recipe.target == "cpu" or not torch.cuda.is_available():
+        return
+    if target_of(torch.cuda.get_device_capability()) != recipe.target:
+        return
+    with stages("measure"):
+        try:
+            item.times = time_attentions(next(iter(item.programs.values())), torch.device("cuda"))
+            item.measured_on = torch.cuda.get_device_name()
+        except torch.OutOfMemoryError:  # the card is in use, and an engine can do without
+            item.warnings.append("the attentions were not timed: the GPU had too little free memory")
 
 
 def emit_module(
@@ -302,11 +355,12 @@ def finish(
     for item in compiled.values():
         for stage, text in item.printed.items():
             (folder / "graphs" / f"{item.name}-{stage}.txt").write_text(text, encoding="utf-8")
+        (folder / "graphs" / f"{item.name}.json").write_text(views_json(item), encoding="utf-8")
     component_bytes = sum(p.stat().st_size for p in (folder / "components").rglob("*") if p.is_file())
     written = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     report = make_report(compiled, recipe, stages, components=component_bytes, written=written)
     report.save(folder / "report.json")
-    (folder / "report.html").write_text(report.to_html(), encoding="utf-8")
+    (folder / "report.html").write_text(page(report, {n: i.views for n, i in compiled.items()}), encoding="utf-8")
     seal(folder, {
         "recipe": recipe.to_dict(), "target": recipe.target, "versions": versions(), "modules": dict(modules),
         "components": dict(components), **(more or {}),
@@ -328,7 +382,8 @@ def make_report(
     reports = {}
     for name, item in compiled.items():
         reports[name] = Report.from_results(
-            item.results, item.programs, unmeasured=item.unmeasured or _unmeasured(recipe),
+            item.results, item.programs, unmeasured=item.unmeasured or _unmeasured(recipe), times=item.times,
+            measured_on=item.measured_on,
             module=name, model=model or recipe.model.path or recipe.model.preset or "", target=recipe.target,
             dtype=recipe.dtype, backend=recipe.backend, weights=weights or recipe.model.weights,
             stages=dict(stages.seconds), warnings=tuple(item.warnings), versions=versions(),
@@ -348,8 +403,13 @@ def predicted_bytes(item: Compiled) -> int:
     """Bytes that a module takes in an engine: its weights with their headers, its programs and printed graphs."""
     header = sum(len(name) + 80 for name in item.plan)  # name, dtype, shape and offsets in JSON
     programs = sum(len(json.dumps(to_json(p), separators=(",", ":"))) for p in item.programs.values())
-    printed = sum(len(text) for text in item.printed.values())
+    printed = sum(len(text) for text in (*item.printed.values(), views_json(item)))
     return sum(nbytes(e.expr) for e in item.plan.values()) + header + programs + printed
+
+
+def views_json(item: Compiled) -> str:
+    """What `graphs/<module>.json` holds."""
+    return json.dumps({k: v.to_dict() for k, v in item.views.items()}, separators=(",", ":"), ensure_ascii=False)
 
 
 def versions() -> dict[str, str]:
@@ -407,6 +467,7 @@ def optimize(
     item.unmeasured = unverified
     if unverified and options.verify == "numeric" and options.passes.enabled:
         item.warnings.append(f"the rewrites were {unverified}")
+    measure(item, options, stages)
     evaluate = Evaluator(source, item.constants)
     with stages("weights"):
         weights = {name: evaluate(e.expr, e.prefix) for name, e in item.plan.items()}

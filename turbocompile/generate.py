@@ -18,9 +18,11 @@ from typing import Any
 import torch
 
 from turbocompile import video as video_file
+from turbocompile.attentions import untuned
 from turbocompile.engine import Engine, check_files, load
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.recipe import Recipe, SamplerSpec, Shape
+from turbocompile.report import Report
 from turbocompile.sampling import SamplingWarning, flow, rcm
 from turbocompile.wan import image as wan_image
 from turbocompile.wan import text as wan_text
@@ -121,7 +123,7 @@ def generate(
     size = choose_shape(recipe.shapes, shape)
     prompts = _prompts(prompt, size.batch)
     _check_request(engine, task, sampler, negative_prompt, image)
-    _tell_quality(recipe)
+    _tell_quality(recipe, engine.report)
     picture = _open_image(image) if image is not None else None
 
     with stages("text"):
@@ -209,14 +211,25 @@ def _needed(engine: Engine) -> list[str]:
     return ["tokenizer", "text_encoder", "vae", *image]
 
 
-def _tell_quality(recipe: Recipe) -> None:
-    """One warning where the video cannot be good: random weights, else rCM of a model that was not distilled."""
+def _tell_quality(recipe: Recipe, report: Report | None) -> None:
+    """Warns where the video cannot be good: random weights; else rCM of a model that was not distilled, SLA of one that
+    was not trained with it.
+    """
     if recipe.model.weights == "synthetic":
         warnings.warn("the weights are synthetic, so the picture is noise", SamplingWarning, stacklevel=4)
-    elif recipe.sampler.kind == "rcm" and not recipe.sampler.distilled:
+        return
+    if recipe.sampler.kind == "rcm" and not recipe.sampler.distilled:
         warnings.warn(
             "rcm is for rCM-distilled checkpoints, and the recipe does not say that this is one "
             "(sampler.distilled: true); others need kind: unipc and some 50 steps",
+            SamplingWarning,
+            stacklevel=4,
+        )
+    modules = [report, *report.others.values()] if report is not None else []
+    if sites := untuned(site for module in modules for site in module.attention):
+        warnings.warn(
+            f"the checkpoint was not trained with SLA, which the engine has at {', '.join(sites)}, so the picture is "
+            "wrong; build with passes.attention.kind: auto",
             SamplingWarning,
             stacklevel=4,
         )

@@ -88,6 +88,70 @@ _LINEAR_SPEEDUP: dict[str, dict[str, float]] = {
 }
 
 
+@dataclass(frozen=True)
+class AttentionShape:
+    """The sizes of an attention. heads: of the queries, of all items of the batch together."""
+
+    queries: int
+    keys: int
+    heads: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        heads = f"{self.heads} head{'s' * (self.heads != 1)} of {self.head_dim}"
+        return f"{self.queries:,} x {self.keys:,} tokens, {heads}"
+
+
+DRIFT = 1.05  # a card's own clock moves times by so much between runs: less is no difference
+SLACK = 7 / 8  # an attention with so many of a measured one's tokens counts as it
+
+
+@dataclass(frozen=True)
+class _SageSpeed:
+    """How much faster than bf16 SDPA a whole call of Sage is, all quantization included, at one size.
+
+    SDPA is the fastest of its backends there (cuDNN, FlashAttention). pv: Sage's format of the product with V.
+    """
+
+    pv: str
+    shape: AttentionShape
+    speedup: float
+    source: str
+
+    def covers(self, shape: AttentionShape) -> bool:
+        """Whether `shape` has as many queries, keys and heads at least."""
+        mine = self.shape
+        enough = SLACK * mine.queries <= shape.queries and SLACK * mine.keys <= shape.keys
+        return enough and mine.heads <= shape.heads
+
+
+def _speeds(source: str, pv: str, heads: int, head_dim: int, *rows: tuple[int, int, float]) -> tuple[_SageSpeed, ...]:
+    """Speeds at (queries, keys, speedup) each."""
+    return tuple(_SageSpeed(pv, AttentionShape(q, k, heads, head_dim), s, source) for q, k, s in rows)
+
+
+# Where `attention: auto` takes Sage: nowhere on a target that is not here.
+# sm90: benchmarks/attention.py on one H100 (benchmarks/RESULTS.md); --lengths prints rows as they stand here.
+# sm89, sm120: what SageAttention's authors publish for the same arithmetic against FlashAttention-2, head_dim 128, 32K
+# tokens: 431 over 164 and 554 over 214 TOPS with FP8, 322 over 164 and 479 over 214 with FP16 (their Triton kernel).
+_H100 = "measured on an H100"
+_SAGE_SPEEDUP: dict[str, tuple[_SageSpeed, ...]] = {
+    "sm89": (
+        *_speeds("published for an RTX 4090, heads not given", "fp8", 1, 128, (32768, 32768, 2.63)),
+        *_speeds("published for an RTX 4090, heads not given", "fp16", 1, 128, (32768, 32768, 1.96)),
+    ),
+    "sm90": (
+        *_speeds(_H100, "fp8", 12, 128, (32760, 32760, 1.35)),
+        *_speeds(_H100, "fp8", 40, 128, (32760, 32760, 1.39), (75600, 75600, 1.40)),
+        *_speeds(_H100, "fp16", 12, 128, (32760, 32760, 0.72)),
+    ),
+    "sm120": (
+        *_speeds("published for an RTX 5090, heads not given", "fp8", 1, 128, (32768, 32768, 2.59)),
+        *_speeds("published for an RTX 5090, heads not given", "fp16", 1, 128, (32768, 32768, 2.24)),
+    ),
+}
+
+
 def check_target(target: str) -> str:
     """The target itself. Raises UnsupportedError where there is none of that name."""
     if target not in TARGETS:
@@ -172,16 +236,37 @@ def choose_linear_format(target: str) -> str:
     return max(paying, key=speedups.__getitem__) if paying else "off"
 
 
-def choose_attention(target: str, *, sla_trained: bool = False) -> str:
-    """What attention `auto` means: "sla", "sage" or "native".
+@dataclass(frozen=True)
+class AttentionChoice:
+    """What an attention becomes ("sage" or "native"), and why."""
 
-    A checkpoint that was trained with SLA computes another function without it, so it gets it everywhere. Elsewhere the
-    8-bit one pays on every GPU (H100, 1.3B-480p: 8.7 ms against cuDNN's 11.3), and on no CPU.
+    kind: str
+    why: str
+
+
+def has_sage(target: str) -> bool:
+    """Whether `auto` may choose a SageAttention on the target."""
+    return check_target(target) in _SAGE_SPEEDUP
+
+
+def choose_attention(target: str, shape: AttentionShape, pv: str) -> AttentionChoice:
+    """What `auto` means for an attention that is no SLA; pv: the format that Sage's product with V would have.
+
+    Sage is taken where the nearest attention of the table that is not larger was faster with it by more than a card
+    drifts: with more queries, keys or heads its fixed cost (quantizing K and V, launches) only weighs less.
     """
     check_target(target)
-    if sla_trained:
-        return "sla"
-    return "native" if target == CPU else "sage"
+    if target not in _SAGE_SPEEDUP:
+        reason = "8-bit attention does not pay" if target == CPU else "8-bit attention was not measured"
+        return AttentionChoice("native", f"{reason} on {target}")
+    known = [p for p in _SAGE_SPEEDUP[target] if p.pv == pv and p.shape.head_dim >= shape.head_dim]
+    width = min((p.shape.head_dim for p in known), default=0)  # the kernels pad channels to the next one
+    fits = [p for p in known if p.shape.head_dim == width and p.covers(shape)]
+    if not fits:
+        return AttentionChoice("native", f"{shape}: smaller than all that Sage ({pv}) was measured at on {target}")
+    point = max(fits, key=lambda p: p.shape.queries * p.shape.keys * p.shape.heads)
+    measured = f"Sage ({pv}) has {point.speedup:.2f} times the speed of SDPA at {point.shape}, {point.source}"
+    return AttentionChoice("sage" if point.speedup > DRIFT else "native", measured)
 
 
 def choose_pv(target: str, kind: str = "sage") -> str:

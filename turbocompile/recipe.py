@@ -278,7 +278,7 @@ class AttentionSpec(Section):
     kind: str = _field(
         "auto",
         "native; sage: 8-bit SageAttention; sla: sparse-linear, for checkpoints that were trained with it; "
-        "auto: what the checkpoint and the target ask for",
+        "auto: sla where the checkpoint has proj_l, else for each site what was measured to be faster on the target",
         choices=("auto", "native", "sage", "sla"),
     )
     topk: float = _field(0.1, "sla: share of the key blocks that each query block attends to", above=0.0, maximum=1.0)

@@ -19,6 +19,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
+from turbocompile.attentions import AttentionSite, attention_sites, with_times
 from turbocompile.cost import OpCost, activation_bytes, cost, natural, parameters_by_dtype
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.hardware import DEFAULT_GPU, GPUS, TARGETS, Gpu, find_gpu, gpu_of_target
@@ -131,14 +132,17 @@ class ShapeReport:
 class Report:
     """What was built.
 
-    passes: by name, in the order they ran. ops: equal ops together, at the first shape. parameters: bytes of the stored
-    weights by dtype. stages: seconds by stage. engine_bytes: of the engine folder; predicted_bytes: what it should come
-    to, known without building. weights: where they come from ("checkpoint", "synthetic"). others: the reports of
-    further modules of the same engine (a second expert).
+    passes: by name, in the order they ran. ops: equal ops together, at the first shape. attention: one row a site, at
+    the first shape. measured_on: the card on which attentions were timed, empty where none was. parameters: bytes of
+    the stored weights by dtype. stages: seconds by stage. engine_bytes: of the engine folder; predicted_bytes: what it
+    should come to, known without building. weights: where they come from ("checkpoint", "synthetic"). others: the
+    reports of further modules of the same engine (a second expert).
     """
 
     passes: dict[str, PassReport]
     ops: tuple[OpCost, ...]
+    attention: tuple[AttentionSite, ...] = ()
+    measured_on: str = ""
     shapes: tuple[ShapeReport, ...] = ()
     parameters: dict[str, int] = field(default_factory=dict)
     activation_bytes: int = 0
@@ -162,17 +166,20 @@ class Report:
         programs: Program | Mapping[str, Program],
         *,
         unmeasured: str = _NO_ERROR,
+        times: Mapping[str, float] | None = None,
         **fields: Any,
     ) -> Report:
         """The report of one module. programs: the rewritten Program, or several by the names of their shapes.
 
-        unmeasured: why there are no errors, where nothing was verified. fields: any further field of a Report.
+        unmeasured: why there are no errors, where nothing was verified. times: measured seconds of one run of each
+        attention, by its site. fields: any further field of a Report.
         """
         named = programs if isinstance(programs, Mapping) else {"default": programs}
         first = next(iter(named.values()))
         return cls(
             passes={r.name: PassReport.from_result(r, unmeasured) for r in results},
             ops=cost(first).ops,
+            attention=with_times(attention_sites(first, results), times or {}),
             shapes=tuple(ShapeReport.from_program(name, p) for name, p in named.items()),
             parameters=parameters_by_dtype(named.values()),
             activation_bytes=max(activation_bytes(p) for p in named.values()),
@@ -197,6 +204,8 @@ class Report:
             "backend": self.backend, "weights": self.weights, "stages": dict(self.stages),
             "passes": {name: p.to_dict() for name, p in self.passes.items()},
             "ops": [op.to_dict() for op in self.ops],
+            "attention": [{**a.to_dict(), "least_seconds": _least(a.cost, self.gpu())} for a in self.attention],
+            "measured_on": self.measured_on,
             "shapes": [s.to_dict() for s in self.shapes],
             "parameter_bytes": self.parameter_bytes, "parameters": dict(self.parameters),
             "activation_bytes": self.activation_bytes, "flops": self.flops,
@@ -223,6 +232,8 @@ class Report:
         return cls(
             passes={str(k): PassReport.from_dict(v) for k, v in data["passes"].items()},
             ops=tuple(OpCost.from_dict(op) for op in data["ops"]),
+            attention=tuple(AttentionSite.from_dict(a) for a in data.get("attention", ())),
+            measured_on=str(data.get("measured_on", "")),
             shapes=tuple(ShapeReport.from_dict(s) for s in data["shapes"]),
             parameters={str(k): natural(v) for k, v in data["parameters"].items()},
             activation_bytes=natural(data["activation_bytes"]),
@@ -309,11 +320,13 @@ class Report:
         tables = [self._overview(), self._passes_table()]
         if any(p.skipped for p in self.passes.values()):
             tables.append(self._skips_table())
+        if self.attention:
+            tables.append(self._attention_table(card))
         tables.append(self._ops_table(card, ops))
         tables.append(self._cards_table())
         for name, other in self.others.items():
-            table = other._passes_table()
-            tables.append(_Table(f"{table.title} of {name}", table.columns, table.rows, table.right))
+            for table in (other._passes_table(), *([other._attention_table(card)] if other.attention else [])):
+                tables.append(_Table(f"{table.title} of {name}", table.columns, table.rows, table.right))
         return tables
 
     def _overview(self) -> _Table:
@@ -352,6 +365,19 @@ class Report:
             for reason, skips in grouped.items():
                 rows.append((name, str(sum(s.count for s in skips)), reason, _some([s.site for s in skips])))
         return _Table("Left alone", ("pass", "sites", "because", "where"), rows, right=(1,))
+
+    def _attention_table(self, card: Gpu) -> _Table:
+        measured = f", and as measured on {_article(self.measured_on)}" if self.measured_on else ""
+        title = f"Attention: what each site became, its least time on {_article(card.name)}{measured}"
+        columns = ("site", "runs", "kind", "of", "keys read", "at least", "measured", "because")
+        rows = [
+            (
+                a.site, str(a.count), _attention_kind(a), _attention_size(a), _keys_read(a),
+                _optional_duration(_least(a.cost, card)), _optional_duration(a.seconds), a.why,
+            )
+            for a in self.attention
+        ]  # fmt: skip
+        return _Table(title, columns, rows, right=(1, 5, 6))
 
     def _ops_table(self, card: Gpu, shown: int) -> _Table:
         title = f"Operations of one forward, and the least time they take on {_article(card.name)}"
@@ -447,6 +473,32 @@ def _engine_line(built: int | None, predicted: int | None) -> str:
 def _some(names: Sequence[str]) -> str:
     more = len(names) - SHOWN_SITES
     return ", ".join(names[:SHOWN_SITES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _least(op: OpCost, card: Gpu) -> float | None:
+    """The roofline time on the card; None where it lacks the arithmetic."""
+    try:
+        return op.seconds(card)
+    except UnsupportedError:
+        return None
+
+
+def _optional_duration(seconds: float | None) -> str:
+    return "" if seconds is None else duration(seconds)
+
+
+def _attention_kind(a: AttentionSite) -> str:
+    return a.kind if a.pv in (None, "none") else f"{a.kind} {a.pv}"
+
+
+def _attention_size(a: AttentionSite) -> str:
+    batch = f"{a.batch} x " if a.batch > 1 else ""
+    return f"{a.role}, {batch}{a.queries:,} x {a.keys:,} tokens, {a.heads} x {a.head_dim}"
+
+
+def _keys_read(a: AttentionSite) -> str:
+    s = a.sparsity
+    return "all" if s is None else f"{s.kept} of {s.blocks} blocks of {s.block_k} (top-k {s.topk:g})"
 
 
 def _op_row(op: OpCost, seconds: float, bound: str) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ import zoo
 from torch import nn
 from turbocompile.passes import attention, sla
 
+from turbocompile import hardware
+from turbocompile.attentions import Sparsity, attention_sites, untuned
 from turbocompile.pipeline import run_pass
 from turbocompile.weights import Load, Zeros
 
@@ -181,17 +183,66 @@ def test_sage_says_what_it_cannot_do(form, rewrite):
         assert "scaled_dot_product_attention" in done.ops()
 
 
-def test_auto_keeps_floating_point_on_a_cpu_and_takes_sage_on_a_gpu(form, rewrite):
+@pytest.fixture
+def pays(monkeypatch):
+    """pays(tokens): on sm90, Sage is twice as fast from so many queries and keys on."""
+
+    def make(tokens, target="sm90"):
+        rows = hardware._speeds("measured", "fp8", 1, 128, (tokens, tokens, 2.0))
+        monkeypatch.setattr(hardware, "_SAGE_SPEEDUP", {target: rows})
+
+    return make
+
+
+def test_auto_keeps_floating_point_on_a_cpu_and_takes_sage_where_it_pays(form, rewrite, pays):
+    pays(L)
     auto = {"attention": {"kind": "auto"}}
     for target, op, kind in (
         ("cpu", "scaled_dot_product_attention", "exact"),
+        ("sm80", "scaled_dot_product_attention", "exact"),
         ("sm90", "sage_attention", "quantizing"),
     ):
         done = rewrite(form(FORMS["scaled scores"]), qkv(), until="attention", options=auto, target=target)
         assert op in done.ops()
         assert done.results["attention"].kind == kind
-    masked = form(FORMS["a bias on the scores"])
-    assert "scaled_dot_product_attention" in rewrite(masked, qkv(), options=auto, target="sm90").ops()
+
+
+def test_auto_chooses_for_each_site(rewrite, pays):
+    """Of two attentions in a block, the one over more keys than it takes is quantized."""
+    style = zoo.Style(cross=True, head_dim=16, batch=1, grid=(6, 8))
+    pays(40)  # 48 tokens, and a text of fewer
+    done = rewrite(
+        zoo.build(style), zoo.example(style), until="attention", options={"attention": {"kind": "auto"}}, target="sm90"
+    )
+    rows = {site.role: site for site in attention_sites(done.program, list(done.results.values()))}
+    assert (rows["self"].kind, rows["self"].queries, rows["self"].keys) == ("sage", 48, 48)
+    assert rows["self"].why == "Sage (fp8) has 2.00 times the speed of SDPA at 40 x 40 tokens, 1 head of 128, measured"
+    assert rows["cross"].kind == "native"
+    assert "smaller than all that Sage (fp8) was measured at on sm90" in rows["cross"].why
+    assert done.results["attention"].rewritten == 2 * style.depth
+    assert done.results["attention"].skipped == []
+
+
+def test_auto_is_native_where_sage_cannot_be_and_says_why(form, rewrite, pays):
+    pays(L)
+    masked = [
+        form(FORMS["a bias on the scores"]),
+        form(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=bias())),
+    ]
+    for model in masked:
+        done = rewrite(model, qkv(), until="attention", options={"attention": {"kind": "auto"}}, target="sm90")
+        (row,) = attention_sites(done.program)
+        assert (row.kind, row.why) == ("native", "SageAttention has no mask")
+
+
+def test_a_choice_that_is_given_overrules_the_size(form, rewrite, pays):
+    """What a small twin of an engine's shapes needs, to be rewritten as they are."""
+    pays(10 * L)
+    given = {"shell:": hardware.AttentionChoice("sage", "so it is at the engine's shape")}
+    options = {"attention": {"kind": "auto", "choices": given}}
+    done = rewrite(form(FORMS["scaled scores"]), qkv(), until="attention", options=options, target="sm90")
+    (row,) = attention_sites(done.program)
+    assert (row.kind, row.why) == ("sage", "so it is at the engine's shape")
 
 
 # ------------------------------------------------------------------------------------------------------------ sla
@@ -208,7 +259,8 @@ def sla_options(tuned=True, **more):
     return {"attention": {"kind": "sla", "checkpoint_keys": keys(tuned), "topk": 0.5, "block_q": 16, **more}}
 
 
-def test_sla_takes_self_attention_and_its_projection_from_the_checkpoint(rewrite):
+def test_sla_takes_self_attention_and_its_projection_from_the_checkpoint(rewrite, pays):
+    pays(1)
     done = rewrite(zoo.build(STYLE), zoo.example(STYLE), options=sla_options(block_k=16), target="sm90")
     assert (done.results["sla"].kind, done.results["sla"].rewritten) == ("semantic", STYLE.depth)
     assert (done.results["attention"].kind, done.results["attention"].rewritten) == ("quantizing", 2 * STYLE.depth)
@@ -218,6 +270,10 @@ def test_sla_takes_self_attention_and_its_projection_from_the_checkpoint(rewrite
     weights = done.program.graphs["blocks"].weights
     assert weights["attn.proj_l.weight"] == Load(".attn.proj_l.weight", (16, 16), torch.float32)
     assert weights["attn.proj_l.bias"] == Load(".attn.proj_l.bias", (16,), torch.float32)
+    by_role = {site.role: site for site in attention_sites(done.program)}
+    assert by_role["self"].sparsity == Sparsity(0.5, 16, 16, kept=1, blocks=1, tuned=True)
+    assert by_role["self"].why == "the checkpoint was trained with SLA: it has proj_l"
+    assert by_role["cross"].kind == "sage"
 
 
 def test_auto_is_sla_where_the_checkpoint_is(rewrite):
@@ -229,13 +285,18 @@ def test_auto_is_sla_where_the_checkpoint_is(rewrite):
 
 
 def test_an_untuned_sla_is_refused_unless_allowed_and_then_warned_of(rewrite):
-    done = rewrite(zoo.build(STYLE), zoo.example(STYLE), until="attention", options=sla_options(tuned=False))
+    with pytest.warns(UserWarning, match="blocks:attn: no SLA, since the checkpoint was not trained with SLA"):
+        done = rewrite(zoo.build(STYLE), zoo.example(STYLE), until="attention", options=sla_options(tuned=False))
     assert done.results["attention"].skipped[0][1:] == (sla.UNTUNED, STYLE.depth)
+    assert sla.UNTUNED in [row.why for row in attention_sites(done.program, list(done.results.values()))]
     assert "sla_attention" not in done.ops("blocks")
     allowed = sla_options(tuned=False, allow_untuned=True)
     with pytest.warns(UserWarning, match="not trained with SLA"):
         done = rewrite(zoo.build(STYLE), zoo.example(STYLE), until="attention", options=allowed)
     assert done.program.graphs["blocks"].weights["attn.proj_l.weight"] == Zeros((16, 16), torch.float32)
+    sites = attention_sites(done.program)
+    assert untuned(sites) == ["blocks:attn"]
+    assert "not trained with SLA" in next(site.why for site in sites if site.kind == "sla")
 
 
 class Plain(nn.Module):
