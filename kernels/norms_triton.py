@@ -15,7 +15,8 @@ and the vectors are read again for every row, from the first-level cache: per to
 holding them would take the registers that keep loads in flight.
 
 int8_block has one scale for 128 rows, more than a multiprocessor holds: the first kernel writes r and each row's mean
-and root, 8 bytes a row, and a second reads r again, tile by tile. It costs one more read.
+and root, 8 bytes a row, and a second reads r again, tile by tile, the last rows first: those are still in L2. It costs
+most of one more read, so that it stays at 60 to 75% of a copy's rate.
 
 Bytes an element, 16-bit tensors, and milliseconds at the 3.0 TB/s of a copy:
 
@@ -223,7 +224,8 @@ def _norm_tiles(
     """One EDGE x EDGE tile of the norm, of which the rows' means and roots are known. SHARED: scale and shift are the
     same in all rows.
     """
-    row = tl.program_id(1) * EDGE + tl.arange(0, EDGE)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    row = tile * EDGE + tl.arange(0, EDGE)
     column = tl.program_id(0) * EDGE + tl.arange(0, EDGE)
     c = column[None, :]
     real = row < rows
@@ -239,7 +241,7 @@ def _norm_tiles(
         shift_at = _at(shift, place(row, length, shift_b, shift_l, FLAT)[:, None] + c)
         n = _affine(n, _at(weight, c), _at(bias, c), scale_at, shift_at, c < C, mask)
     n = tl.where(mask, rounded(n, x.dtype.element_ty, FTZ), 0.0)
-    store_tile(n, row, column, mask, data, data_scale, C, LIMIT, FLOOR, FTZ)
+    store_tile(n, tile, row, column, mask, data, data_scale, C, LIMIT, FLOOR, FTZ)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def only_before(mask, row, stop):
 
 @triton.jit
 def fetch(at, mask):
-    """What is read once: the first to leave the caches, where vectors that every row needs stay."""
+    """What is read once: the first to leave the first-level cache, where vectors that every row needs stay."""
     return tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
@@ -231,23 +231,25 @@ def _quantize_tiles(
     FLOOR: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
     """One EDGE x EDGE tile."""
-    row = tl.program_id(1) * EDGE + tl.arange(0, EDGE)
+    tile = tl.program_id(1)
+    row = tile * EDGE + tl.arange(0, EDGE)
     c = tl.program_id(0) * EDGE + tl.arange(0, EDGE)
     mask = (row < rows)[:, None] & (c < C)[None, :]
     v = fetch(x + place(row, length, x_b, x_l, FLAT)[:, None] + c[None, :], mask).to(tl.float32)
     y = _activate(v, ACT, x.dtype.element_ty, FTZ)
-    store_tile(y, row, c, mask, data, data_scale, C, LIMIT, FLOOR, FTZ)
+    store_tile(y, tile, row, c, mask, data, data_scale, C, LIMIT, FLOOR, FTZ)
 
 
 @triton.jit
 def store_tile(
-    y, row, c, mask, data, data_scale, C: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, FTZ: tl.constexpr
-):
-    """The data and the scale of a tile; y is zero where mask is false."""
+    y, tile, row, c, mask, data, data_scale,
+    C: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, FTZ: tl.constexpr,
+):  # fmt: skip
+    """The data and the scale of a tile in a row of tiles; y is zero where mask is false."""
     amax = tl.maximum(tl.max(tl.max(tl.abs(y), 1), 0), FLOOR)
     to = data + (row.to(tl.int64) * C)[:, None] + c[None, :]
     tl.store(to, encode(y, tl.div_rn(LIMIT, amax), data, "int8_block", FTZ), mask=mask)
-    tl.store(data_scale + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.div_rn(amax, LIMIT))
+    tl.store(data_scale + tile * tl.num_programs(0) + tl.program_id(0), tl.div_rn(amax, LIMIT))
 
 
 @dataclass(frozen=True)
