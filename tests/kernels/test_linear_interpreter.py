@@ -141,7 +141,7 @@ def test_cublas_competes_where_it_has_the_product(monkeypatch):
     assert t.default_config("fp8", 32760, 1536, 1536, cuda, FP32) == t.FAST_FLAT
     assert t.default_config("fp8", 32760, 1544, 1536, cuda) == t.FAST_FLAT
     assert set(t.candidates("fp8", 1536, 1536, bf16, cuda)) == {
-        t.PAIR, t.SINGLE, t.SMALL, t.FAST, t.FAST_FLAT, t.FAST_DOWN, t.WHOLE_FLAT, t.DEEP_FLAT, *t.LIBRARY["fp8"]
+        t.PAIR, t.SINGLE, t.SMALL, t.FAST, t.FAST_FLAT, t.WHOLE, t.WHOLE_FLAT, *t.LIBRARY["fp8"]
     }  # fmt: skip
     assert fast not in t.candidates("fp8", 1544, 1536, bf16, cuda)
     assert all(c.path == "descriptor" for c in t.candidates("int8", 1536, 1536, bf16, cuda))
