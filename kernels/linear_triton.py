@@ -437,7 +437,8 @@ def launch_library(
     """The same by torch's own products: row-wise _scaled_mm (fast: sums cut short), or _int_mm and its scaling."""
     w8a8_linear._check(data, scale, weight, weight_scale, bias, format)
     check(format != "int8_block", "no library product has a scale for each tile")
-    rows, scales = data.reshape(-1, data.shape[-1]), scale.reshape(-1, 1)
+    rows, weight = _aligned(data.reshape(-1, data.shape[-1])), _aligned(weight)
+    scales, weight_scale = scale.reshape(-1, 1).contiguous(), weight_scale.contiguous()
     if format == "fp8":
         y = torch._scaled_mm(
             rows, weight.t(), scale_a=scales, scale_b=weight_scale.t(), out_dtype=dtype, use_fast_accum=fast,

@@ -261,9 +261,13 @@ def test_the_library_is_a_configuration(make, unit):
     if not found:
         pytest.skip("not on this card")
     args = operands(make, "fp8", (2, 333, 512), 272)
+    wide = torch.zeros(2, 333, 517, dtype=torch.int8, device="cuda")
+    wide[..., 5:] = args[0].view(torch.int8)
+    apart = wide.view(args[0].dtype)[..., 5:]  # rows that start anywhere
     for config in found:
         y = t.launch_linear(*args, BF16, config)
         assert torch.equal(y, t.launch_library(*args, BF16, not config.promote))
+        assert torch.equal(y, t.launch_linear(apart, *args[1:], BF16, config))
         with pytest.raises(ValueError, match="no such product"):
             t.launch_linear(*args, BF16, config, gelu=True)
         with pytest.raises(ValueError, match="no such product"):
