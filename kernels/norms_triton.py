@@ -296,10 +296,11 @@ def norm_into(
     w0, w1 = pieces(max(width, 2))
     wider = 2 if sum and x.element_size() > 2 else 1  # a sum keeps two tensors in flight
     config = config or row_config(min(WIDEST, (w0 + w1) * wider), rows, x.device)
+    limit = config.limit(x) if norm.kind == "layer" else {}
     _norm_rows[(triton.cdiv(v.shape[1], config.rows), v.shape[0])](
         v, *wide, *narrow, residual, moments, out_scale, *row_strides(v), *strides, v.shape[1], config.rows, norm.eps,
         C=width, W0=w0, W1=w1, NEAR=neighbours((w0, w1), config.warps, config.near), RMS=norm.kind == "rms",
-        OUT="moments" if tiles else form, **limits, num_warps=config.warps, num_stages=1, **config.limit(x),
+        OUT="moments" if tiles else form, **limits, num_warps=config.warps, num_stages=1, **limit,
     )  # fmt: skip
     if tiles:
         r = v if residual is None else view3(residual, x.shape)

@@ -258,11 +258,11 @@ class RowConfig:
 
     warps: int
     rows: int  # a program takes
-    registers: int | None = None  # a thread may use at most, with 16-bit x
+    registers: int | None = None  # a thread may use at most, for a layer norm of 16-bit x: the others need less
     near: int = 8  # neighbours in a thread at most, where it reads float32 vectors: 16, 64 bytes, are served 2 a clock
 
     def limit(self, x: torch.Tensor) -> dict[str, int]:
-        """The limit as a launch takes it; float32 x needs more."""
+        """The limit as a launch takes it; float32 x needs more. What needs less would fill them, too."""
         return {} if self.registers is None or x.element_size() > 2 else {"maxnreg": self.registers}
 
 
@@ -369,7 +369,7 @@ def quantize_into(
     _quantize_rows[(triton.cdiv(v.shape[1], config.rows), v.shape[0])](
         v, data, scale, *row_strides(v), v.shape[1], config.rows,
         C=width, W0=w0, W1=w1, W2=w2, NEAR=neighbours(widths, config.warps, STORED), ACT=act, FORMAT=format, FTZ=gpu,
-        **limits, num_warps=config.warps, num_stages=1, **config.limit(x),
+        **limits, num_warps=config.warps, num_stages=1,
     )  # fmt: skip
 
 
