@@ -24,7 +24,6 @@ from turbocompile.errors import EngineError, VerificationError
 from turbocompile.hardware import AttentionChoice, target_of
 from turbocompile.lineage import GraphView, begin, graph_views
 from turbocompile.normalize import normalize
-from turbocompile.page import page
 from turbocompile.pipeline import PASSES, PassResult, load_pass, run_passes
 from turbocompile.printer import print_program
 from turbocompile.program import Program, is_op
@@ -360,7 +359,7 @@ def finish(
     written = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     report = make_report(compiled, recipe, stages, components=component_bytes, written=written)
     report.save(folder / "report.json")
-    (folder / "report.html").write_text(page(report, {n: i.views for n, i in compiled.items()}), encoding="utf-8")
+    (folder / "report.html").write_text(report.to_html(), encoding="utf-8")
     seal(folder, {
         "recipe": recipe.to_dict(), "target": recipe.target, "versions": versions(), "modules": dict(modules),
         "components": dict(components), **(more or {}),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from turbocompile.bench import Bench
+    from turbocompile.lineage import GraphView
     from turbocompile.report import Report
 
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # what torchao says when it is imported under another torch
@@ -134,7 +135,7 @@ def run(engine: Path, out: Path, as_json: bool, **options: Any) -> None:
 @click.option("--after", metavar="PASS", help="Print the graph as it was after a pass (or normalize).")
 @click.option("--module", default="transformer", show_default=True, help="Which module's graph --after prints.")
 @click.option("--gpu", help="The card of the estimates, as in h100, rtx5090, rtx4090, a100.")
-@click.option("--html", type=click.Path(path_type=Path), help="Write the report as a page.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write all of it as one page.")
 @_json
 def explain(engine: Path, after: str | None, module: str, gpu: str | None, html: Path | None, as_json: bool) -> None:
     """Show what was done to ENGINE, why not more, what it costs, and its graphs."""
@@ -146,15 +147,18 @@ def explain(engine: Path, after: str | None, module: str, gpu: str | None, html:
     if gpu is not None:
         report.gpu(gpu)  # an unknown card is refused before anything is printed
     if html is not None:
+        from turbocompile.page import page
+
         html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(report.to_html(gpu), encoding="utf-8")
+        html.write_text(page(report, _graph_views(engine), _records(engine), gpu), encoding="utf-8")
         click.echo(f"page: {html}")
     elif as_json:
         more = {"gpu": report.gpu(gpu).key, "roofline": report.roofline(gpu)} if gpu is not None else {}
-        _print_json({**report.to_dict(), **more})
+        measured = {module: record.to_dict() for module, record in _records(engine).items()}
+        _print_json({**report.to_dict(), **more, **({"measured": measured} if measured else {})})
     else:
         _print(report.render(gpu))
-        for found in _records(engine):
+        for found in _records(engine).values():
             _print(found)
 
 
@@ -285,14 +289,26 @@ def _read_report(folder: Path) -> Report:
     return Report.from_dict(read_json(inside(folder, name)))
 
 
-def _records(folder: Path) -> list[Bench]:
+def _records(folder: Path) -> dict[str, Bench]:
     """The last `bench` of each module of an engine on this machine, where there was one."""
     from turbocompile.bench import read_record
     from turbocompile.engine import read_manifest
 
     manifest = read_manifest(folder)
-    found = (read_record(module, str(manifest["digest"])) for module in manifest["modules"])
-    return [record for record in found if record is not None]
+    found = {module: read_record(module, str(manifest["digest"])) for module in manifest["modules"]}
+    return {module: record for module, record in found.items() if record is not None}
+
+
+def _graph_views(folder: Path) -> dict[str, dict[str, GraphView]]:
+    """By module the graphs of an engine before and after the passes; none of an engine that has none."""
+    from turbocompile.engine import check_files, inside, read_json, read_manifest
+    from turbocompile.lineage import read_views
+
+    manifest = read_manifest(folder)
+    names = {module: f"graphs/{module}.json" for module in manifest["modules"]}
+    known = {module: name for module, name in names.items() if name in manifest["files"]}
+    check_files(folder, manifest, list(known.values()))
+    return {module: read_views(read_json(inside(folder, name))) for module, name in known.items()}
 
 
 def _graph_text(folder: Path, module: str, stage: str) -> str:

@@ -12,6 +12,7 @@ import networkx as nx
 import torch
 from torch import fx
 
+from turbocompile import lineage
 from turbocompile.errors import TurbocompileError
 from turbocompile.match import Match, Outcome, Pass, is_cast
 from turbocompile.normalize import clean
@@ -126,6 +127,7 @@ def run_passes(
     passes: instead of the built-in ones. extra: third-party passes, placed by what they need and provide.
     """
     results = []
+    lineage.begin(program)
     for pass_ in ordered([load_pass(n) for n in PASSES] if passes is None else passes, extra):
         given = {**options.get(pass_.section or pass_.name, {}), "target": target}
         veto: dict[str, str] = {}
@@ -186,6 +188,7 @@ def _run_on_graph(
                 continue
             done.add(site)
             refused.pop(site, None)
+            lineage.follow(pass_.name, match.made, outcome.items() if isinstance(outcome, dict) else [(root, outcome)])
             rewrites.append(Rewrite(graph, site, tuple(_replace(match, outcome))))
             old = [root, *(outcome if isinstance(outcome, dict) else ())]
             _erase_dead(sub.graph, old)
@@ -262,10 +265,12 @@ def _replace(match: Match, outcome: fx.Node | dict[fx.Node, fx.Node]) -> Iterabl
         if all(is_cast(u) and u.meta["val"].dtype == now.dtype for u in users):
             for user in users:
                 user.replace_all_uses_with(new)
+                lineage.absorb(new, user)
                 _erase_dead(match.sub.graph, [user])
                 yield user.name, new.name
         else:
             cast = match.op(aten.to.dtype, new, was.dtype)
+            lineage.absorb(cast, new)
             made.add(cast)
             old.replace_all_uses_with(cast, delete_user_cb=lambda user: user not in made)
             yield old.name, cast.name

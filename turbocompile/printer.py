@@ -139,9 +139,14 @@ def _body(sub: Subgraph) -> list[str]:
 
 
 def _line(node: fx.Node) -> str:
+    return code(node) + ("" if node.op == "output" else _comment(node))
+
+
+def code(node: fx.Node) -> str:
+    """A node as one line of code; an input, which has none, by its name."""
     if node.op == "output":
         return f"return {_value(tuple(node.args[0]))}"  # type: ignore[arg-type]
-    return f"{node.name} = {_expression(node)}{_comment(node)}"
+    return f"{node.name} = {_expression(node)}" if node.op == "call_function" else node.name
 
 
 def _comment(node: fx.Node) -> str:

@@ -22,6 +22,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from turbocompile import lineage
 from turbocompile.errors import TurbocompileError
 from turbocompile.match import arguments, exact
 from turbocompile.program import dtype, infer, is_op, shape
@@ -45,7 +46,7 @@ class Maker:
     def __call__(self, target: Any, *args: Any) -> Node:
         with self.graph.inserting_before(self.at):
             node = self.graph.create_node("call_function", target, args, name=target._opname.strip("_"))
-        for key in ("nn_module_stack", "stack_trace"):
+        for key in ("nn_module_stack", "stack_trace", lineage.ORIGINS, lineage.PASSES):
             if key in self.at.meta:
                 node.meta[key] = self.at.meta[key]
         node.meta["val"] = infer(target, node.args, {}, self.mode)
@@ -99,6 +100,7 @@ def _simplify_node(node: Node, make: Maker, moved: dict[str, str]) -> bool:
         if isinstance(answer, fx.Node):
             _check(node, answer.target, answer.meta["val"])
             node.replace_all_uses_with(answer)
+            lineage.absorb(answer, node)
             moved[node.name] = answer.name
             make.graph.erase_node(node)
             return True
@@ -136,6 +138,7 @@ def merge_equal(graph: fx.Graph, moved: dict[str, str]) -> bool:
         first = seen.setdefault(key, node)
         if first is not node:
             node.replace_all_uses_with(first)
+            lineage.absorb(first, node)
             moved[node.name] = first.name
             graph.erase_node(node)
             changed = True
