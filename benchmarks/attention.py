@@ -1,11 +1,12 @@
 """Whole attention calls on one GPU: Sage and SLA beside cuDNN's attention, forward, and SLA's training step.
 
-    python benchmarks/attention.py [--out FOLDER] [--shapes 1.3B-480p ...] [--parts] [--accuracy]
+    python benchmarks/attention.py [--out FOLDER] [--shapes 1.3B-480p ...] [--parts] [--accuracy] [--lengths]
 
 Each call starts from bf16 q, k, v (B, L, H, D) as a model makes them, N(0, 1), and holds all quantization and layout
 work. Times are milliseconds between CUDA events around the call, the median over all calls: three turns over the
-variants, so that the card's drift meets all alike, some calls of one variant queued back to back in each. FOLDER gets
-attention.json and attention.md.
+variants, so that the card's drift meets all alike, some calls of one variant queued back to back in each. --shapes
+without a name leaves them out. --accuracy: errors on random inputs, and on what the attentions of examples/wan-mini are
+given. --lengths: where Sage begins to pay (lengths.py). FOLDER gets attention.json and attention.md.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import lengths
 import torch
-import torch.nn.functional as F
 from timing import milliseconds, versions
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 from torch.profiler import ProfilerActivity, profile
 from turbocompile.kernels import ops
 from turbocompile.kernels.sla_attention import kept_blocks, reference
@@ -32,6 +33,7 @@ FORMATS = ("fp8", "fp16")
 HEAD_DIM = 128
 BLOCKS = ((64, 128), (128, 64), (64, 64))  # of q and of k
 TRAINING_BLOCKS = (64, 64)
+WAN_MINI = Path(__file__).parent.parent / "examples" / "wan-mini"
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,7 @@ class Result:
 
 def cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Dense attention, (B, L, H, D)."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    return lengths.sdpa(q, k, v, SDPBackend.CUDNN_ATTENTION)
 
 
 def inference_calls(shape: Shape) -> dict[str, Callable[[], object]]:
@@ -151,24 +152,51 @@ KINDS = (
 )
 
 
-def accuracy(kind: str) -> dict[str, tuple[float, float]]:
-    """Cosine and relative L1 of each op against itself in float64, unquantized, with the same block map.
+Found = dict[str, tuple[float, float]]  # cosine and relative L1 of each op
 
-    The projection of SLA is zero: the linear branch is not quantized, and would only dilute the error.
-    """
-    q, k, v = inputs(kind)
-    zero = q.new_zeros(HEAD_DIM, HEAD_DIM)
+
+def sage_accuracy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Found:
+    """Errors against itself in float64, unquantized."""
+    scale = q.shape[-1] ** -0.5
     exact = [t.double().transpose(1, 2) for t in (q, k, v)]
-    truth = ((exact[0] @ exact[1].transpose(-1, -2) * HEAD_DIM**-0.5).softmax(-1) @ exact[2]).transpose(1, 2)
-    found = {f"Sage {pv}": errors(ops.sage_attention(q, k, v, HEAD_DIM**-0.5, False, pv), truth) for pv in FORMATS}
+    truth = ((exact[0] @ exact[1].transpose(-1, -2) * scale).softmax(-1) @ exact[2]).transpose(1, 2)
+    return {f"Sage {pv}": errors(ops.sage_attention(q, k, v, scale, False, pv), truth) for pv in FORMATS}
+
+
+def sla_accuracy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Found:
+    """Errors against itself in float64, unquantized, with the same block map.
+
+    The projection is zero: the linear branch is not quantized, and would only dilute the error.
+    """
+    found = {}
+    zero = q.new_zeros(q.shape[-1], q.shape[-1])
     for block_q, block_k in BLOCKS:
-        count = kept_blocks(TOPK, -(-q.shape[1] // block_k))
-        y, lut = sla_forward(q, k, v, zero, zero[0], count, block_q, block_k, "softmax", "fp8")
-        chosen = torch.zeros(*lut.shape[:2], -(-q.shape[1] // block_k), dtype=torch.bool, device="cuda")
-        chosen = chosen.scatter(2, lut.long(), True)[None]
+        blocks = -(-q.shape[1] // block_k)
+        y, lut = sla_forward(q, k, v, zero, zero[0], kept_blocks(TOPK, blocks), block_q, block_k, "softmax", "fp8")
+        chosen = torch.zeros(*lut.shape[:2], blocks, dtype=torch.bool, device="cuda")
+        chosen = chosen.scatter(2, lut.long(), True).unflatten(0, (q.shape[0], -1))
         args = [t.double() for t in (q, k, v, zero, zero[0])]
         truth = reference(*args, TOPK, block_q, block_k, "softmax", "none", chosen=chosen)
         found[f"SLA {block_q}/{block_k} fp8"] = errors(y, truth)
+    return found
+
+
+def wan_mini_accuracy() -> dict[str, Found]:
+    """Mean and worst errors over all attentions of wan-mini, at three times of two prompts."""
+    from turbocompile.digits import world  # here: the rest of this file needs torch and the kernels alone
+    from turbocompile.digits.activations import record_pipeline
+
+    recorded = record_pipeline(WAN_MINI, world.evaluation_set(2), device="cuda", dtype=torch.bfloat16)
+    found: dict[str, Found] = {}
+    for name, is_self in (("self", True), ("cross", False)):
+        each = []
+        for a in (a for a in recorded if a.is_self == is_self):
+            each.append(sage_accuracy(a.q, a.k, a.v) | (sla_accuracy(a.q, a.k, a.v) if is_self else {}))
+        by_op = {op: [e[op] for e in each] for op in each[0]}
+        for word, cosine, distance in (("mean", statistics.mean, statistics.mean), ("worst", min, max)):
+            found[f"wan-mini, {name}, {word} of {len(each)}"] = {
+                op: (cosine(c for c, _ in pairs), distance(e for _, e in pairs)) for op, pairs in by_op.items()
+            }
     return found
 
 
@@ -179,20 +207,32 @@ def errors(y: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
     return cosine.item(), ((y - truth).abs().sum() / truth.abs().sum()).item()
 
 
-def accuracy_table() -> str:
-    """Markdown, a line a kind of input."""
-    lines = []
+def accuracy() -> dict[str, Found]:
+    """Errors by kind of input."""
+    found = {}
     for kind in KINDS:
-        found = accuracy(kind)
-        lines.append(f"| {kind} | " + " | ".join(f"{c:.5f} / {e:.4f}" for c, e in found.values()) + " |")
-    return "\n".join([f"| cosine / relative L1 | {' | '.join(found)} |", "| --- " * (len(found) + 1) + "|", *lines])
+        q, k, v = inputs(kind)
+        found[kind] = sage_accuracy(q, k, v) | sla_accuracy(q, k, v)
+    return found | wan_mini_accuracy()
+
+
+def accuracy_table(found: dict[str, Found]) -> str:
+    """Markdown, a line a kind of input."""
+    ops_shown = list(next(iter(found.values())))
+    lines = []
+    for kind, each in found.items():
+        cells = [f"{each[op][0]:.5f} / {each[op][1]:.4f}" if op in each else "" for op in ops_shown]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    head = f"| cosine / relative L1 | {' | '.join(ops_shown)} |"
+    return "\n".join([head, "| --- " * (len(ops_shown) + 1) + "|", *lines])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="a folder for attention.json and attention.md")
-    parser.add_argument("--shapes", nargs="+", choices=[s.name for s in SHAPES], default=[s.name for s in SHAPES])
+    parser.add_argument("--shapes", nargs="*", choices=[s.name for s in SHAPES], default=[s.name for s in SHAPES])
     parser.add_argument("--accuracy", action="store_true", help="also the errors on some kinds of inputs")
+    parser.add_argument("--lengths", action="store_true", help="also Sage beside SDPA at short and long sequences")
     parser.add_argument("--parts", action="store_true", help="also the time of each kernel")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -206,15 +246,22 @@ def main() -> None:
             if arguments.parts:
                 kernels |= {f"{shape.name} {name}": parts(call) for name, call in calls.items()}
     about = versions()
-    text = f"{', '.join(f'{k} {v}' for k, v in about.items())}\n\n{table(results)}\n"
+    text = f"{', '.join(f'{k} {v}' for k, v in about.items())}\n"
+    document: dict[str, object] = {"about": about, "results": [asdict(r) for r in results], "kernels": kernels}
+    if results:
+        text += f"\n{table(results)}\n"
     if arguments.accuracy:
-        text += f"\n{accuracy_table()}\n"
+        document["accuracy"] = found = accuracy()
+        text += f"\n{accuracy_table(found)}\n"
+    if arguments.lengths:
+        rows = [lengths.measure(size) for size in lengths.sizes()]
+        document["lengths"] = [asdict(row) for row in rows]
+        text += f"\n{lengths.table(rows)}\n\n{lengths.hardware_rows(rows)}\n"
     print(text)
     for name, times in kernels.items():
         print(name, times)
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        document = {"about": about, "results": [asdict(r) for r in results], "kernels": kernels}
         (arguments.out / "attention.json").write_text(json.dumps(document, indent=1) + "\n")
         (arguments.out / "attention.md").write_text(text)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+WAN_MINI = Path(__file__).parent.parent.parent / "examples" / "wan-mini"
 BF16, FP16 = torch.bfloat16, torch.float16
 PORTABLE = pytest.param("portable", id="portable")
 DEFAULT = pytest.param(None, id="default")
@@ -277,6 +279,65 @@ def test_sums_over_many_tokens_fit_float16(make, feature_map):
         got = (y.double() - rest.double())[0].transpose(0, 1)
         # two results of about 20 rounded to float16, and two operands: a few of 2^-11 of that
         assert relative_l2(got, expected) < 2.0**-8
+
+
+# --- on what a trained model gives them
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """q, k, v of all attentions of wan-mini at three times of two videos, in bf16."""
+    from turbocompile.digits import world
+    from turbocompile.digits.activations import record_pipeline
+
+    return record_pipeline(WAN_MINI, world.evaluation_set(2), device="cuda", dtype=BF16)
+
+
+# Bounds: of each attention what is asked of N(0, 1); of their mean what SageAttention's authors publish for the layers
+# of video models (tests/digits/test_activations.py).
+@pytest.mark.parametrize(
+    ("pv", "is_self", "mean"),
+    [
+        ("fp8", True, (0.9997, 0.0186)),
+        ("fp8", False, (0.9994, 0.0345)),
+        ("fp16", True, (0.9998, 0.0156)),
+        ("fp16", False, (0.9998, 0.0156)),
+    ],
+)
+def test_sage_on_a_trained_model_is_as_near_as_its_reference_and_as_published(recorded, unit, pv, is_self, mean):
+    found = []
+    for a in (a for a in recorded if a.is_self == is_self):
+        args = (a.q, a.k, a.v, 64**-0.5, False, pv)
+        y, expected = ops.sage_attention(*args), truth(*args[:4])
+        found.append((cosine(y, expected), relative_l1(y, expected)))
+        assert found[-1][1] <= 1.15 * relative_l1(sage.reference(*args), expected) + unit[BF16], a.module
+    cosines, distances = zip(*found, strict=True)
+    least, most = (0.999, 0.04) if pv == "fp8" else (0.9998, 0.02)
+    assert min(cosines) >= least
+    assert max(distances) <= most
+    assert sum(cosines) / len(found) >= mean[0]
+    assert sum(distances) / len(found) <= mean[1]
+
+
+@pytest.mark.parametrize("blocks", [(128, 64), (64, 64), (64, 128)])
+def test_sla_on_a_trained_model_is_as_near_as_its_reference(recorded, unit, blocks):
+    """Without its linear branch, which is not quantized."""
+    from turbocompile.kernels.sla_triton import sla_forward
+
+    distances = []
+    for a in (a for a in recorded if a.is_self):
+        zero = a.q.new_zeros(64, 64)
+        args = (a.q, a.k, a.v, zero, zero[0])
+        count = sla.kept_blocks(0.1, -(-a.q.shape[1] // blocks[1]))
+        y, lut = sla_forward(*args, count, *blocks, "softmax", "fp8")
+        chosen = as_map(lut, a.q, blocks[1])
+        expected = sla.reference(*(t.double() for t in args), 0.1, *blocks, "softmax", "none", chosen=chosen)
+        quantized = sla.reference(*args, 0.1, *blocks, "softmax", "fp8", chosen=chosen)
+        distances.append(relative_l1(y, expected))
+        assert cosine(y, expected) >= 0.999
+        assert distances[-1] <= 0.04
+        assert distances[-1] <= 1.15 * relative_l1(quantized, expected) + 2 * unit[BF16], a.module
+    assert sum(distances) / len(distances) <= 0.0186
 
 
 # --- SLA, trained

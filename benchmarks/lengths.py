@@ -1,0 +1,123 @@
+"""From which length on Sage is faster than SDPA: whole calls, self and cross, short and long.
+
+Times are of calls in CUDA graphs, as an engine runs them: below some 0.3 ms a call made by Python takes as long as its
+launches. Where that differs by more than a tenth it stands behind, in brackets.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timing import milliseconds, replayed
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from turbocompile.kernels import ops
+
+LENGTHS = (256, 512, 1024, 2304, 4096, 8192, 16384, 32760)
+CROSS = (257, 512)  # keys: Wan's image tokens, and its text tokens
+# (heads, head_dim, the longest): wan-mini, and one of 12 heads; Wan2.1 1.3B and 14B
+MODELS = ((4, 64, 4096), (12, 64, 32760), (12, 128, 32760), (40, 128, 32760))
+PLAIN = 1.0  # milliseconds: a longer call hides its launches behind itself
+SETTLE, SPAN = 1.0, 5.0  # milliseconds of each turn: there are some hundred graphs
+BACKENDS = {"SDPA cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA flash": SDPBackend.FLASH_ATTENTION}
+
+
+@dataclass(frozen=True)
+class Size:
+    """One attention of one video."""
+
+    queries: int
+    keys: int
+    heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """Median milliseconds of the calls at a size: in CUDA graphs, and as Python makes them where that was timed."""
+
+    size: Size
+    graph: dict[str, float]
+    plain: dict[str, float]
+
+    def speedup(self, call: str) -> float:
+        """The time of the fastest SDPA over that of a call."""
+        return min(t for name, t in self.graph.items() if name.startswith("SDPA")) / self.graph[call]
+
+
+def sizes() -> list[Size]:
+    """Every model's self-attentions, then its cross-attentions."""
+    wanted = (
+        Size(queries, keys or queries, heads, head_dim)
+        for heads, head_dim, longest in MODELS
+        for keys in (None, *CROSS)
+        for queries in LENGTHS
+        if queries <= longest
+    )
+    return list(dict.fromkeys(wanted))
+
+
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: SDPBackend | None = None) -> torch.Tensor:
+    """Dense attention, (B, L, H, D), by one backend, or by the one that torch chooses."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if backend is None:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def calls(size: Size) -> dict[str, Callable[[], object]]:
+    """Every call on the same N(0, 1)."""
+    q, k, v = (
+        torch.randn(1, tokens, size.heads, size.head_dim, device="cuda").bfloat16()
+        for tokens in (size.queries, size.keys, size.keys)
+    )
+    scale = size.head_dim**-0.5
+    return {
+        "SDPA": lambda: sdpa(q, k, v),
+        **{name: lambda backend=backend: sdpa(q, k, v, backend) for name, backend in BACKENDS.items()},
+        "Sage fp8": lambda: ops.sage_attention(q, k, v, scale, False, "fp8"),
+        "Sage fp16": lambda: ops.sage_attention(q, k, v, scale, False, "fp16"),
+    }
+
+
+def measure(size: Size) -> Row:
+    """The row of a size."""
+    made = calls(size)
+    graph = {k: statistics.median(t) for k, t in replayed({k: [c] for k, c in made.items()}, SETTLE, SPAN).items()}
+    short = {k: c for k, c in made.items() if graph[k] < PLAIN}
+    return Row(size, graph, {k: statistics.median(t) for k, t in milliseconds(short, 5).items()} if short else {})
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    names = list(rows[0].graph)
+    head = ["queries x keys", "heads", *names, "fp8 over SDPA", "fp16 over SDPA"]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for row in rows:
+        s = row.size
+        cells = [f"{s.queries:,} x {s.keys:,}", f"{s.heads} x {s.head_dim}"]
+        cells += [_cell(row.graph[name], row.plain.get(name)) for name in names]
+        cells += [f"{row.speedup(f'Sage {pv}'):.2f}" for pv in ("fp8", "fp16")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(graph: float, plain: float | None) -> str:
+    differs = plain is not None and abs(plain - graph) > 0.1 * graph
+    return f"{graph:.4f}" + (f" ({plain:.3f})" if differs else "")
+
+
+def hardware_rows(rows: Sequence[Row]) -> str:
+    """The speedups as turbocompile/hardware.py has them."""
+    lines = []
+    for pv in ("fp8", "fp16"):
+        for heads, head_dim, _ in MODELS:
+            same = [r for r in rows if (r.size.heads, r.size.head_dim) == (heads, head_dim)]
+            points = ", ".join(f"({r.size.queries}, {r.size.keys}, {r.speedup(f'Sage {pv}'):.2f})" for r in same)
+            if points:
+                lines.append(f'*_speeds(_H100, "{pv}", {heads}, {head_dim}, {points}),')
+    return "\n".join(lines)
