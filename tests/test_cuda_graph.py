@@ -66,9 +66,9 @@ class TestCuda:
     def inputs(seed: int) -> dict[str, torch.Tensor]:
         g = torch.Generator().manual_seed(seed)
         return {
-            "hidden_states": torch.randn(1, 16, 9, 32, 32, generator=g).cuda(),
+            "hidden_states": torch.randn(1, 16, 9, 32, 32, generator=g).cuda().bfloat16(),
             "timestep": (torch.rand(1, generator=g) * 1000).cuda(),
-            "encoder_hidden_states": torch.randn(1, 512, 128, generator=g).cuda(),
+            "encoder_hidden_states": torch.randn(1, 512, 128, generator=g).cuda().bfloat16(),
         }
 
     def test_ten_calls_have_the_bits_of_the_ungraphed_run(self, folder):
@@ -102,7 +102,8 @@ class TestCuda:
         for graph in (True, False):
             engine = load(folder, device="cuda")
             engine.cuda_graph = graph
-            pipe = WanPipeline.from_pretrained(EXAMPLES / "wan-mini", transformer=engine, torch_dtype=torch.bfloat16)
+            pipe = WanPipeline.from_pretrained(EXAMPLES / "wan-mini", torch_dtype=torch.bfloat16)
+            pipe.transformer = engine
             made = pipe.to("cuda")(
                 "a red seven moves left and bounces", height=256, width=256, num_frames=33, num_inference_steps=4,
                 guidance_scale=3.0, generator=torch.Generator().manual_seed(0), output_type="latent",
