@@ -39,8 +39,10 @@ def kind_of(options: Mapping[str, Any]) -> str:
     kind = options.get("kind", "auto")
     if sla.wants_sla(options):
         quantizes = product_format(options, "sla") != "none"
+    elif kind == "auto":
+        quantizes = product_format(options, "sage") != "none" and has_sage(options.get("target", "cpu"))
     else:
-        quantizes = kind == "sage" or (kind == "auto" and has_sage(options.get("target", "cpu")))
+        quantizes = kind == "sage"
     return "quantizing" if quantizes else "exact"
 
 
@@ -51,10 +53,11 @@ def choose(m: Match, found: Operands) -> AttentionChoice:
         return AttentionChoice(kind, "the recipe asks for it")
     if sla.wants_sla(m.options) and product_format(m.options, "sla") == "none":
         return AttentionChoice("native", "an SLA would be in floating point here, and so is this attention")
+    pv = product_format(m.options, "sage")
+    if pv == "none":
+        return AttentionChoice("native", "the recipe says pv: none, and Sage has no such product")
     (batch, heads, length, head_dim), keys = shape(found.q), shape(found.k)[-2]
-    chosen = choose_attention(
-        target, AttentionShape(length, keys, batch * heads, head_dim), product_format(m.options, "sage")
-    )
+    chosen = choose_attention(target, AttentionShape(length, keys, batch * heads, head_dim), pv)
     # A twin at a small shape is to be what the engine's shapes are, whatever would pay at its own.
     return m.options.get("choices", {}).get(m.site, chosen)
 

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from turbocompile.bench import Bench, bench, bench_path, example, read_record, record_path, save_record, time_attentions
 from turbocompile.build import optimize_recipe
+from turbocompile.capture import capture
 from turbocompile.cli import main
 from turbocompile.engine import load
 from turbocompile.errors import RecipeError, UnsupportedError
@@ -63,6 +64,15 @@ def test_each_attention_is_timed_by_its_site(folder):
     times = time_attentions(program, torch.device("cpu"))
     assert list(times) == ["blocks:attn1", "blocks:attn2"]
     assert all(0 < seconds < 10 for seconds in times.values())
+
+
+def test_expanded_operands_are_timed_too():
+    class Grouped(torch.nn.Module):
+        def forward(self, q, k):
+            return torch.nn.functional.scaled_dot_product_attention(q, k.expand(1, 2, 5, 8), k.expand(1, 2, 5, 8))
+
+    program = capture(Grouped(), (torch.randn(1, 2, 5, 8), torch.randn(1, 1, 5, 8)))
+    assert list(time_attentions(program, torch.device("cpu"))) == ["shell:"]
 
 
 def test_the_inputs_are_what_the_program_takes(folder):

@@ -239,7 +239,5 @@ def _verdict(rows: dict[str, Row]) -> tuple[str, str]:
         )
     triton = "" if rows["triton"].status == OK else " once triton works"
     linear = {"fp8": "FP8", "int8": "INT8", "off": "16-bit"}[hardware.choose_linear_format(target)]
-    return (
-        target,
-        f"Engines for this machine run on the GPU ({target}) with {linear} linears and 8-bit attention{triton}.",
-    )
+    attention = "8-bit attention where it is faster" if hardware.has_sage(target) else "16-bit attention"
+    return target, f"Engines for this machine run on the GPU ({target}) with {linear} linears and {attention}{triton}."

@@ -235,6 +235,14 @@ def test_auto_is_native_where_sage_cannot_be_and_says_why(form, rewrite, pays):
         assert (row.kind, row.why) == ("native", "SageAttention has no mask")
 
 
+def test_auto_without_a_product_in_8_or_16_bits_is_native(form, rewrite, pays):
+    pays(1)
+    options = {"attention": {"kind": "auto", "pv": "none"}}
+    done = rewrite(form(FORMS["scaled scores"]), qkv(), until="attention", options=options, target="sm90")
+    (row,) = attention_sites(done.program)
+    assert (row.kind, row.why) == ("native", "the recipe says pv: none, and Sage has no such product")
+
+
 def test_a_choice_that_is_given_overrules_the_size(form, rewrite, pays):
     """What a small twin of an engine's shapes needs, to be rewritten as they are."""
     pays(10 * L)
@@ -341,6 +349,10 @@ def test_the_kind_of_the_pass_follows_its_options():
         ({"kind": "sla", "pv": "fp16"}, "cpu", "quantizing"),
         ({"kind": "sla"}, "sm80", "quantizing"),
         ({"kind": "sla", "pv": "none"}, "sm80", "exact"),
+        ({"kind": "auto"}, "cpu", "exact"),
+        ({"kind": "auto"}, "sm80", "exact"),  # where nobody measured Sage
+        ({"kind": "auto"}, "sm90", "quantizing"),
+        ({"kind": "auto", "pv": "none"}, "sm90", "exact"),
     ]
     for options, target, kind in kinds:
         assert attention.kind_of({**options, "target": target}) == kind
