@@ -14,9 +14,9 @@ Tensor cores of Hopper add products of e4m3 to a sum with few bits and cut the r
 out 10% short on an H100. Of random signs, as activations times weights are, the cuts hardly add up: at K = 13,824 the
 relative error of N(0, 1) data is 0.0265 with them and without, so they are below 0.0017 beside e4m3's own roundings,
 less than bf16's of the result. So the default leaves them, as the libraries do; `promote` adds each block_k of K in
-float32, at the cost below. Measured on an H100 in bursts, over bf16 F.linear at Wan's shapes but the smallest, whose
-launch took as long: promoted 0.98-1.20, cut 1.60-1.80, cuBLAS with cut sums 1.62-1.78, ahead at K = 1536 by hiding
-the way out of a tile; int8 1.38-1.69; int8_block 1.02-1.17.
+float32, at the cost below. Measured on an H100 at its sustained clock, over bf16 F.linear at six shapes of Wan
+(benchmarks/RESULTS.md): promoted 1.16-1.40, cut 1.70-2.13, cuBLAS with cut sums 1.60-1.88; int8 1.58-1.88; int8_block
+1.06-1.40.
 
 What int8_block costs on Hopper, in clocks of a multiprocessor for 128 x 128 x 128: 512 of wgmma (4,096 int8
 multiply-adds a clock), which reads 48 KiB of shared memory while 32 KiB arrive: 640 at 128 bytes a clock. Of ordinary
@@ -226,16 +226,13 @@ SINGLE = LinearConfig("descriptor", 128, 128, stages=4)  # no spills, and nothin
 TRIPLE = LinearConfig("descriptor", 64, 128, warps=4, stages=2, programs=3, registers=168)  # 64 KiB a program
 SMALL = LinearConfig("descriptor", 64, 128, warps=4, stages=4, programs=2)  # few rows: tiles for all multiprocessors
 # 3 stages and half a tile: 176 KiB, one program, whose way out nothing hides unless the loops are one. Square tiles
-# have a third more to read. Left out: warp specialization (Triton 3.6 and 3.9 ignore it with 8 warps, fail with 4).
+# have a third more to read. Left out: a tile stored in one part (2% slower where it is not equal, and with a residual
+# beyond shared memory), 16 rows of tiles walked together (slower at five of Wan's six shapes), warp specialization
+# (Triton 3.6 and 3.9 ignore it with 8 warps, fail with 4).
 WIDE = LinearConfig("descriptor", 128, 256, parts=2)
 WIDE_FLAT = LinearConfig("descriptor", 128, 256, parts=2, flatten=True)
 FAST = LinearConfig("descriptor", 128, 256, promote=False, parts=2)  # in FP8 with sums cut short, 0.94-1.13x cuBLAS
 FAST_FLAT = LinearConfig("descriptor", 128, 256, promote=False, parts=2, flatten=True)
-# Stored in one part, 209 KiB: its way out waits for no other part's, and 256 columns' scales and biases are read by 256
-# threads, not by all, 620 instructions for 776. 132 wide tiles in flight read least where they are 16 down and 8 right.
-WHOLE = LinearConfig("descriptor", 128, 256, promote=False, group=16)
-WHOLE_FLAT = LinearConfig("descriptor", 128, 256, promote=False, group=16, flatten=True)
-WIDE_WHOLE = LinearConfig("descriptor", 128, 256, group=16, flatten=True)
 # Elsewhere 100 KiB a multiprocessor: 64 bytes of K, so that four stages fit beside the tile on its way out.
 AMPERE = LinearConfig("pointer", 128, 128, 64, stages=4)
 AMPERE_SMALL = LinearConfig("pointer", 64, 128, 64, warps=4, stages=4, programs=2)
@@ -243,12 +240,12 @@ AMPERE_TILES = LinearConfig("pointer", 128, 128, stages=3)  # int8_block needs 1
 AMPERE_TILES_SMALL = LinearConfig("pointer", 64, 128, warps=4, stages=3, programs=2)
 LIBRARY = {"fp8": (LinearConfig("library"), LinearConfig("library", promote=False))}  # row-wise _scaled_mm
 CONFIGS = {
-    "fp8": (PAIR, SINGLE, SMALL, FAST, FAST_FLAT, WHOLE, WHOLE_FLAT, AMPERE, AMPERE_SMALL),
-    "int8": (WIDE, WIDE_FLAT, WIDE_WHOLE, PAIR, SINGLE, SMALL, AMPERE, AMPERE_SMALL),
+    "fp8": (PAIR, SINGLE, SMALL, FAST, FAST_FLAT, AMPERE, AMPERE_SMALL),
+    "int8": (WIDE, WIDE_FLAT, PAIR, SINGLE, SMALL, AMPERE, AMPERE_SMALL),
     "int8_block": (PAIR, SINGLE, TRIPLE, SMALL, AMPERE_TILES, AMPERE_TILES_SMALL),
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LONG = 2048  # of K: from here on one wide tile beats two square ones in int8, and cuBLAS in fp8
+LONG = 2048  # of K: below it a tile's way out is worth to be overlapped in int8
 MIDDLE = 8192  # of K: below it a tile's way out is worth to be overlapped, beyond it the plain loop is faster
 LARGE_SHARED = 200 << 10  # bytes a multiprocessor
 DEEP = 1 << 17  # of K: sums of int8 products, at most 2^14 each, fit int32 below it
@@ -312,11 +309,9 @@ def default_config(
     k: int,
     device: torch.device,
     dtype: torch.dtype = torch.bfloat16,
-    plain: bool = True,
 ) -> LinearConfig:
-    """By shape: large tiles where they fill the card, else small ones. plain: without GELU and residual.
-
-    For what has not been measured (linear_choice.py).
+    """By shape: large tiles where they fill the card, else small ones. For what has not been measured
+    (linear_choice.py).
     """
     card = _card(device)
     few = triton.cdiv(rows, 128) * triton.cdiv(n, 128) < card.processors
@@ -331,9 +326,10 @@ def default_config(
     # hide from each other, some 2,000: 16 steps.
     wide = triton.cdiv(rows, 128) * triton.cdiv(n, 256) >= card.processors
     if format == "fp8" and wide:
-        products = library(format, n, k, dtype, device) if plain else ()
-        return products[-1] if products and k < LONG else FAST_FLAT if k < MIDDLE else FAST
-    return WIDE if format == "int8" and wide and k >= LONG else PAIR
+        return FAST_FLAT if k < MIDDLE else FAST
+    if format == "int8" and wide:
+        return WIDE_FLAT if k < LONG else WIDE
+    return PAIR
 
 
 def launch_linear(
@@ -370,7 +366,7 @@ def launch_linear(
         return out
     rows, described = data.shape[:-1].numel(), n * dtype.itemsize % ALIGNED == 0
     plain = not gelu and residual is None
-    config = config or default_config(format, rows, n, k, data.device, dtype, plain)
+    config = config or default_config(format, rows, n, k, data.device, dtype)
     check(config.fits(format), f"{config} is not for {format}")
     if config.path == "library":
         check(plain and bool(library(format, n, k, dtype, data.device)), f"torch has no such product: {config}")

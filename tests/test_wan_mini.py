@@ -51,6 +51,15 @@ def test_diffusers_opens_it_and_its_linears_suit_every_8_bit_format():
     assert all(width % 128 == 0 for width in widths)  # int8_block has blocks of 128
 
 
+def shown_right(name: str, aspect: str, held_out: bool) -> Share:
+    """Counted from the verdicts of an evaluation, and the same as its own sum."""
+    found = json.loads((FOLDER / "training" / f"{name}.json").read_text())
+    videos = [v for v in found["videos"] if v["held_out"] is held_out]
+    share = Share(sum(v["right"][aspect] for v in videos), len(videos))
+    assert found["shares"][aspect]["held out" if held_out else "seen"]["right"] == share.right
+    return share
+
+
 def test_the_log_is_of_the_runs_that_the_page_tells_of():
     """Seconds and steps of the stages, the judge's shares and the autoencoder's PSNR are those of README.md."""
     page = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -62,16 +71,14 @@ def test_the_log_is_of_the_runs_that_the_page_tells_of():
         assert f"| {last['step']:,} |" in row
         assert row.endswith(f"| {last['seconds']:.0f} |")
     assert f"{total:.0f} s in the four stages" in page
-    found = json.loads((FOLDER / "training" / "evaluation.json").read_text())
     for aspect in ("digit", "colour", "motion"):
-        parts = []
-        for group, held_out in (("seen", False), ("held out", True)):
-            videos = [v for v in found["videos"] if v["held_out"] is held_out]
-            share = Share(sum(v["right"][aspect] for v in videos), len(videos))
-            assert found["shares"][aspect][group]["right"] == share.right
-            low, high = (100 * bound for bound in share.interval)
-            parts.append(f"{100 * share.value:.0f} % ({low:.1f} - {high:.1f})")
-        assert f"| {aspect} | {parts[0]} | {parts[1]} |" in page
+        cells = []
+        for held_out in (False, True):
+            shares = [shown_right(name, aspect, held_out) for name in ("evaluation", "evaluation-engine")]
+            both = Share(sum(s.right for s in shares), sum(s.total for s in shares))
+            low, high = (100 * bound for bound in both.interval)
+            cells += [f"{100 * s.value:.0f} %" for s in shares] + [f"{100 * both.value:.1f} % ({low:.1f} - {high:.1f})"]
+        assert f"| {aspect} | {' | '.join(cells)} |" in page
     psnr = json.loads((FOLDER / "training" / "vae_psnr.json").read_text())
     assert f"{psnr['mean']:.1f} dB ({psnr['low']:.1f} - {psnr['high']:.1f})" in page
 

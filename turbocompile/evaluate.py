@@ -347,7 +347,7 @@ def _engine_maker(engine: Engine, steps: int | None, guidance: float | None, tel
                 warnings.simplefilter("ignore", SamplingWarning)
             options: dict[str, Any] = {"steps": steps, "guidance": guidance}
             found = generate(engine, combination.prompt, seed=seed, shape=f"{SHAPE}x1", progress=within, **options)
-        return found.video[0]
+        return found.video[0].to(engine.device)  # where it is judged
 
     return make
 

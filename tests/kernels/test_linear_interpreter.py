@@ -113,7 +113,7 @@ def test_the_default_follows_shape_and_card(monkeypatch):
         ("h100", "fp8", 32760, 5120, 5120, t.FAST_FLAT),
         ("h100", "fp8", 32760, 5120, 13824, t.FAST),
         ("h100", "fp8", 8000, 512, 1536, t.PAIR),
-        ("h100", "int8", 32760, 8960, 1536, t.PAIR),
+        ("h100", "int8", 32760, 8960, 1536, t.WIDE_FLAT),
         ("h100", "int8", 32760, 5120, 5120, t.WIDE),
         ("h100", "int8_block", 32760, 5120, 13824, t.PAIR),
         ("h100", "fp8", 512, 1536, 4096, t.SMALL),
@@ -136,13 +136,9 @@ def test_cublas_competes_where_it_has_the_product(monkeypatch):
     cuda, bf16 = torch.device("cuda"), torch.bfloat16
     monkeypatch.setattr(t, "_card", lambda device: t._Card((9, 0), 132, 228 << 10))
     fast = t.LIBRARY["fp8"][1]
-    assert t.default_config("fp8", 32760, 1536, 1536, cuda) == fast
-    assert t.default_config("fp8", 32760, 1536, 1536, cuda, plain=False) == t.FAST_FLAT
-    assert t.default_config("fp8", 32760, 1536, 1536, cuda, FP32) == t.FAST_FLAT
-    assert t.default_config("fp8", 32760, 1544, 1536, cuda) == t.FAST_FLAT
-    assert set(t.candidates("fp8", 1536, 1536, bf16, cuda)) == {
-        t.PAIR, t.SINGLE, t.SMALL, t.FAST, t.FAST_FLAT, t.WHOLE, t.WHOLE_FLAT, *t.LIBRARY["fp8"]
-    }  # fmt: skip
+    own = {t.PAIR, t.SINGLE, t.SMALL, t.FAST, t.FAST_FLAT}
+    assert set(t.candidates("fp8", 1536, 1536, bf16, cuda)) == own | set(t.LIBRARY["fp8"])
+    assert set(t.candidates("fp8", 1536, 1536, FP32, cuda)) == own
     assert fast not in t.candidates("fp8", 1544, 1536, bf16, cuda)
     assert all(c.path == "descriptor" for c in t.candidates("int8", 1536, 1536, bf16, cuda))
     assert all(c.path == "pointer" for c in t.candidates("int8", 1537, 1536, bf16, cuda))

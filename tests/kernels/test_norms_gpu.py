@@ -518,8 +518,8 @@ def test_torch_compile_takes_the_ops_whole(make):
         op, _, args = found[name]
         torch.compiler.reset()
         whole = torch.compile(lambda x, op=op, rest=args[1:]: op(x * 2, *rest), fullgraph=True)
-        found, expected = whole(args[0]), op(args[0] * 2, *args[1:])
-        assert all(map(torch.equal, as_bits(found), as_bits(expected))), name
+        made, expected = whole(args[0]), op(args[0] * 2, *args[1:])
+        assert all(map(torch.equal, as_bits(made), as_bits(expected))), name
 
 
 def test_a_gradient_is_refused(make):
