@@ -34,10 +34,11 @@ def test_the_readmes_commands_are_the_main_job_and_the_tests():
 
 
 def test_ci_runs_the_readmes_second_block(tmp_path):
-    """The script with stand-ins for python and bash's timeout: what it would run is the block."""
+    """The script with stand-ins for python, apt-get and bash's timeout: what it would run is the block."""
     (tmp_path / "venv.sh").write_text('#!/bin/sh\n[ "$2" = venv ] && mkdir -p "$3/bin"\nexit 0\n')
     (tmp_path / "timeout").write_text('#!/bin/sh\nfor last; do :; done\nprintf "%s\\n" "$last" > "$SEEN"\n')
-    (tmp_path / "python").write_text("#!/bin/sh\nexit 0\n")
+    for tool in ("python", "apt-get"):
+        (tmp_path / tool).write_text("#!/bin/sh\nexit 0\n")
     for tool in tmp_path.iterdir():
         tool.chmod(0o755)
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "venv.sh")}

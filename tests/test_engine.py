@@ -49,6 +49,11 @@ def saved(engine, tmp_path_factory):
     return engine.save(tmp_path_factory.mktemp("engines") / "engine")
 
 
+def test_the_saved_report_is_of_the_model(engine, saved):
+    for report in (engine.report, turbocompile.load(saved).report):
+        assert (report.model, report.weights) == (engine.model_name, "the module's")
+
+
 @pytest.fixture
 def folder(saved, tmp_path):
     """A copy that a test may damage."""

@@ -34,6 +34,7 @@ from turbocompile.verify import Verifier
 from turbocompile.wan.source import TransformerSource, open_source
 from turbocompile.weights import Emission, Evaluator, ModuleTensors, TensorSource, nbytes, write_shards
 
+MODULES_OWN = "the module's"  # where the weights of a report come from
 VERIFY_TOKENS = 4096  # a larger call is verified at a smaller shape, or not at all
 TWIN = Shape(height=128, width=128, num_frames=9)  # 192 tokens: some blocks of every kernel, and ragged
 Progress = Callable[[str, float], None]
@@ -348,8 +349,13 @@ def finish(
     recipe: Recipe,
     stages: Stages,
     more: Mapping[str, Any] | None = None,
+    model: str | None = None,
+    weights: str | None = None,
 ) -> Report:
-    """Writes the printed graphs, the report and the manifest, and returns the report."""
+    """Writes the printed graphs, the report and the manifest, and returns the report.
+
+    more: for the manifest. model, weights: for the report, where they are not the recipe's.
+    """
     (folder / "graphs").mkdir()
     for item in compiled.values():
         for stage, text in item.printed.items():
@@ -357,7 +363,9 @@ def finish(
         (folder / "graphs" / f"{item.name}.json").write_text(views_json(item), encoding="utf-8")
     component_bytes = sum(p.stat().st_size for p in (folder / "components").rglob("*") if p.is_file())
     written = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-    report = make_report(compiled, recipe, stages, components=component_bytes, written=written)
+    report = make_report(
+        compiled, recipe, stages, components=component_bytes, written=written, model=model, weights=weights
+    )
     report.save(folder / "report.json")
     (folder / "report.html").write_text(report.to_html(), encoding="utf-8")
     seal(folder, {
@@ -470,7 +478,7 @@ def optimize(
     evaluate = Evaluator(source, item.constants)
     with stages("weights"):
         weights = {name: evaluate(e.expr, e.prefix) for name, e in item.plan.items()}
-    report = make_report({"transformer": item}, options, stages, model=type(model).__name__, weights="the module's")
+    report = make_report({"transformer": item}, options, stages, model=type(model).__name__, weights=MODULES_OWN)
     engine = Engine(
         item.programs, weights, name=type(model).__name__, config=getattr(model, "config", None) or {},
         dtype=_module_dtype(model), report=report, backend=options.backend,
@@ -634,7 +642,10 @@ def write_engine(engine: Engine, folder: Path) -> None:
             engine.files[shape] = files
     entry = module_entry(engine, programs, shards)
     entry["config"] = json_config(engine.config)
-    finish(folder, {item.name: item}, {item.name: entry}, {}, recipe, build.stages)
+    finish(
+        folder, {item.name: item}, {item.name: entry}, {}, recipe, build.stages, model=engine.model_name,
+        weights=MODULES_OWN,
+    )  # fmt: skip
 
 
 class _Stored(Evaluator):

@@ -19,6 +19,7 @@ MOST = 1500  # nodes of a graph that are drawn; more are no picture
 BOX, DOT, LANE = 30.0, 8.0, 4.0  # heights of an operator and of what is free; the room of a line that passes by
 GAP = 12.0  # between rows, and between neighbours in a row
 BETWEEN = 70.0  # between the halves
+NARROWEST = 150.0  # half: what its title takes
 HEAD = 26.0  # the titles of the halves
 ROUNDS = 24
 CHARACTER, SMALL = 6.6, 5.6  # widths in the two sizes of text
@@ -116,8 +117,8 @@ def _rows(nodes: Sequence[NodeView]) -> list[int]:
         for read in nodes[i].reads:
             below[read] = max(below[read], below[i])
     most = max(below, default=0)
-    read = {r for n in nodes for r in n.reads}
-    return [most - b if i in read or nodes[i].op != INPUT else 0 for i, b in enumerate(below)]
+    used = {r for n in nodes for r in n.reads}
+    return [most - b if i in used or nodes[i].op != INPUT else 0 for i, b in enumerate(below)]
 
 
 def _rows_beside(nodes: Sequence[NodeView], before: Sequence[int]) -> list[int]:
@@ -161,20 +162,23 @@ def _half(nodes: Sequence[NodeView], rows: Sequence[int]) -> _Half:
 def _settle(half: _Half) -> None:
     """Finds x of every item: the rows in turn, down and up, each item pulled to its neighbours.
 
-    In the first half of the rounds the order within a row may change, then lanes are pulled straight, too.
+    In the first half of the rounds the order within a row may change; then lanes are pulled straight, too.
     """
     for row in half.rows:
         for i, item in enumerate(row):
             item.x = item.pull if item.pull is not None else 60.0 * i
     for turn in range(ROUNDS):
-        late = turn >= ROUNDS // 2
-        for row in half.rows if turn % 2 == 0 else half.rows[::-1]:
-            if not late:
-                wanted = {id(item): _wanted(item, item.above if turn % 2 == 0 else item.below) for item in row}
-                row.sort(key=lambda item, wanted=wanted: wanted[id(item)])  # type: ignore[misc]
-                _spread(row, [wanted[id(item)] for item in row])
-            else:
-                _spread(row, [_wanted(i, i.above + i.below) if not i.lane else _straight(i, row) for i in row])
+        down, late = turn % 2 == 0, turn >= ROUNDS // 2
+        lanes = _straight(half) if late else {}
+        for row in half.rows if down else half.rows[::-1]:
+            wanted = [
+                lanes[id(item.lane)] if late and item.lane
+                else _wanted(item, item.above + item.below if late else item.above if down else item.below)
+                for item in row
+            ]  # fmt: skip
+            order = range(len(row)) if late else sorted(range(len(row)), key=wanted.__getitem__)
+            row[:], wanted = [row[i] for i in order], [wanted[i] for i in order]
+            _spread(row, wanted)
 
 
 def _wanted(item: _Item, near: Sequence[_Item]) -> float:
@@ -182,15 +186,21 @@ def _wanted(item: _Item, near: Sequence[_Item]) -> float:
     return x if item.pull is None else (x + item.pull) / 2
 
 
-def _straight(item: _Item, row: Sequence[_Item]) -> float:
-    """Where all of a lane can stand: at its place that is farthest out."""
-    middle = (row[0].x + row[-1].x) / 2
-    places = [one.x for one in item.lane]
-    return max(places) if sum(places) / len(places) > middle else min(places)
+def _straight(half: _Half) -> dict[int, float]:
+    """By its id, where all of a lane can stand: at its place that is farthest out."""
+    items = [item for row in half.rows for item in row]
+    middle = sum(item.x for item in items) / max(len(items), 1)
+    found = {}
+    for lane in {id(item.lane): item.lane for item in items if item.lane}.values():
+        places = [item.x for item in lane]
+        found[id(lane)] = max(places) if sum(places) / len(places) > middle else min(places)
+    return found
 
 
 def _spread(row: Sequence[_Item], wanted: Sequence[float]) -> None:
     """The places nearest to the wanted ones, by least squares, at which neighbours do not touch. Lanes weigh more."""
+    if not row:
+        return
     offsets = [0.0]
     for one, other in itertools.pairwise(row):
         offsets.append(offsets[-1] + (one.width + other.width) / 2 + GAP)
@@ -213,7 +223,7 @@ def _frame(half: _Half, start: float) -> float:
     shift = start - min((i.x - i.width / 2 for i in items), default=start)
     for item in items:
         item.x += shift
-    return max((i.x + i.width / 2 for i in items), default=start)
+    return max([start + NARROWEST, *(i.x + i.width / 2 for i in items)])
 
 
 def _heights(*halves: _Half) -> list[float]:

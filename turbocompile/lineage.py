@@ -114,9 +114,10 @@ class NodeView:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], place: int, before: int) -> NodeView:
         """place: its own, which all that it reads precede. before: how many nodes there were before the passes."""
+        fields: dict[str, Any] = {k: _text(data[k]) for k in _TEXTS}
+        fields |= {k: natural(data[k]) for k in _COUNTS}
         return cls(
-            **{k: _text(data[k]) for k in _TEXTS},
-            **{k: natural(data[k]) for k in _COUNTS},
+            **fields,
             reads=_places(data.get("reads", []), place),
             origins=_places(data.get("origins", []), before),
             passes=tuple(_text(p) for p in data.get("passes", [])),

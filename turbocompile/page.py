@@ -101,7 +101,7 @@ def _table(caption: str, columns: Sequence[str], rows: Iterable[str], note: str 
 
 
 def _counted(n: float, unit: str) -> str:
-    return size(n).removesuffix("B").strip() + unit
+    return size(n).removesuffix("B") + unit
 
 
 def _facts(report: Report) -> str:
@@ -291,10 +291,13 @@ def _attention(report: Report, card: Gpu) -> str:
     for a in report.attention:
         least = _seconds(a.cost, card)
         kind = a.kind if a.pv in (None, "none") else f"{a.kind} {a.pv}"
+        of = f"{a.role}, {a.queries:,} x {a.keys:,} tokens, {a.heads} x {a.head_dim}"
+        if (s := a.sparsity) is not None:
+            of += f"; reads {s.kept} of {s.blocks} blocks of {s.block_k} keys"
         rows.append(
             f"<tr{_data({'attention': a.site, 'attention_kind': a.kind})}>{_cell(a.site, 'code')}"
             f"{_number(str(a.count), count=a.count)}{_cell(kind, 'strong')}"
-            f"{_cell(f'{a.role}, {a.queries:,} x {a.keys:,} tokens, {a.heads} x {a.head_dim}')}"
+            f"{_cell(of)}"
             f"{_number(_counted(a.cost.flops, 'FLOP'), flops=a.cost.flops)}"
             f"{_number(duration(least) if least is not None else '', seconds=least)}"
             f"{_number(duration(a.seconds) if a.seconds is not None else '', measured=a.seconds)}{_cell(a.why)}</tr>"
@@ -482,6 +485,8 @@ fill:hsl(var(--h) var(--s) var(--l));stroke:hsl(var(--h) 60% var(--sl))}
 main{max-width:none;padding:0}body{font-size:9pt}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 .panel{display:none}.drawing{max-height:none;overflow:visible;border:0;padding:0}
 .drawing svg{width:100%;height:auto;max-height:23cm}.wide{overflow:visible}tr,.figures div{break-inside:avoid}
+table{font-size:7pt}th,td{padding:.2rem .5rem .2rem 0}td.shapes,td.where{min-width:0;font-size:1em}
+.strong{white-space:normal;overflow-wrap:anywhere}
 h2,h3{break-after:avoid}}
 """
     + _PALETTE
