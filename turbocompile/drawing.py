@@ -88,7 +88,9 @@ def draw(view: GraphView, key: str, color: Callable[[NodeView], int | None], exp
     width, height = right, tops[-1]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
-        f'height="{height:.0f}" role="group">\n' + "\n".join(parts) + "\n</svg>"
+        f'height="{height:.0f}" role="group" aria-label="the graph before and after the passes">\n'
+        + "\n".join(parts)
+        + "\n</svg>"
     )
 
 

@@ -353,7 +353,7 @@ def _op(op: OpCost, least: float | None, time: OpTime | None, card: Gpu, record:
     data = {"op": op.name, "graph": op.graph, "where": " ".join(op.where), "shapes": op.shapes}
     bound = op.bound(card) if least is not None else f"no such arithmetic on {card.name}"
     cells = [
-        _cell(op.name.rpartition(".")[2], "strong"),
+        f'<td class="op">{html.escape(op.name.rpartition(".")[2]).replace("_", "_<wbr>")}</td>',
         _cell(where, "where"),
         _cell(op.shapes, "shapes"),
         _number(str(op.count), count=op.count),
@@ -441,8 +441,9 @@ th,td{text-align:left;vertical-align:top;padding:.32rem .9rem .32rem 0;border-bo
 th{color:var(--soft);font-weight:600;border-bottom:2px solid var(--line);vertical-align:bottom}
 td{font-variant-numeric:tabular-nums;overflow-wrap:break-word}
 td.code,.skip td{overflow-wrap:anywhere}
-td.shapes{min-width:15em;font-size:.92em}td.where{min-width:11em}td.share{padding-right:0}
-.number{text-align:right;white-space:nowrap}
+td.shapes{min-width:12em;font-size:.92em}td.where{min-width:8em}td.op{font-weight:600;min-width:9em}td.share{padding-right:0}
+.number{text-align:right}
+td.number{white-space:nowrap}
 .strong{font-weight:600;white-space:nowrap}
 .code{font-family:ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:.85em}
 .skip td{color:var(--soft);font-size:.95em;border-bottom-style:dotted}
@@ -485,8 +486,8 @@ fill:hsl(var(--h) var(--s) var(--l));stroke:hsl(var(--h) 60% var(--sl))}
 main{max-width:none;padding:0}body{font-size:9pt}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 .panel{display:none}.drawing{max-height:none;overflow:visible;border:0;padding:0}
 .drawing svg{width:100%;height:auto;max-height:23cm}.wide{overflow:visible}tr,.figures div{break-inside:avoid}
-table{font-size:7pt}th,td{padding:.2rem .5rem .2rem 0}td.shapes,td.where{min-width:0;font-size:1em}
-.strong{white-space:normal;overflow-wrap:anywhere}
+table{font-size:7pt}th,td{padding:.2rem .5rem .2rem 0}
+td.shapes,td.where,td.op{min-width:0;font-size:1em}td.shapes{width:22%}.legend{break-after:avoid}
 h2,h3{break-after:avoid}}
 """
     + _PALETTE
