@@ -86,12 +86,10 @@ def draw(view: GraphView, key: str, color: Callable[[NodeView], int | None], exp
                 _node(f"{key}-{side}{i}", node, item, middle[item.row], shade, gone, peers, merged, explain(side, i))
             )
     width, height = right, tops[-1]
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
-        f'height="{height:.0f}" role="group" aria-label="the graph before and after the passes">\n'
-        + "\n".join(parts)
-        + "\n</svg>"
-    )
+    size = f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}"'
+    label = 'role="group" aria-label="the graph before and after the passes"'
+    body = "\n".join(parts)
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {label}>\n{body}\n</svg>'
 
 
 def _became(view: GraphView) -> list[list[int]]:
