@@ -247,6 +247,7 @@ def test_the_attentions_are_timed_on_the_card_that_the_engine_is_for(tmp_path, m
         return {"blocks:attn1": 0.25, "blocks:attn2": 0.125}
 
     monkeypatch.setattr(build, "time_attentions", times)
+    monkeypatch.setattr(build, "tune", lambda programs, device: {"linears": {}})  # tests/test_tuning.py
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")

@@ -30,6 +30,8 @@ from turbocompile.program import Program, is_op
 from turbocompile.recipe import Recipe, Shape, load_recipe
 from turbocompile.report import Report
 from turbocompile.serialize import to_json
+from turbocompile.tuning import FILE as TUNING
+from turbocompile.tuning import Tuning, merge, tune
 from turbocompile.verify import Verifier
 from turbocompile.wan.source import TransformerSource, open_source
 from turbocompile.weights import Emission, Evaluator, ModuleTensors, TensorSource, nbytes, write_shards
@@ -46,6 +48,7 @@ class Compiled:
 
     views: the graphs at the first shape before and after the passes.
     times: measured seconds of each attention at the first shape, by its site, on the card `measured_on`.
+    tuning: which kernels its 8-bit linears run on that card.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Compiled:
     unmeasured: str = ""
     times: dict[str, float] = field(default_factory=dict)
     measured_on: str = ""
+    tuning: Tuning = field(default_factory=dict)
 
 
 class Stages:
@@ -297,7 +301,7 @@ def _compile_transformer(
 
 
 def measure(item: Compiled, recipe: Recipe, stages: Stages) -> None:
-    """Times the attentions of a module where this machine has the card that it is built for."""
+    """Times a module's attentions, and the kernels of its linears, where this machine has the card it is built for."""
     if recipe.backend != "triton" or recipe.target == "cpu" or not torch.cuda.is_available():
         return
     if target_of(torch.cuda.get_device_capability()) != recipe.target:
@@ -306,8 +310,9 @@ def measure(item: Compiled, recipe: Recipe, stages: Stages) -> None:
         try:
             item.times = time_attentions(next(iter(item.programs.values())), torch.device("cuda"))
             item.measured_on = torch.cuda.get_device_name()
+            item.tuning = tune(item.programs, torch.device("cuda"))
         except torch.OutOfMemoryError:  # the card is in use, and an engine can do without
-            item.warnings.append("the attentions were not timed: the GPU had too little free memory")
+            item.warnings.append("attentions and linears were not all timed: the GPU had too little free memory")
 
 
 def emit_module(
@@ -367,6 +372,8 @@ def finish(
         compiled, recipe, stages, components=component_bytes, written=written, model=model, weights=weights
     )
     report.save(folder / "report.json")
+    if tuning := merge(*(item.tuning for item in compiled.values())):
+        (folder / TUNING).write_text(json.dumps(tuning, indent=1) + "\n", encoding="utf-8")
     (folder / "report.html").write_text(report.to_html(), encoding="utf-8")
     seal(folder, {
         "recipe": recipe.to_dict(), "target": recipe.target, "versions": versions(), "modules": dict(modules),

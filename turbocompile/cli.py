@@ -191,6 +191,31 @@ def bench(engine: Path, overrides: tuple[str, ...], device: str | None, as_json:
 
 @main.command()
 @click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--device", default="cuda", show_default=True, help="The GPU to measure on, as in cuda:1.")
+@_json
+def tune(engine: Path, device: str, as_json: bool) -> None:
+    """Choose the fastest kernels of ENGINE's linears on this GPU.
+
+    Later runs on this machine use them. A build on the card that it is for has done it already.
+    """
+    _quiet()
+    from turbocompile.engine import load
+    from turbocompile.tuning import tune_engine
+
+    _check_device(device)
+    with _progress() as progress:
+        found, path = tune_engine(load(engine, device=device), progress)
+    if as_json:
+        _print_json(found)
+    else:
+        for kind, choices in found.items():
+            for size, config in choices.items():
+                click.echo(f"{kind}, {size}: {', '.join(f'{k} {v}' for k, v in config.items() if v is not None)}")
+        click.echo(f"kept: {path}")
+
+
+@main.command()
+@click.argument("engine", type=click.Path(path_type=Path))
 @click.option("--numeric", is_flag=True, help="Compare with the source model too.")
 @_json
 @click.pass_context

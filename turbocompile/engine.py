@@ -30,6 +30,8 @@ from turbocompile.errors import CaptureError, EngineError, UnsupportedError
 from turbocompile.program import SHELL, Program
 from turbocompile.report import Report
 from turbocompile.serialize import dtype_name, from_json, parse_dtype
+from turbocompile.tuning import FILE as TUNING
+from turbocompile.tuning import Tuning, merge, read_cache, read_tuning, restore
 from turbocompile.version import __version__
 from turbocompile.weights import Emission, emitted_name
 
@@ -115,6 +117,7 @@ class Engine(nn.Module):
         self._device = torch.device("cpu")
         self._device = next((t.device for t in self.weights.values()), self._device)
         self._runners: dict[str, Any] = {}
+        self.tuning: Tuning = {}  # which kernels its 8-bit linears run, by card
         self._graphs: dict[str, CudaGraph] = {}
         self._pool: Pool | None = None
         self.report = report
@@ -171,6 +174,8 @@ class Engine(nn.Module):
     def compiled(self, name: str) -> Any:
         """The callable of a shape as its backend made it, over flat tensors on the engine's device."""
         if name not in self._runners:
+            if self.tuning and self._device.type == "cuda":
+                restore(self.tuning, f"{TUNING} of {self.folder}")
             backend = get_backend(self.backend)
             files = tuple(self.files.get(name, ()))
             self._runners[name] = backend.compile_program(
@@ -397,6 +402,11 @@ def load(folder: str | Path, *, device: torch.device | str | None = None, check:
     if report_name in manifest["files"]:
         check_files(root, manifest, [report_name])
         report = Report.from_dict(read_json(inside(root, report_name)))
+    tuning: Tuning = {}
+    if TUNING in manifest["files"]:
+        check_files(root, manifest, [TUNING])
+        tuning = read_tuning(read_json(inside(root, TUNING)), f"{TUNING} of {root}")
+    tuning = merge(tuning, read_cache(str(manifest["digest"])))  # measured on this machine, so it comes last
     engines: dict[str, Engine] = {}
     for module, entry in manifest["modules"].items():
         engines[module] = _load_module(root, manifest, module, entry, report, check)
@@ -404,6 +414,7 @@ def load(folder: str | Path, *, device: torch.device | str | None = None, check:
         raise EngineError(f"the engine {root} holds no module; build it again")
     for engine in engines.values():
         object.__setattr__(engine, "experts", engines)
+        engine.tuning = tuning
         if device is not None:
             engine.move(torch.device(device))
     return engines.get("transformer") or next(iter(engines.values()))

@@ -1,0 +1,165 @@
+"""Kernel choices: which sizes compete, what is kept where, and what is not believed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from turbocompile.kernels import linear_choice
+from turbocompile.kernels.linear_triton import CONFIGS, LinearConfig
+
+from turbocompile import tuning
+from turbocompile.build import optimize_recipe
+from turbocompile.cli import main
+from turbocompile.engine import load, read_manifest, seal
+from turbocompile.errors import EngineError, UnsupportedError
+from turbocompile.recipe import load_recipe
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+KEY = "a card: fp8 64x256 to 256, bfloat16"
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = linear_choice.saved()
+    linear_choice.forget()
+    yield
+    linear_choice.forget()
+    linear_choice.restore(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuning") / "engine"
+    recipe = load_recipe(EXAMPLES / "wan-mini.yaml", ["target=sm90", "components=none", "passes.attention=native"])
+    optimize_recipe(recipe, folder)
+    return folder
+
+
+@pytest.fixture
+def picks(monkeypatch):
+    """In the place of the measurement: the last declared configuration of the format wins. What it was asked."""
+    asked = []
+
+    def choose(format, rows, n, k, dtype, device):
+        asked.append((format, rows, n, k, dtype))
+        name = linear_choice.key(format, rows, n, k, dtype, device)
+        linear_choice.restore({name: asdict(CONFIGS[format][-1])})
+
+    monkeypatch.setattr(linear_choice, "choose", choose)
+    return asked
+
+
+def test_each_size_of_the_blocks_competes_once(folder):
+    """wan-mini: q, k, v together, the three of 256 x 256, the FFN's two, and k, v of 512 tokens of text."""
+    found = tuning.linears(load(folder).programs)
+    sizes = {(one.rows, one.k, one.n) for one in found}
+    assert sizes == {(2304, 256, 768), (2304, 256, 256), (2304, 256, 1024), (2304, 1024, 256), (512, 256, 512)}
+    assert len(found) == len(sizes)
+    assert {(one.format, one.dtype) for one in found} == {("fp8", torch.bfloat16)}
+
+
+def test_the_winners_are_those_of_this_engine(folder, picks):
+    linear_choice.restore({KEY: asdict(CONFIGS["fp8"][0])})  # another engine's
+    programs = load(folder).programs
+    found = tuning.tune(programs, torch.device("cpu"))
+    assert sorted(picks, key=str) == [tuple(one) for one in tuning.linears(programs)]
+    assert set(found) == {"linears"}
+    assert len(found["linears"]) == 5
+    assert KEY not in found["linears"]
+
+
+def test_a_build_keeps_them_in_the_folder_and_a_load_takes_them(tmp_path, picks, monkeypatch):
+    """As on a machine that has the card: build.py asks for it before it measures."""
+
+    def measure(item, recipe, stages):
+        item.tuning = tuning.tune(item.programs, torch.device("cpu"))
+
+    monkeypatch.setattr("turbocompile.build.measure", measure)
+    overrides = ["target=sm90", "components=none", "passes.attention=native", "verify=off"]
+    optimize_recipe(load_recipe(EXAMPLES / "wan-mini.yaml", overrides), tmp_path / "engine")
+    kept = json.loads((tmp_path / "engine" / tuning.FILE).read_text())
+    assert len(kept["linears"]) == 5
+    engine = load(tmp_path / "engine")
+    assert engine.tuning == kept
+    linear_choice.forget()
+    tuning.restore(engine.tuning, "tuning.json")
+    assert linear_choice.saved() == kept["linears"]
+
+
+def altered(folder: Path, tmp_path: Path, text: str) -> Path:
+    """A copy of the engine with that tuning.json, sealed as if it had been built so."""
+    import shutil
+
+    copy = tmp_path / "altered"
+    shutil.copytree(folder, copy)
+    manifest = read_manifest(copy)
+    (copy / tuning.FILE).write_text(text)
+    own = {k: v for k, v in manifest.items() if k not in ("digest", "files", "schema", "version")}
+    seal(copy, own)
+    return copy
+
+
+@pytest.mark.parametrize("text", ["[]", '{"linears": 3}', '{"linears": {"x": [1]}}', "3"])
+def test_a_folder_with_something_else_is_refused(folder, tmp_path, text):
+    with pytest.raises(EngineError, match="is no tuning"):
+        load(altered(folder, tmp_path, text))
+
+
+def test_only_declared_configurations_are_taken(folder, tmp_path):
+    strange = asdict(LinearConfig("descriptor", 4096, 4096))
+    engine = load(altered(folder, tmp_path, json.dumps({"linears": {KEY: strange}})))
+    with pytest.raises(EngineError, match=r"tuning\.json.*no declared configuration"):
+        tuning.restore(engine.tuning, "tuning.json")
+    assert not linear_choice.saved()
+
+
+def test_the_cache_comes_before_the_folder_and_damage_in_it_is_no_error(folder):
+    digest = read_manifest(folder)["digest"]
+    path = tuning.cache_path(digest)
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"linears": {KEY: asdict(CONFIGS["fp8"][1])}}))
+    assert load(folder).tuning["linears"][KEY] == asdict(CONFIGS["fp8"][1])
+    assert tuning.merge({"linears": {KEY: {"a": 1}, "x": {}}}, load(folder).tuning)["linears"].keys() == {KEY, "x"}
+    path.write_text("{")
+    assert load(folder).tuning == {}
+
+
+def test_tuning_needs_a_gpu_and_a_linear(folder, tmp_path):
+    with pytest.raises(UnsupportedError, match="on a GPU"):
+        tuning.tune_engine(load(folder))
+    made = CliRunner().invoke(main, ["tune", str(folder), "--device", "cpu"])
+    assert made.exit_code == 2
+    assert "name a GPU" in made.stderr
+
+
+class TestCuda:
+    pytestmark = on_gpu
+
+    def test_the_command_chooses_and_later_loads_run_the_winners(self, folder):
+        made = CliRunner().invoke(main, ["tune", str(folder), "--json"])
+        assert made.exit_code == 0, made.output
+        found = json.loads(made.stdout)["linears"]
+        assert len(found) == 5
+        linear_choice.forget()
+        engine = load(folder, device="cuda")
+        assert engine.tuning == {"linears": found}
+        engine.compiled(next(iter(engine.programs)))
+        assert linear_choice.saved() == found
+
+    def test_an_engine_without_8_bit_linears_has_nothing_to_tune(self, tmp_path):
+        recipe = load_recipe(EXAMPLES / "wan-mini.yaml", ["target=host", "components=none", "passes.w8a8=off"])
+        optimize_recipe(recipe, tmp_path / "engine")
+        with pytest.raises(UnsupportedError, match="nothing to tune"):
+            tuning.tune_engine(load(tmp_path / "engine", device="cuda"))
+
+    def test_a_build_on_the_card_measures(self, tmp_path):
+        recipe = load_recipe(EXAMPLES / "wan-mini.yaml", ["target=host", "components=none"])
+        optimize_recipe(recipe, tmp_path / "engine")
+        assert len(load(tmp_path / "engine").tuning["linears"]) == 5

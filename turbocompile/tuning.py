@@ -1,0 +1,133 @@
+"""Which kernel runs each 8-bit linear of an engine on a card: measured, kept with the engine or in the user's cache.
+
+The build measures where it has the card (tuning.json in the engine's folder). `turbocompile tune` does it afterwards,
+for an engine that was built elsewhere, and keeps the result in the cache, as a folder stays as it was built. What is
+read is taken only where it names a configuration that the kernel declares.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from turbocompile.cost import arguments
+from turbocompile.errors import EngineError, UnsupportedError
+from turbocompile.kernels import ops
+from turbocompile.program import Program, is_op
+
+if TYPE_CHECKING:
+    from turbocompile.engine import Engine
+
+FILE = "tuning.json"
+LINEARS = "linears"
+Tuning = dict[str, dict[str, Any]]  # "linears": what linear_choice.saved gives
+Progress = Callable[[str, float], None]
+
+
+class Linear(NamedTuple):
+    """A w8a8_linear's size: data (rows, K) in the format, weight (N, K), result in dtype."""
+
+    format: str
+    rows: int
+    n: int
+    k: int
+    dtype: torch.dtype
+
+
+def linears(programs: Mapping[str, Program]) -> list[Linear]:
+    """The 8-bit linears of all shapes and graphs, each size once."""
+    return sorted(set(_linears(programs)), key=str)
+
+
+def _linears(programs: Mapping[str, Program]) -> Iterator[Linear]:
+    for program in programs.values():
+        for graph, sub in program.graphs.items():
+            for node in sub.graph.nodes if program.count(graph) else ():
+                if is_op(node, ops.w8a8_linear):
+                    a = arguments(node)
+                    n, k = a["weight"].shape
+                    yield Linear(a["format"], a["data"].shape[:-1].numel(), n, k, node.meta["val"].dtype)
+
+
+def tune(
+    programs: Mapping[str, Program], device: torch.device, progress: Progress = lambda stage, fraction: None
+) -> Tuning:
+    """Lets the kernels of each linear compete on the device, about a second each; this process uses the winners."""
+    from turbocompile.kernels import linear_choice
+
+    wanted = linears(programs)
+    for done, one in enumerate(wanted):
+        linear_choice.choose(*one, device)
+        progress("tune", (done + 1) / len(wanted))
+    keys = {linear_choice.key(*one, device) for one in wanted}
+    return {LINEARS: {key: config for key, config in linear_choice.saved().items() if key in keys}}
+
+
+def merge(*parts: Tuning) -> Tuning:
+    """All choices; of one linear on one card the last."""
+    made: Tuning = {}
+    for part in parts:
+        for kind, choices in part.items():
+            made.setdefault(kind, {}).update(choices)
+    return made
+
+
+def read_tuning(data: Any, where: str) -> Tuning:
+    """Parsed JSON as a tuning. EngineError for other data; `where` names the file."""
+    kinds = data.values() if isinstance(data, dict) else [None]
+    if not all(isinstance(choices, dict) and all(isinstance(c, dict) for c in choices.values()) for choices in kinds):
+        raise EngineError(f"{where} is no tuning; the engine is damaged, build it again")
+    return data
+
+
+def restore(tuning: Tuning, where: str) -> None:
+    """Takes the choices into this process. EngineError for what no kernel declares; `where` names the file."""
+    from turbocompile.kernels import linear_choice
+
+    try:
+        linear_choice.restore(tuning.get(LINEARS, {}))
+    except ValueError as error:
+        raise EngineError(f"{where}: {error}; tune or build the engine again") from error
+
+
+# ----------------------------------------------------------------------------------------------------------- the cache
+
+
+def cache_path(digest: str) -> Path:
+    """Where the tuning of an engine is kept on this machine."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "turbocompile" / "tuning" / f"{digest}.json"
+
+
+def read_cache(digest: str) -> Tuning:
+    """What `tune_engine` kept; nothing where there is none, or it cannot be read."""
+    path = cache_path(digest)
+    try:
+        return read_tuning(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except (OSError, ValueError, EngineError):
+        return {}
+
+
+def tune_engine(engine: Engine, progress: Progress = lambda stage, fraction: None) -> tuple[Tuning, Path]:
+    """Tunes all modules of an engine's folder on the GPU that it is on, and keeps the result in the cache.
+
+    Raises UnsupportedError for an engine that is on no GPU, or has no 8-bit linear.
+    """
+    if engine.device.type != "cuda":
+        raise UnsupportedError(f"tuning measures kernels on a GPU, and the engine is on {engine.device}; name a GPU")
+    programs = {f"{name}/{shape}": p for name, e in engine.experts.items() for shape, p in e.programs.items()}
+    if not linears(programs):
+        raise UnsupportedError("the engine has no 8-bit linear, so there is nothing to tune")
+    found = tune(programs, engine.device, progress)
+    path = cache_path(str(engine.manifest["digest"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        json.dump(found, file, indent=1)
+    Path(file.name).replace(path)
+    return found, path
