@@ -57,8 +57,12 @@ def choose(
     found = candidates(format, n, k, dtype, device)
     configs = [c for c in found if c.promote or not promote]
     check(bool(configs), f"no kernel computes {key(format, rows, n, k, dtype, device)}")
-    args = _operands(format, rows, n, k, device)
-    times = _milliseconds([lambda c=c: launch_linear(*args, None, format, dtype, c) for c in configs], device)
+    data, scale, weight, weight_scale = _operands(format, rows, n, k, device)
+
+    def call(config: LinearConfig) -> Callable[[], object]:
+        return lambda: launch_linear(data, scale, weight, weight_scale, None, format, dtype, config)
+
+    times = _milliseconds([call(c) for c in configs], device)
     ordered = dict(sorted(zip(configs, times, strict=True), key=lambda pair: pair[1]))
     _CHOICES[key(format, rows, n, k, dtype, device)] = next(iter(ordered))
     return ordered
@@ -75,9 +79,9 @@ def restore(choices: Mapping[str, Mapping[str, Any]]) -> None:
     for name, fields in choices.items():
         format = name.rpartition(": ")[2].partition(" ")[0]
         declared = (*CONFIGS.get(format, ()), *LIBRARY.get(format, ()))
-        match = next((c for c in declared if asdict(c) == dict(fields)), None)
-        check(match is not None, f"{name!r} names no declared configuration of the 8-bit linear: {dict(fields)}")
-        read[name] = match
+        matches = [c for c in declared if asdict(c) == dict(fields)]
+        check(bool(matches), f"{name!r} names no declared configuration of the 8-bit linear: {dict(fields)}")
+        read[name] = matches[0]
     _CHOICES.update(read)
 
 

@@ -165,7 +165,7 @@ def _norm_rows(
         if residual is not None:
             tl.store(residual + to + c0, r0.to(DTYPE), mask=m0)
             if W1 > 0:
-                tl.store(residual + to + c1, r1.to(DTYPE), mask=m1)
+                tl.store(residual + to + c1, r1.to(DTYPE), mask=m1)  # type: ignore[union-attr]
         if OUT != "residual":
             n0 = r0
             n1 = r1
@@ -179,7 +179,7 @@ def _norm_rows(
             square0 = n0 * n0
             square1 = None
             if W1 > 0:
-                square1 = n1 * n1
+                square1 = n1 * n1  # type: ignore[operator]
             root = tl.rsqrt(tl.div_rn(sum_of(square0, square1), C * 1.0) + eps)
             if OUT == "moments":
                 tl.store(out + 2 * (b * length + row), mean)
@@ -193,7 +193,7 @@ def _norm_rows(
                 if OUT == "normed":
                     tl.store(out + to + c0, n0.to(DTYPE), mask=m0)
                     if W1 > 0:
-                        tl.store(out + to + c1, n1.to(DTYPE), mask=m1)
+                        tl.store(out + to + c1, n1.to(DTYPE), mask=m1)  # type: ignore[union-attr]
                 else:
                     n0 = rounded(n0, DTYPE, FTZ)
                     if W1 > 0:
