@@ -161,6 +161,17 @@ def test_each_pass_has_its_counts_reasons_and_errors(read, data):
             assert all(reason in read.text for reason in reasons)
 
 
+def test_each_quantized_site_has_its_error_and_budget(read, data):
+    keys = ("rel_l1", "cosine", "max_abs", "budget")
+    for name, report in modules(data).items():
+        expected = [
+            (one, e["site"], *(e[k] for k in keys)) for one, p in report["passes"].items() for e in p["site_errors"]
+        ]
+        rows = read.rows("sensitivity", name)
+        assert [(r["of_pass"], r["sensitivity"], *(float(r[k]) for k in keys)) for r in rows] == expected
+        assert {one for one, *_ in expected} == {"attention", "w8a8"}
+
+
 def test_each_operation_has_bytes_flops_and_its_floor(read, data):
     """The JSON's roofline is of the first module; of the second the same data gives it."""
     for name, report in modules(data).items():

@@ -40,6 +40,7 @@ def results() -> list[PassResult]:
     w8a8 = PassResult(
         "w8a8", "quantizing", 26, 20, [("shell:proj_out", "outside a block", 1), ("block:ffn", "over its budget", 5)],
         error=ERROR, error_output=ERROR,
+        site_errors={"block:to_q": (ERROR, 0.05), "block:ffn": ({**ERROR, "rel_l1": 0.0634}, 0.05)},
     )  # fmt: skip
     return [norms, w8a8, PassResult("rope", "exact")]
 
@@ -89,6 +90,23 @@ def test_a_report_survives_json_and_files(report, tmp_path):
     assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
     report.save(tmp_path / "report.json")
     assert Report.load(tmp_path / "report.json") == report
+
+
+def test_each_quantized_site_has_its_error_and_its_budget(report):
+    """The farthest off first, those that were refused for it included; figures that are no numbers are left out."""
+    first, second = report.passes["w8a8"].site_errors
+    assert (first.site, first.kept, second.site, second.kept) == ("block:ffn", False, "block:to_q", True)
+    data = report.to_dict()["passes"]["w8a8"]["site_errors"]
+    assert data[0] == {"site": "block:ffn", "cosine": 0.9999, "rel_l1": 0.0634, "max_abs": 0.04, "budget": 0.05}
+    text = terminal(report)
+    (line,) = [line for line in text.splitlines() if "block:ffn " in line and "0.0634" in line]
+    assert line.split() == ["w8a8", "block:ffn", "0.0634", "0.05", "0.999900", "bfloat16"]
+    lost = PassResult("w8a8", "quantizing", 1, 1, site_errors={"a": ({**ERROR, "cosine": float("nan")}, 0.05)})
+    assert PassReport.from_result(lost).site_errors == ()
+    before = {k: v for k, v in report.passes["w8a8"].to_dict().items() if k != "site_errors"}
+    assert PassReport.from_dict(before).site_errors == ()  # written before there were such rows
+    with pytest.raises(ValueError):
+        PassReport.from_dict({**before, "site_errors": [{**data[0], "rel_l1": float("inf")}]})
 
 
 def test_attentions_survive_json_with_their_least_time():

@@ -134,6 +134,7 @@ def test_a_quantizing_rewrite_within_its_budget_is_measured_at_the_site_and_at_t
         exact = block.a(n) * block.b(n).sigmoid()
     assert result.error["rel_l1"] == pytest.approx(step / 4 / float(exact.abs().mean()), rel=0.1)
     assert 0 < result.error_output["rel_l1"] < result.error["rel_l1"]  # the residual hides it
+    assert max(error.rel_l1 for error, _ in result.site_errors.values()) == result.error["rel_l1"]
 
 
 def test_a_site_over_its_budget_is_left_alone_and_says_so(case):
@@ -145,6 +146,9 @@ def test_a_site_over_its_budget_is_left_alone_and_says_so(case):
     ((_, reason, count),) = result.skipped
     assert count == 2
     assert "over its budget of 0.0001" in reason
+    ((site, (error, budget)),) = result.site_errors.items()  # refused, and its error is known all the same
+    assert (site, budget) == (result.skipped[0][0], 1e-4)
+    assert f"{error.rel_l1:.4f}" in reason
     assert [str(n.target) for n in program.graphs["blocks"].graph.nodes] == before
 
 

@@ -172,7 +172,7 @@ def compile_programs(
         views = views or graph_views(start, program)
     for result, measured in zip(results, judged or [], strict=False):
         result.error, result.error_output = measured.error, measured.error_output
-        result.error_reason = measured.error_reason
+        result.error_reason, result.site_errors = measured.error_reason, measured.site_errors
     plan = weight_plan(programs)
     return Compiled(name, programs, results, printed, views, plan, merged_constants(programs), list(warned))
 

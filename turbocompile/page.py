@@ -244,7 +244,27 @@ def _passes(report: Report) -> str:
         rows += _skips(name, p)
     columns = ("pass", "kind", "sites#", "rewritten#", "left alone#", "error#", "at output#", "time#", "because")
     note = "Sites are counted over the whole model. Error: relative L1 at the worst site, against float64."
-    return _table("Passes", columns, rows, note) if rows else '<p class="note">No pass ran.</p>'
+    if not rows:
+        return '<p class="note">No pass ran.</p>'
+    return _table("Passes", columns, rows, note) + _sensitivity(report)
+
+
+def _sensitivity(report: Report) -> str:
+    """What quantizing each site does to it."""
+    rows = []
+    for name, p in report.passes.items():
+        for e in p.site_errors:
+            figures = {k: e.error[k] for k in ERRORS}
+            rows.append(
+                f"<tr{_data({'sensitivity': e.site, 'of_pass': name})}>{_cell(name, 'strong')}{_cell(e.site, 'code')}"
+                f"{_number(_error(e.error), **figures)}{_number(f'{e.budget:g}', budget=e.budget)}"
+                f"{_cell('8 bits' if e.kept else report.dtype)}</tr>"
+            )
+    columns = ("pass", "site", "error#", "at most#", "computed in")
+    note = (
+        "Relative L1 of each site on exact inputs, in the first call of its block; over its budget it stays as it was."
+    )
+    return _table("What 8 bits do to each site", columns, rows, note) if rows else ""
 
 
 def _skips(name: str, p: PassReport) -> list[str]:

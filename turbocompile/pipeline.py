@@ -51,7 +51,8 @@ class PassResult:
 
     skipped: (site, reason, count). raw: each rewritten graph before clean-up, with its rewrites by the names there:
     what a verifier measures, since clean-up may take in a site's last node. error and error_output are filled by a
-    verifier; error_reason says why they are not.
+    verifier; error_reason says why they are not. site_errors: of a quantizing pass, site -> (error, budget), those
+    that were refused for it included.
     """
 
     name: str
@@ -65,6 +66,7 @@ class PassResult:
     error: Any = None
     error_output: Any = None
     error_reason: str | None = None
+    site_errors: dict[str, tuple[Any, float]] = field(default_factory=dict)
 
 
 class Verifier(Protocol):
@@ -131,6 +133,7 @@ def run_passes(
     for pass_ in ordered([load_pass(n) for n in PASSES] if passes is None else passes, extra):
         given = {**options.get(pass_.section or pass_.name, {}), "target": target}
         veto: dict[str, str] = {}
+        refused: dict[str, tuple[Any, float]] = {}
         while True:
             before = program.copy()
             if verifier is not None:
@@ -142,7 +145,9 @@ def run_passes(
             if set(bad) <= set(veto):
                 raise TurbocompileError(f"pass {pass_.name!r}: sites {sorted(bad)} were vetoed and rewritten again")
             veto.update(bad)
+            refused |= {site: result.site_errors[site] for site in bad if site in result.site_errors}
             program.graphs, program.constants = before.graphs, before.constants
+        result.site_errors |= refused
         if not pass_.section or result.rewrites:
             results.append(result)
     return results

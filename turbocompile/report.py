@@ -42,11 +42,40 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class SiteError:
+    """How far quantizing a site moved its value, on exact inputs, in the first call of its block.
+
+    error: cosine, relative L1 and largest absolute error. budget: the largest relative L1 allowed; above it the site
+    stays as it was.
+    """
+
+    site: str
+    error: dict[str, float]
+    budget: float
+
+    @property
+    def kept(self) -> bool:
+        """Whether the site was quantized."""
+        return self.error["rel_l1"] <= self.budget
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"site": self.site, **self.error, "budget": self.budget}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SiteError:
+        error, budget = _finite(data), float(data["budget"])
+        if error is None or not math.isfinite(budget):
+            raise ValueError(f"the error of {str(data['site'])[:40]!r} is no number")
+        return cls(str(data["site"]), error, budget)
+
+
+@dataclass(frozen=True)
 class PassReport:
     """What one pass did. Counts are over the whole model.
 
     kind: exact, quantizing or semantic. error: cosine, relative L1 and largest absolute error of the worst site;
     error_output: the same at the output of the block. An error that is None has its reason in error_reason.
+    site_errors: of a quantizing pass, each site's, the farthest off first.
     """
 
     kind: str
@@ -57,6 +86,7 @@ class PassReport:
     error_output: dict[str, float] | None = None
     error_reason: str | None = None
     seconds: float = 0.0
+    site_errors: tuple[SiteError, ...] = ()
 
     @classmethod
     def from_result(cls, result: PassResult, unmeasured: str = _NO_ERROR) -> PassReport:
@@ -70,14 +100,21 @@ class PassReport:
             else:
                 reason = unmeasured if result.rewritten else "nothing was rewritten"
         skipped = tuple(Skip(*s) for s in result.skipped)
-        return cls(result.kind, result.sites, result.rewritten, skipped, error, output, reason, result.seconds)
+        measured = ((site, _finite(error), budget) for site, (error, budget) in result.site_errors.items())
+        errors = sorted(
+            (SiteError(site, error, budget) for site, error, budget in measured if error is not None),
+            key=lambda e: -e.error["rel_l1"] / e.budget if e.budget else -math.inf,
+        )
+        return cls(
+            result.kind, result.sites, result.rewritten, skipped, error, output, reason, result.seconds, tuple(errors)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "kind": self.kind, "sites": self.sites, "rewritten": self.rewritten,
             "skipped": [{"site": s.site, "reason": s.reason, "count": s.count} for s in self.skipped],
             "error": self.error, "error_output": self.error_output, "error_reason": self.error_reason,
-            "seconds": self.seconds,
+            "seconds": self.seconds, "site_errors": [e.to_dict() for e in self.site_errors],
         }  # fmt: skip
 
     @classmethod
@@ -87,6 +124,7 @@ class PassReport:
         return cls(
             str(data["kind"]), natural(data["sites"]), natural(data["rewritten"]), skipped, _finite(data["error"]),
             _finite(data.get("error_output")), None if reason is None else str(reason), _seconds(data["seconds"]),
+            tuple(SiteError.from_dict(e) for e in data.get("site_errors", ())),
         )  # fmt: skip
 
 
@@ -318,6 +356,8 @@ class Report:
     def _tables(self, gpu: str | None, ops: int) -> list[_Table]:
         card = self.gpu(gpu)
         tables = [self._overview(), self._passes_table()]
+        if any(p.site_errors for p in self.passes.values()):
+            tables.append(self._sensitivity_table())
         if any(p.skipped for p in self.passes.values()):
             tables.append(self._skips_table())
         if self.attention:
@@ -355,6 +395,19 @@ class Report:
         ]  # fmt: skip
         columns = ("pass", "kind", "sites", "rewritten", "skipped", "error", "at output", "time", "no error because")
         return _Table("Passes (error: relative L1 at the worst site)", columns, rows, right=(2, 3, 4, 5, 6, 7))
+
+    def _sensitivity_table(self) -> _Table:
+        rows = [
+            (
+                name, e.site, f"{e.error['rel_l1']:.4f}", f"{e.budget:g}", f"{e.error['cosine']:.6f}",
+                "8 bits" if e.kept else self.dtype,
+            )
+            for name, p in self.passes.items()
+            for e in p.site_errors
+        ]  # fmt: skip
+        title = "What 8 bits do to each site (in the first call of its block, on exact inputs)"
+        columns = ("pass", "site", "relative L1", "at most", "cosine", "computed in")
+        return _Table(title, columns, rows, right=(2, 3, 4))
 
     def _skips_table(self) -> _Table:
         rows = []

@@ -197,6 +197,7 @@ class Verifier:
             bad = {}
             for site, (error, formats) in sites.items():
                 budget = budget_of(options, formats)
+                result.site_errors[site] = (error, budget)
                 if error.rel_l1 > budget:
                     bad[site] = f"relative L1 {error.rel_l1:.4f} is over its budget of {budget:g}"
             if bad:
