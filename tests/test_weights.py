@@ -30,6 +30,7 @@ from turbocompile.weights import (
     is_relative,
     leaves,
     nbytes,
+    stacked,
     write_shards,
 )
 
@@ -123,6 +124,16 @@ def test_relative_names_take_the_prefix_of_the_call(table):
     assert emitted_name(False, "blocks", "w", load("q", 6, 8), "blocks.1.") == "q"
     assert emitted_name(False, "blocks", "w", Constant("c", (3,), F32), "blocks.1.") == "constants.c"
     assert [leaf.name for leaf in leaves(AddLora(expr, load("a", 2, 8), load("b", 6, 2), 1.0))] == [".w", "a", "b"]
+
+
+def test_the_tensors_whose_rows_a_weight_holds_are_known_in_their_order():
+    q, k = load("q", 6, 8), load("k", 4, 8)
+    merged = AddLora(Cast(k, torch.float64), load("a", 2, 8), load("b", 4, 2), 1.0)
+    assert stacked(Quantize(Cat((Mul(q, 2.0), merged), 0), "int8", "data")) == [q, k]
+    data = load("d", 6, 8, dtype=torch.int8)
+    assert stacked(Cast(Dequantize(data, load("s", 6, 1), "int8", F32), torch.bfloat16)) == [data]
+    for other in (Slice(q, 0, 0, 3), Cat((q, q), 1), Cat((q, Permute(q, (0, 1))), 0), Zeros((6, 8), F32)):
+        assert stacked(other) == []
 
 
 def test_a_checkpoint_of_another_model_is_named(table):

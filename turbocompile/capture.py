@@ -28,8 +28,9 @@ from turbocompile import signature as sig
 from turbocompile.cut import cut
 from turbocompile.errors import CaptureError
 from turbocompile.program import SHELL, Program, Subgraph
+from turbocompile.quantized import DATA, SCALE, Quantized, is_torchao, quantized
 from turbocompile.wan.guards import check_call
-from turbocompile.weights import Constant, Load
+from turbocompile.weights import Constant, Dequantize, Expr, Load
 
 aten = torch.ops.aten
 
@@ -44,7 +45,8 @@ def capture(
     model: any module; its parameters may be on the meta device. args, kwargs: as the model is called; tensors may be on
     any device, meta included, their values are not read.
 
-    Raises CaptureError where the model cannot be exported, with the module and the line at fault.
+    Raises CaptureError where the model cannot be exported, with the module and the line at fault; UnsupportedError for
+    a weight that torchao quantized in a format that is not known here.
     """
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
         raise CaptureError(
@@ -54,9 +56,9 @@ def capture(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     signature, tensors = sig.describe(model, args, dict(kwargs or {}))
     check_call(model, signature)
+    state = {name: quantized(name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     twin = fake_copy(model, mode)
     signature, exported, recorder = _export(model, twin, signature, tensors, mode)
-    state = set(model.state_dict(keep_vars=True))
     program = _program(exported, signature, state, mode)
     program.signature = sig.with_output(program.signature, recorder.record.output)
     lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
@@ -66,15 +68,16 @@ def capture(
 def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A deep copy whose parameters are fake CPU tensors (no memory) and whose buffers are real CPU tensors.
 
-    Buffers keep their values because those that are not persistent are in no checkpoint.
+    Buffers keep their values because those that are not persistent are in no checkpoint. What torchao quantized becomes
+    a tensor of the dtype that it stands for: its operations must not be in the graph.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for p in module._parameters.values():
-            if p is not None and id(p) not in memo:
+        for t in (*module._parameters.values(), *module._buffers.values()):
+            if t is not None and id(t) not in memo and (isinstance(t, nn.Parameter) or is_torchao(t)):
                 with mode:
-                    fake = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="cpu")
-                memo[id(p)] = nn.Parameter(fake, requires_grad=False)
+                    fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
+                memo[id(t)] = nn.Parameter(fake, requires_grad=False) if isinstance(t, nn.Parameter) else fake
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
         for name, buffer in module._buffers.items():
@@ -194,7 +197,10 @@ def _native_attention() -> contextlib.AbstractContextManager[Any]:
 
 
 def _program(
-    exported: torch.export.ExportedProgram, signature: sig.Signature, state: set[str], mode: FakeTensorMode
+    exported: torch.export.ExportedProgram,
+    signature: sig.Signature,
+    state: Mapping[str, Quantized | None],
+    mode: FakeTensorMode,
 ) -> Program:
     """The flat Program: lifted parameters, buffers and constants become get_attr nodes with an expression each."""
     _refuse_symbols(exported.graph)
@@ -272,7 +278,9 @@ def _strip(stack: Any) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _weight(program: Program, exported: Any, spec: Any, node: fx.Node, state: set[str]) -> fx.Node:
+def _weight(
+    program: Program, exported: Any, spec: Any, node: fx.Node, state: Mapping[str, Quantized | None]
+) -> fx.Node:
     """A lifted tensor as a get_attr: by name where a checkpoint has it, by value where none does."""
     value = node.meta.get("val")
     if spec is None or not isinstance(value, torch.Tensor):
@@ -281,7 +289,7 @@ def _weight(program: Program, exported: Any, spec: Any, node: fx.Node, state: se
     name = target.removeprefix("model.")
     shape, dtype = tuple(value.shape), value.dtype
     if name in state:
-        program.shell.weights[name] = Load(name, shape, dtype)
+        program.shell.weights[name] = _stored(name, shape, dtype, state[name])
     else:
         tensor = exported.constants.get(target)
         if tensor is None:
@@ -298,6 +306,15 @@ def _weight(program: Program, exported: Any, spec: Any, node: fx.Node, state: se
         program.constants[name] = tensor
     made = program.shell.graph.create_node("get_attr", name)
     return made
+
+
+def _stored(name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: Quantized | None) -> Expr:
+    """A tensor of the model; where torchao quantized it, its parts."""
+    if parts is None:
+        return Load(name, shape, dtype)
+    data = Load(name + DATA, shape, parts.data.dtype)
+    scale = Load(name + SCALE, tuple(parts.scale.shape), parts.scale.dtype)
+    return Dequantize(data, scale, parts.format, dtype)
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

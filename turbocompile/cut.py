@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from turbocompile.program import SHELL, Program, Subgraph, call
-from turbocompile.weights import RELATIVE, Expr, Load
+from turbocompile.weights import RELATIVE, Dequantize, Expr, Load
 
 MIN_NODES = 8  # a smaller repeated piece (a linear, an activation) is not worth a call
 ATTENTION = ("scaled_dot_product_attention", "softmax", "_softmax")
@@ -52,7 +53,7 @@ def cut(program: Program, lists: set[str]) -> Program:
     constant = _constants(program.shell.graph)
     for depth in (1, 2):
         pieces = _pieces(program.shell, depth, constant)
-        chosen = _alike(pieces, lists)
+        chosen = _alike(pieces, lists, program.shell.weights)
         if chosen:
             return _assemble(program, chosen)
     return program
@@ -161,10 +162,10 @@ def _writes_outside(piece: Piece, members: set[fx.Node]) -> bool:
     return False
 
 
-def _alike(pieces: list[Piece], lists: set[str]) -> list[Piece]:
+def _alike(pieces: list[Piece], lists: set[str], weights: Mapping[str, Expr]) -> list[Piece]:
     """The pieces worth a call: alike at least twice, or a lone attention block of a ModuleList."""
     for piece in pieces:
-        piece.key = _structure(piece)
+        piece.key = _structure(piece, weights)
     counts: dict[Any, int] = defaultdict(int)
     for piece in pieces:
         counts[piece.key] += 1
@@ -177,14 +178,18 @@ def _alike(pieces: list[Piece], lists: set[str]) -> list[Piece]:
     return chosen
 
 
-def _structure(piece: Piece) -> Any:
-    """What two pieces must share to be one graph: operations, arguments, shapes, weights by names after the prefix."""
+def _structure(piece: Piece, weights: Mapping[str, Expr]) -> Any:
+    """What two pieces must share to be one graph: operations, arguments, shapes, weights by names after the prefix, and
+    the format in which the model has them.
+    """
     number = {n: f"in{i}" for i, n in enumerate(piece.inputs)}
     number |= {n: f"n{i}" for i, n in enumerate(piece.nodes)}
 
     def name(node: fx.Node) -> str:
         if node.op == "get_attr":
-            return "w:" + str(node.target).removeprefix(piece.prefix) + _spec(node)
+            expr = weights[str(node.target)]
+            format = expr.format if isinstance(expr, Dequantize) else ""
+            return "w:" + str(node.target).removeprefix(piece.prefix) + _spec(node) + format
         return number[node]
 
     lines = [f"{number[n]}{_spec(n)}" for n in piece.inputs]
@@ -224,10 +229,16 @@ def _assemble(program: Program, pieces: list[Piece]) -> Program:
 
 def _local(name: str, expr: Expr, prefix: str) -> tuple[str, Expr]:
     """The block's own name of a weight, and its expression relative to the call."""
-    if isinstance(expr, Load) and name.startswith(prefix):
-        local = name.removeprefix(prefix)
-        return local, Load(RELATIVE + local, expr.shape, expr.dtype)
+    if isinstance(expr, (Load, Dequantize)) and name.startswith(prefix):
+        return name.removeprefix(prefix), _relative_to(prefix, expr)
     return name, expr
+
+
+def _relative_to(prefix: str, expr: Expr) -> Expr:
+    if isinstance(expr, Load):
+        return replace(expr, name=RELATIVE + expr.name.removeprefix(prefix))
+    assert isinstance(expr, Dequantize)
+    return replace(expr, data=_relative_to(prefix, expr.data), scale=_relative_to(prefix, expr.scale))
 
 
 def _extract(piece: Piece, shell: Subgraph) -> Subgraph:

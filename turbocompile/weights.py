@@ -18,6 +18,7 @@ import torch
 
 from turbocompile.errors import EngineError
 from turbocompile.kernels.quantize import BLOCK, FORMATS, dequantize, quantize
+from turbocompile.quantized import DATA, SCALE, quantized
 
 ALIGNMENT = 64  # bytes: a cache line, and what matrix libraries align to
 SHARD_BYTES = 1 << 30  # one shard is in memory while it is made
@@ -262,6 +263,24 @@ def leaves(expr: Expr) -> list[Expr]:
     return [expr] if not parts else [leaf for part in parts for leaf in leaves(part)]
 
 
+def stacked(expr: Expr) -> list[Load]:
+    """The checkpoint tensors whose rows a weight holds, one after the other; empty where it holds anything else.
+
+    A quantized, cast or scaled weight holds the rows of what it is made of, and so does one that a LoRA was added to.
+    """
+    match expr:
+        case Load():
+            return [expr]
+        case Cast() | Mul() | AddLora() | Quantize():
+            return stacked(expr.of)
+        case Dequantize():
+            return stacked(expr.data)
+        case Cat(dim=0):
+            parts = [stacked(part) for part in expr.of]
+            return [load for part in parts for load in part] if all(parts) else []
+    return []
+
+
 def is_relative(expr: Expr) -> bool:
     """Whether the expression differs from call to call, because a leaf is relative to the prefix."""
     return any(isinstance(leaf, Load) and leaf.name.startswith(RELATIVE) for leaf in leaves(expr))
@@ -366,10 +385,13 @@ class Evaluator:
 
 
 class ModuleTensors:
-    """A module's parameters and buffers as a TensorSource."""
+    """A module's parameters and buffers as a TensorSource; what torchao quantized, as its data and its scale."""
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self._state = module.state_dict(keep_vars=True)
+        self._state: dict[str, torch.Tensor] = {}
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            parts = quantized(name, tensor)
+            self._state |= {name: tensor} if parts is None else {name + DATA: parts.data, name + SCALE: parts.scale}
 
     def keys(self) -> Iterable[str]:
         return self._state.keys()
