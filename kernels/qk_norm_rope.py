@@ -85,18 +85,9 @@ qk_norm_rope = register(
 )
 
 
-def has_kernel(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    per_head: bool,
-    num_heads: int,
-    cos: Sequence[torch.Tensor],
-    sin: Sequence[torch.Tensor],
-    grid: Sequence[int],
-    interleaved: bool,
-) -> bool:
+def has_kernel(x: torch.Tensor, weight: torch.Tensor | None, *others: Any) -> bool:
     """Whether the GPU kernel computes these operands: rows as takes_rows says, turned by at most three axes."""
+    _, _, _, cos, sin, *_ = others
     return len(cos) <= AXES and takes_rows(x, weight, cos, sin)
 
 

@@ -141,8 +141,12 @@ def has_kernel(
     format: str,
     dtype: torch.dtype,
 ) -> bool:
-    """Whether the GPU kernels compute these operands: the dtypes and K of linear_triton.py, on a card of the format."""
-    _check(data, scale, weight, weight_scale, bias, format)
+    """Whether the GPU kernels compute these operands: the dtypes and K of linear_triton.py, on a card of the format.
+
+    What does not fit each other is for the reference, or the kernel's launch, to refuse.
+    """
+    if format not in FORMATS or weight.ndim != 2:
+        return False
     others = [t for t in (scale, weight, weight_scale, bias) if t is not None]
     if not (all(t.device == data.device for t in others) and runs_triton(data.device)):
         return False

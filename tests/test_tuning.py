@@ -14,6 +14,7 @@ from turbocompile.kernels.linear_triton import CONFIGS, LinearConfig
 
 from turbocompile import tuning
 from turbocompile.build import optimize_recipe
+from turbocompile.cache import cache_path
 from turbocompile.cli import main
 from turbocompile.engine import load, read_manifest, seal
 from turbocompile.errors import EngineError, UnsupportedError
@@ -122,7 +123,7 @@ def test_only_declared_configurations_are_taken(folder, tmp_path):
 
 def test_the_cache_comes_before_the_folder_and_damage_in_it_is_no_error(folder):
     digest = read_manifest(folder)["digest"]
-    path = tuning.cache_path(digest)
+    path = cache_path("tuning", digest)
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"linears": {KEY: asdict(CONFIGS["fp8"][1])}}))
     assert load(folder).tuning["linears"][KEY] == asdict(CONFIGS["fp8"][1])

@@ -8,7 +8,6 @@ operations shows where the time goes, and the forward is the time that counts.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
 import tempfile
@@ -27,6 +26,7 @@ from torch import fx
 
 from turbocompile.attentions import named_attentions
 from turbocompile.backends.triton import SOURCE
+from turbocompile.cache import cache_path, write_json
 from turbocompile.cost import OpCost, alike, cost
 from turbocompile.errors import UnsupportedError
 from turbocompile.hardware import Gpu, host_gpu
@@ -239,6 +239,8 @@ def _alone(call: Callable[[], object], cuda: bool) -> float:
         with torch.cuda.graph(graph):
             for _ in range(REPEATS):
                 call()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:  # it cannot be recorded: its launches count too
         return _median(call, REPEATS, True)
     return _median(graph.replay, 3, True) / REPEATS
@@ -358,19 +360,13 @@ def bench_path(
 
 
 def record_path(module: str, digest: str) -> Path:
-    """Where the last bench of an engine is kept: in the user's cache, since a folder stays as it was built."""
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "turbocompile" / "bench" / f"{digest}-{module}.json"
+    """Where the last bench of an engine's module is kept."""
+    return cache_path("bench", f"{digest}-{module}")
 
 
 def save_record(found: Bench, module: str, digest: str) -> Path:
-    """Writes the record whole or not at all."""
-    path = record_path(module, digest)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump(found.to_dict(), file)
-    Path(file.name).replace(path)
-    return path
+    """Keeps it for `explain`, and says where."""
+    return write_json(record_path(module, digest), found.to_dict())
 
 
 def read_record(module: str, digest: str) -> Bench | None:

@@ -8,14 +8,13 @@ read is taken only where it names a configuration that the kernel declares.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from turbocompile.cache import cache_path, write_json
 from turbocompile.cost import arguments
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.kernels import ops
@@ -99,15 +98,9 @@ def restore(tuning: Tuning, where: str) -> None:
 # ----------------------------------------------------------------------------------------------------------- the cache
 
 
-def cache_path(digest: str) -> Path:
-    """Where the tuning of an engine is kept on this machine."""
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "turbocompile" / "tuning" / f"{digest}.json"
-
-
 def read_cache(digest: str) -> Tuning:
     """What `tune_engine` kept; nothing where there is none, or it cannot be read."""
-    path = cache_path(digest)
+    path = cache_path("tuning", digest)
     try:
         return read_tuning(json.loads(path.read_text(encoding="utf-8")), str(path))
     except (OSError, ValueError, EngineError):
@@ -125,9 +118,4 @@ def tune_engine(engine: Engine, progress: Progress = lambda stage, fraction: Non
     if not linears(programs):
         raise UnsupportedError("the engine has no 8-bit linear, so there is nothing to tune")
     found = tune(programs, engine.device, progress)
-    path = cache_path(str(engine.manifest["digest"]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump(found, file, indent=1)
-    Path(file.name).replace(path)
-    return found, path
+    return found, write_json(cache_path("tuning", str(engine.manifest["digest"])), found)
