@@ -75,15 +75,14 @@ GPUS: dict[str, Gpu] = {gpu.key: gpu for gpu in _GPUS}
 DEFAULT_GPU = "h100"
 
 # Time of a bf16 linear over the time of an 8-bit one at the shapes of Wan, quantization of the activation left out.
-# sm90: measured on an H100 against torch._scaled_mm and torch._int_mm, middle of 1.66-2.0 and of 0.86-1.39: Triton and
-# cuBLAS reach the INT8 units of Hopper through an instruction that keeps them half idle. The others: ratios of the
-# vendors' rates with float32 accumulation, not measured here.
+# sm90: geometric means over six shapes of Wan on an H100 (benchmarks/RESULTS.md). The others: ratios of the vendors'
+# rates with float32 accumulation, not measured here.
 _LINEAR_SPEEDUP: dict[str, dict[str, float]] = {
     CPU: {},
     "sm80": {"int8": 2.0},
     "sm86": {"int8": 4.0},
     "sm89": {"int8": 4.0, "fp8": 2.0},
-    "sm90": {"int8": 1.2, "fp8": 1.8},
+    "sm90": {"int8": 1.73, "int8_block": 1.13, "fp8": 1.87},
     "sm120": {"int8": 4.0, "fp8": 2.0},
 }
 
@@ -219,11 +218,12 @@ def has_fp8(target: str) -> bool:
 def linear_speedup(target: str, format: str) -> float | None:
     """How much faster than bf16 a linear in "int8", "int8_block" or "fp8" runs on the target; None where it cannot.
 
-    int8_block runs at the rate of int8: it is the same product, with scales that change along K.
+    int8_block counts as int8 where it was not measured: the same product, with scales that change along K.
     """
     if format not in LINEAR_FORMATS:
         raise UnsupportedError(f"there is no linear format {format!r}; choose one of {', '.join(LINEAR_FORMATS)}")
-    return _LINEAR_SPEEDUP[check_target(target)].get(format.removesuffix("_block"))
+    speedups = _LINEAR_SPEEDUP[check_target(target)]
+    return speedups.get(format, speedups.get(format.removesuffix("_block")))
 
 
 def choose_linear_format(target: str) -> str:
