@@ -19,7 +19,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from timing import replayed, versions
 from turbocompile.kernels import adaln, gelu_quantize, norm_quantize, qk_norm_rope, quantize, residual_norm
 from turbocompile.kernels import norms_triton as norms
 from turbocompile.kernels import quantize_triton as quantizing
+from turbocompile.kernels.norms_triton import BLOCK_CONFIGS, BlockConfig
 from turbocompile.kernels.quantize_triton import RowConfig
 from turbocompile.kernels.rotary_triton import launch_qk_norm_rope
 
@@ -44,6 +45,13 @@ SWEEP = tuple(
     )
     for rows in (8, 16)
 )  # fmt: skip
+
+BLOCK_SWEEP = (  # two programs a multiprocessor, or three with 80 registers
+    *(replace(BLOCK_CONFIGS[8192], lag=lag) for lag in (0, 2, 3, 6, 8)),
+    *(replace(BLOCK_CONFIGS[8192], rows=rows, lag=lag) for rows in (8, 32) for lag in (2, 4, 6)),
+    *(BlockConfig(8, 16, elements, registers, lag) for elements, registers in ((24, 128), (24, 80)) for lag in (4, 6)),
+    *(BlockConfig(16, 16, 24, 64, lag) for lag in (2, 4, 6)),
+)
 
 Call = Callable[[], object]
 
@@ -178,7 +186,11 @@ def measure(shape: Shape, sets: tuple[Case, ...], beside: Sequence[str], sweep: 
         torch.compiler.reset()
         function = torch.compile(case.reference, dynamic=False)
         calls["compiled"] = [partial(function, *c.args) for c in sets]
-    if sweep and "int8_block" not in case.name:  # its tiles have one configuration
+    if sweep and case.name in [f"{op}_quantize int8_block" for op in ("adaln", "residual_norm", "norm")]:
+        for block in BLOCK_SWEEP:
+            name = f"{block.warps} warps, {block.rows} rows, {block.elements} elements, {block.registers} registers"
+            calls[f"{name}, lag {block.lag}"] = [partial(c.kernel, block) for c in sets]
+    elif sweep and "int8_block" not in case.name:  # quantize's tiles have one configuration
         for config in SWEEP:
             if 16 <= case.elements // shape.tokens // (32 * config.warps) <= 64:
                 name = f"{config.warps} warps, {config.rows} rows, {config.registers} registers, {config.near} near"

@@ -344,6 +344,69 @@ def test_the_declared_configurations_agree(make, unit):
             assert_near(launch_adaln(x, scale, scale, None, None, EPS, config), expected, unit[BF16])
 
 
+def blocks(x, gate, config=None):
+    """The three kernels over row blocks, and what they give for x."""
+    from turbocompile.kernels import norms_triton as n
+
+    form = "int8_block"
+    return [
+        *n.launch_adaln_quantize(x, gate, gate, None, None, EPS, form, config),
+        *n.launch_norm_quantize(x, None, None, EPS, "rms", form, config),
+        *n.launch_residual_norm_quantize(x, x, gate, gate, gate, None, None, EPS, "layer", form, config),
+    ]
+
+
+def test_configurations_over_row_blocks_agree(make):
+    """Within a step: they sum a row in other orders. No lag leaves every tile to the last program over its rows."""
+    from turbocompile.kernels.norms_triton import BLOCK_CONFIGS, BlockConfig
+
+    configs = [BlockConfig(8, 16, 48, 128, 0), BlockConfig(8, 8, 24, 80, 2), BlockConfig(8, 32, 48, 128, 40),
+               BlockConfig(16, 16, 24, 64, 6), BlockConfig(4, 128, 48, None, 1)]  # fmt: skip
+    for shape in ((2, 4001, 1536), (1, 3000, 5120), (1, 129, 1000)):
+        x, gate = make(*shape), make(1, 1, shape[-1], dtype=F32)
+        expected = blocks(x, gate, BLOCK_CONFIGS[8192])
+        for config in configs:
+            for a, b in zip(blocks(x, gate, config), expected, strict=True):
+                if a.dtype == torch.int8:
+                    off = (a.int() - b.int()).abs()
+                    assert off.max() <= 1, config
+                    assert off.count_nonzero() <= 1e-3 * off.numel(), config
+                else:
+                    assert ((a.double() - b.double()).abs() <= 2.0**-7 * b.double().abs()).all(), config
+
+
+def test_row_blocks_on_two_streams_and_in_two_graphs_at_once(make):
+    """What counts the programs over a row block belongs to a call: calls beside each other do not meet in it."""
+    gate = make(1, 1, 1536, dtype=F32)
+    inputs = [make(1, tokens, 1536) for tokens in (20000, 19001)]
+    expected = [blocks(x, gate) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        found = []
+        for stream, x in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(blocks(x, gate))
+        torch.cuda.synchronize()
+        for got, wanted in zip(found, expected, strict=True):
+            assert all(map(torch.equal, got, wanted))
+    graphs = [torch.cuda.CUDAGraph() for _ in inputs]
+    found = []
+    for graph, x in zip(graphs, inputs, strict=True):
+        with torch.cuda.graph(graph):
+            found.append(blocks(x, gate))
+    for _ in range(20):
+        for t in (t for got in found for t in got):
+            t.zero_()
+        torch.cuda.synchronize()
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        for got, wanted in zip(found, expected, strict=True):
+            assert all(map(torch.equal, got, wanted))
+
+
 def test_a_captured_graph_replays_on_new_operands(make):
     x, wide = make(1, 35, 1536), make(1, 35, 8960)
     for name, (op, _, args) in operations(make, x, wide).items():
@@ -530,6 +593,11 @@ def test_a_gradient_is_refused(make):
 
 def test_every_path_for_the_sanitizer(make):
     """Small, so that compute-sanitizer gets through it: `-k sanitizer`."""
+    from turbocompile.kernels.norms_triton import BlockConfig
+
     for call in calls(make).values():
         for t in as_bits(call(make(1, 77, 1536))):
+            assert t.float().isfinite().all()
+    for lag in (0, 1):  # tiles that the last program over the rows does, and tiles of their own programs
+        for t in blocks(make(2, 77, 1536), make(1, 1, 1536, dtype=F32), BlockConfig(8, 16, 48, 128, lag)):
             assert t.float().isfinite().all()

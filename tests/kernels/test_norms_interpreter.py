@@ -28,6 +28,14 @@ def config():
     return RowConfig(warps=1, rows=2)
 
 
+@pytest.fixture
+def block_config():
+    """Sixteen rows a program, so that row blocks have several, and tiles one row block or two behind."""
+    from turbocompile.kernels.norms_triton import BlockConfig
+
+    return BlockConfig(warps=8, rows=16, elements=48, lag=10)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="starts the process that interprets Triton")
 def test_the_kernels_interpreted(interpret):
     interpret(__file__)
@@ -203,7 +211,7 @@ def test_residual_and_its_norm(normal, unit, config, norm, dtype, parts):
 @pytest.mark.parametrize(
     ("dtype", "tokens", "form"), [(F32, 3, (1, 1)), (F16, 3, (2, 1)), (F16, 3, (2, 3)), (F16, 66, (2, 1))]
 )
-def test_norms_quantized(normal, unit, config, dtype, tokens, form):
+def test_norms_quantized(normal, unit, config, block_config, dtype, tokens, form):
     from turbocompile.kernels.norms_triton import (
         launch_adaln_quantize,
         launch_norm_quantize,
@@ -214,17 +222,59 @@ def test_norms_quantized(normal, unit, config, dtype, tokens, form):
     scale, shift, weight, bias = normal(*form, 300), normal(*form, 300), normal(300), normal(300)
     wide = [t.double() for t in (x, scale, shift, weight, bias)]
     for format in ("int8", "int8_block") if tokens == 3 else ("int8_block",):  # 66: tiles end inside a batch item
+        launch = block_config if format == "int8_block" else config
         expected = ops.adaln(*wide, 1e-6)
-        found = launch_adaln_quantize(x, scale, shift, weight, bias, 1e-6, format, config)
+        found = launch_adaln_quantize(x, scale, shift, weight, bias, 1e-6, format, launch)
         assert_quantized(*found, format, expected, unit[dtype])
-        r, *found = launch_residual_norm_quantize(x, y, gate, scale, shift, weight, None, 1e-6, "rms", format, config)
+        r, *found = launch_residual_norm_quantize(x, y, gate, scale, shift, weight, None, 1e-6, "rms", format, launch)
         assert torch.equal(r, ops.gated_residual(x, y, gate))
         zero = torch.zeros_like(wide[0])
         expected = ops.residual_norm(r.double(), zero, None, *wide[1:4], None, 1e-6, "rms")[1]
         assert_quantized(*found, format, expected, unit[dtype])
         expected = ops.residual_norm(wide[0], zero, None, None, None, *wide[3:], 1e-6, "layer")[1]
-        found = launch_norm_quantize(x, weight, bias, 1e-6, "layer", format, config)
+        found = launch_norm_quantize(x, weight, bias, 1e-6, "layer", format, launch)
         assert_quantized(*found, format, expected, unit[dtype])
+
+
+@inside
+@pytest.mark.parametrize("order", ["as launched", "reversed", "shuffled"])
+@pytest.mark.parametrize(("rows", "lag"), [(16, 0), (32, 5), (128, 2)])
+def test_row_blocks_are_quantized_once_in_any_order(normal, same, monkeypatch, order, rows, lag):
+    """As multiprocessors may take programs: a tile whose rows are not done is left to the last program over them."""
+    from triton.runtime.interpreter import interpreter_builder
+    from turbocompile.kernels.norms_triton import BlockConfig, Norm, Sum, norm_into
+
+    place = interpreter_builder.set_grid_idx
+
+    def moved(x, *rest):
+        programs = interpreter_builder.grid_dim[0]
+        step = next(n for n in (7919, 104729) if programs % n) if order == "shuffled" else 1
+        place(programs - 1 - x if order == "reversed" else x * step % programs, *rest)
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", moved)
+    gate, scale, shift = normal(2, 1, 300), normal(2, 1, 300), normal(300)
+    for tokens in (1, 64, 193):  # 2 to 386 rows: a row block in part, one, and three with a part
+        x, y = (normal(2, tokens + 3, 307, dtype=F16)[:, :tokens, 4:304] for _ in "xy")
+        expected = ops.residual_norm_quantize(x, y, gate, scale, shift, None, None, 1e-6, "layer", "int8_block")
+        residual = torch.full_like(x, float("nan"), memory_format=torch.contiguous_format)
+        data, unit = (torch.full_like(t, 99) for t in expected[1:])
+        norm = Norm("layer", 1e-6, scale=scale, shift=shift)
+        norm_into(x, norm, "int8_block", data, unit, Sum(y, gate, residual), BlockConfig(8, rows, 48, lag=lag))
+        assert torch.equal(residual, expected[0])
+        assert ((unit - expected[2]).abs() <= 2.0**-10 * expected[2]).all()
+        assert ((data.int() - expected[1]).abs() <= 1).all()
+        again, other = torch.full_like(data, 99), torch.full_like(unit, 99)
+        norm_into(residual, norm, "int8_block", again, other, config=BlockConfig(8, 64, 48, lag=1))
+        same((again, other), (data, unit))
+
+
+@inside
+def test_a_configuration_of_the_other_kind_is_refused(normal, config, block_config):
+    from turbocompile.kernels.norms_triton import launch_norm_quantize
+
+    for format, other in (("int8", block_config), ("int8_block", config)):
+        with pytest.raises(ValueError, match="Config"):
+            launch_norm_quantize(normal(3, 40), None, None, 1e-6, "rms", format, other)
 
 
 @inside
