@@ -67,6 +67,8 @@ def refusal(m: Match, x: fx.Node, weight: fx.Node, expr: Expr | None, format: st
         return f"it does not act on tokens (its input is {list(shape(x))})"
     if expr is None:
         return "its weight is computed in the graph"
+    if m.site in m.options.get("keep", {}):  # what calibration found
+        return str(m.options["keep"][m.site])
     channels_out, channels_in = shape(weight)
     if format == "int8_block" and (channels_in % BLOCK or channels_out % 8):
         return f"int8_block needs K % {BLOCK} == 0 and N % 8 == 0, and this weight is {list(shape(weight))}"

@@ -22,6 +22,7 @@ from turbocompile.cost import OpCost
 from turbocompile.lineage import GraphView, NodeView
 from turbocompile.page import page
 from turbocompile.report import PassReport, Report, Skip, duration, size
+from turbocompile.sensitivity import SiteError
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
@@ -168,6 +169,9 @@ def test_each_quantized_site_has_its_error_and_budget(read, data):
             (one, e["site"], *(e[k] for k in keys)) for one, p in report["passes"].items() for e in p["site_errors"]
         ]
         rows = read.rows("sensitivity", name)
+        medians = [SiteError.from_dict(e).median for p in report["passes"].values() for e in p["site_errors"]]
+        assert [float(r["median"]) if "median" in r else None for r in rows] == medians
+        assert "w8a8 in every layer on random inputs; attention in the first layer" in read.text
         assert [(r["of_pass"], r["sensitivity"], *(float(r[k]) for k in keys)) for r in rows] == expected
         assert {one for one, *_ in expected} == {"attention", "w8a8"}
 

@@ -100,7 +100,7 @@ def test_each_quantized_site_has_its_error_and_its_budget(report):
     assert data[0] == {"site": "block:ffn", "cosine": 0.9999, "rel_l1": 0.0634, "max_abs": 0.04, "budget": 0.05}
     text = terminal(report)
     (line,) = [line for line in text.splitlines() if "block:ffn " in line and "0.0634" in line]
-    assert line.split() == ["w8a8", "block:ffn", "0.0634", "0.05", "0.999900", "bfloat16"]
+    assert line.split() == ["w8a8", "block:ffn", "0.0634", "the", "first", "layer", "0.05", "0.999900", "bfloat16"]
     lost = PassResult("w8a8", "quantizing", 1, 1, site_errors={"a": ({**ERROR, "cosine": float("nan")}, 0.05)})
     assert PassReport.from_result(lost).site_errors == ()
     before = {k: v for k, v in report.passes["w8a8"].to_dict().items() if k != "site_errors"}

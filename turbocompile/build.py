@@ -18,12 +18,14 @@ from torch import nn
 from turbocompile.attentions import chosen
 from turbocompile.backends import get_backend
 from turbocompile.bench import time_attentions
+from turbocompile.calibrate import Inputs, Plan, calibrate
 from turbocompile.capture import capture
 from turbocompile.engine import Engine, module_entry, new_folder, seal, weight_plan
 from turbocompile.errors import EngineError, VerificationError
 from turbocompile.hardware import AttentionChoice, target_of
 from turbocompile.lineage import GraphView, begin, graph_views
 from turbocompile.normalize import normalize
+from turbocompile.passes.w8a8 import chosen_format
 from turbocompile.pipeline import PASSES, PassResult, load_pass, run_passes
 from turbocompile.printer import print_program
 from turbocompile.program import Program, is_op
@@ -32,7 +34,7 @@ from turbocompile.report import Report
 from turbocompile.serialize import to_json
 from turbocompile.tuning import FILE as TUNING
 from turbocompile.tuning import Tuning, merge, tune
-from turbocompile.verify import Verifier
+from turbocompile.verify import Verifier, random_inputs
 from turbocompile.wan.source import TransformerSource, open_source
 from turbocompile.weights import Emission, Evaluator, ModuleTensors, TensorSource, nbytes, write_shards
 
@@ -137,15 +139,23 @@ def compile_programs(
     warned: dict[str, None] = {}
     judged: list[PassResult] | None = None
     verifier: _Vetoes | None = None
+    calibrated = Plan("")
     if rewrite and twin is not None:
         with stages("capture"):
             small = twin()
+        captured_small = small.copy()
+        normalize(small)
+        if in_all_layers(options, target):
+            with stages("calibrate"), _collected():
+                inputs = Inputs([random_inputs(small)])
+                calibrated = calibrate(small, source, options, target, inputs, _device(target))
+            options = {**options, "w8a8": {**options["w8a8"], "keep": calibrated.keep}}
+            for program in (captured_small, small, *programs.values()):
+                calibrated.split(program)
         with stages("rewrite"):
             choices = _attention_choices(programs, options, target)
             small_options = {**options, "attention": {**options.get("attention", {}), "choices": choices}}
         with stages("verify"):
-            captured_small = small.copy()
-            normalize(small)
             verifier = _Vetoes(small, Evaluator(source, small.constants), options)
             verifier.check_captured(captured_small)
             with _collected():  # said again for the Programs that are built
@@ -173,8 +183,23 @@ def compile_programs(
     for result, measured in zip(results, judged or [], strict=False):
         result.error, result.error_output = measured.error, measured.error_output
         result.error_reason, result.site_errors = measured.error_reason, measured.site_errors
+        if result.name == "w8a8" and calibrated.sites:
+            result.layers, result.inputs = calibrated.sites, calibrated.inputs
+            result.error = calibrated.worst_quantized() or result.error
     plan = weight_plan(programs)
     return Compiled(name, programs, results, printed, views, plan, merged_constants(programs), list(warned))
+
+
+def in_all_layers(options: Mapping[str, Mapping[str, Any]], target: str) -> bool:
+    """Whether the options ask for 8-bit linears that are measured in every layer."""
+    w8a8 = options.get("w8a8", {})
+    wanted = w8a8.get("enabled", True) and w8a8.get("layers", "first") == "all"
+    return wanted and chosen_format({**w8a8, "target": target}, None) != "off"
+
+
+def _device(target: str) -> torch.device:
+    """Where to measure what is built for the target."""
+    return torch.device("cuda" if target != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _capture_all(captured: Mapping[str, Callable[[], Program]], rewrite: bool, stages: Stages) -> dict[str, Program]:
@@ -259,7 +284,7 @@ def optimize_recipe(
     for name, transformer in source.transformers.items():
         # Where no weight may be read, rewrites are measured on synthetic ones of the same shapes.
         tensors = source.synthetic(name) if dry_run else transformer.tensors
-        compiled[name] = _compile_transformer(name, transformer, tensors, recipe, stages)
+        compiled[name] = _compile_transformer(name, transformer, tensors, recipe, stages, dry_run)
     components = sum(source.components.sizes().values())
     if dry_run or out is None:
         return make_report(compiled, recipe, stages, components=components)
@@ -279,7 +304,12 @@ def optimize_recipe(
 
 
 def _compile_transformer(
-    name: str, transformer: TransformerSource, tensors: TensorSource, recipe: Recipe, stages: Stages
+    name: str,
+    transformer: TransformerSource,
+    tensors: TensorSource,
+    recipe: Recipe,
+    stages: Stages,
+    dry_run: bool = False,
 ) -> Compiled:
     def capturing(source: TransformerSource, shape: Shape) -> Callable[[], Program]:
         def make() -> Program:
@@ -289,13 +319,17 @@ def _compile_transformer(
         return make
 
     captured = {shape.name: capturing(transformer, shape) for shape in recipe.shapes}
-    # Only the first block of a kind is measured, so that the twin needs no more layers than show what repeats.
-    layers = min(2, transformer.config["num_layers"])
+    options = recipe.pass_options()
+    if dry_run:  # synthetic weights say nothing of a layer
+        options["w8a8"]["layers"] = "first"
+    layers = transformer.config["num_layers"]
+    if not in_all_layers(options, recipe.target):  # two layers show what repeats
+        layers = min(2, layers)
     shallow = replace(transformer, config={**transformer.config, "num_layers": layers})
     smallest = min((*recipe.shapes, replace(TWIN, batch=recipe.shapes[0].batch)), key=lambda s: s.tokens)
     twin = capturing(shallow, smallest) if recipe.verify == "numeric" else None
     return compile_programs(
-        name, captured, tensors, recipe.pass_options(), recipe.target,
+        name, captured, tensors, options, recipe.target,
         rewrite=recipe.passes.enabled, twin=twin, stages=stages,
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from turbocompile.cost import OpCost
 from turbocompile.errors import UnsupportedError
 from turbocompile.hardware import GPUS, Gpu
 from turbocompile.lineage import GraphView, NodeView
-from turbocompile.report import PassReport, Report, Skip, duration, size
+from turbocompile.report import PassReport, Report, Skip, duration, sensitivity_title, size
 
 if TYPE_CHECKING:
     from turbocompile.bench import Bench, OpTime
@@ -257,14 +257,16 @@ def _sensitivity(report: Report) -> str:
             figures = {k: e.error[k] for k in ERRORS}
             rows.append(
                 f"<tr{_data({'sensitivity': e.site, 'of_pass': name})}>{_cell(name, 'strong')}{_cell(e.site, 'code')}"
-                f"{_number(_error(e.error), **figures)}{_number(f'{e.budget:g}', budget=e.budget)}"
-                f"{_cell('8 bits' if e.kept else report.dtype)}</tr>"
+                f"{_number(_error(e.error), **figures)}{_cell(e.worst)}{_median(e.median)}"
+                f"{_number(f'{e.budget:g}', budget=e.budget)}{_cell(e.computed_in(report.dtype))}{_cell(e.note)}</tr>"
             )
-    columns = ("pass", "site", "error#", "at most#", "computed in")
-    note = (
-        "Relative L1 of each site on exact inputs, in the first call of its block; over its budget it stays as it was."
-    )
-    return _table("What 8 bits do to each site", columns, rows, note) if rows else ""
+    columns = ("pass", "site", "error#", "in", "median#", "at most#", "computed in", "because")
+    note = "Relative L1 of each site on exact inputs, in its worst layer; a layer over the budget stays as it was."
+    return _table(sensitivity_title(report.passes), columns, rows, note) if rows else ""
+
+
+def _median(value: float | None) -> str:
+    return _number("") if value is None else _number(f"{value:.2g}", median=value)
 
 
 def _skips(name: str, p: PassReport) -> list[str]:

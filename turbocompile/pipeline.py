@@ -17,6 +17,7 @@ from turbocompile.errors import TurbocompileError
 from turbocompile.match import Match, Outcome, Pass, is_cast
 from turbocompile.normalize import clean
 from turbocompile.program import Program, Subgraph, module_path
+from turbocompile.sensitivity import SiteError
 
 aten = torch.ops.aten
 
@@ -52,7 +53,8 @@ class PassResult:
     skipped: (site, reason, count). raw: each rewritten graph before clean-up, with its rewrites by the names there:
     what a verifier measures, since clean-up may take in a site's last node. error and error_output are filled by a
     verifier; error_reason says why they are not. site_errors: of a quantizing pass, site -> (error, budget), those
-    that were refused for it included.
+    that were refused for it included. layers: where calibration decided, each site's errors layer by layer instead, and
+    inputs says what they were measured on.
     """
 
     name: str
@@ -67,6 +69,8 @@ class PassResult:
     error_output: Any = None
     error_reason: str | None = None
     site_errors: dict[str, tuple[Any, float]] = field(default_factory=dict)
+    layers: tuple[SiteError, ...] = ()
+    inputs: str = ""
 
 
 class Verifier(Protocol):

@@ -14,7 +14,7 @@ a module.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,6 +146,18 @@ class Program:
     def prefixes(self, graph: str) -> list[str]:
         """The weight prefixes under which a graph runs; the shell has the empty one."""
         return [""] if graph == SHELL else [c.prefix for c in self.calls() if c.graph == graph]
+
+    def split(self, graph: str, names: Mapping[str, str]) -> None:
+        """Gives some calls of a graph a copy of it, which may then be rewritten in another way.
+
+        names: the prefix of a call -> the name of the graph that it runs from now on; the others keep theirs.
+        """
+        for made in dict.fromkeys(names.values()):
+            if made != graph:
+                self.graphs[made] = self.graphs[graph].copy()
+        for use in self.calls():
+            if use.graph == graph and use.prefix in names:
+                use.node.args = (names[use.prefix], *use.node.args[1:])
 
     def copy(self) -> Program:
         """A copy that shares constants and fake tensors, with the same node names."""

@@ -316,6 +316,12 @@ class W8A8Spec(Section):
         "largest relative L1 error of a site; 0.02 for int8 and int8_block, 0.05 for fp8 where not given",
         above=0.0,
     )
+    layers: str = _field(
+        "all",
+        "where a site's error is measured: all: in each layer, and those over the budget stay wide; first: in the "
+        "first layer, which stands for all",
+        choices=("all", "first"),
+    )
 
 
 @dataclass(frozen=True)

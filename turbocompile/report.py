@@ -25,8 +25,8 @@ from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.hardware import DEFAULT_GPU, GPUS, TARGETS, Gpu, find_gpu, gpu_of_target
 from turbocompile.pipeline import PassResult
 from turbocompile.program import Program
+from turbocompile.sensitivity import SiteError, finite
 
-ERROR_KEYS = ("cosine", "rel_l1", "max_abs")
 SHOWN_OPS = 15  # rows of the table of ops; the rest is summed up in one
 SHOWN_SITES = 3
 _NO_ERROR = "not measured"
@@ -42,40 +42,13 @@ class Skip:
 
 
 @dataclass(frozen=True)
-class SiteError:
-    """How far quantizing a site moved its value, on exact inputs, in the first call of its block.
-
-    error: cosine, relative L1 and largest absolute error. budget: the largest relative L1 allowed; above it the site
-    stays as it was.
-    """
-
-    site: str
-    error: dict[str, float]
-    budget: float
-
-    @property
-    def kept(self) -> bool:
-        """Whether the site was quantized."""
-        return self.error["rel_l1"] <= self.budget
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"site": self.site, **self.error, "budget": self.budget}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SiteError:
-        error, budget = _finite(data), float(data["budget"])
-        if error is None or not math.isfinite(budget):
-            raise ValueError(f"the error of {str(data['site'])[:40]!r} is no number")
-        return cls(str(data["site"]), error, budget)
-
-
-@dataclass(frozen=True)
 class PassReport:
     """What one pass did. Counts are over the whole model.
 
     kind: exact, quantizing or semantic. error: cosine, relative L1 and largest absolute error of the worst site;
     error_output: the same at the output of the block. An error that is None has its reason in error_reason.
-    site_errors: of a quantizing pass, each site's, the farthest off first.
+    site_errors: of a quantizing pass, each site's, the farthest off first; inputs says on what, where every layer was
+    measured.
     """
 
     kind: str
@@ -87,11 +60,12 @@ class PassReport:
     error_reason: str | None = None
     seconds: float = 0.0
     site_errors: tuple[SiteError, ...] = ()
+    inputs: str = ""
 
     @classmethod
     def from_result(cls, result: PassResult, unmeasured: str = _NO_ERROR) -> PassReport:
         """unmeasured: the reason where nobody measured and `result` does not say why."""
-        error, output = _finite(result.error), _finite(result.error_output)
+        error, output = finite(result.error), finite(result.error_output)
         reason = result.error_reason
         if reason is None and (error is None or output is None):
             lost = (result.error is not None and error is None) or (result.error_output is not None and output is None)
@@ -100,21 +74,21 @@ class PassReport:
             else:
                 reason = unmeasured if result.rewritten else "nothing was rewritten"
         skipped = tuple(Skip(*s) for s in result.skipped)
-        measured = ((site, _finite(error), budget) for site, (error, budget) in result.site_errors.items())
+        measured = ((site, finite(error), budget) for site, (error, budget) in result.site_errors.items())
         errors = sorted(
             (SiteError(site, error, budget) for site, error, budget in measured if error is not None),
             key=lambda e: -e.error["rel_l1"] / e.budget if e.budget else -math.inf,
         )
-        return cls(
-            result.kind, result.sites, result.rewritten, skipped, error, output, reason, result.seconds, tuple(errors)
-        )
+        rows = result.layers or tuple(errors)
+        counts = (result.kind, result.sites, result.rewritten)
+        return cls(*counts, skipped, error, output, reason, result.seconds, rows, result.inputs)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "kind": self.kind, "sites": self.sites, "rewritten": self.rewritten,
             "skipped": [{"site": s.site, "reason": s.reason, "count": s.count} for s in self.skipped],
             "error": self.error, "error_output": self.error_output, "error_reason": self.error_reason,
-            "seconds": self.seconds, "site_errors": [e.to_dict() for e in self.site_errors],
+            "seconds": self.seconds, "site_errors": [e.to_dict() for e in self.site_errors], "inputs": self.inputs,
         }  # fmt: skip
 
     @classmethod
@@ -122,19 +96,10 @@ class PassReport:
         skipped = tuple(Skip(str(s["site"]), str(s["reason"]), natural(s.get("count", 1))) for s in data["skipped"])
         reason = data.get("error_reason")
         return cls(
-            str(data["kind"]), natural(data["sites"]), natural(data["rewritten"]), skipped, _finite(data["error"]),
-            _finite(data.get("error_output")), None if reason is None else str(reason), _seconds(data["seconds"]),
-            tuple(SiteError.from_dict(e) for e in data.get("site_errors", ())),
+            str(data["kind"]), natural(data["sites"]), natural(data["rewritten"]), skipped, finite(data["error"]),
+            finite(data.get("error_output")), None if reason is None else str(reason), _seconds(data["seconds"]),
+            tuple(SiteError.from_dict(e) for e in data.get("site_errors", ())), str(data.get("inputs", "")),
         )  # fmt: skip
-
-
-def _finite(error: Any) -> dict[str, float] | None:
-    """The three figures of an error (a mapping, or an object with to_dict); None where one is no finite number."""
-    if error is None:
-        return None
-    given = error if isinstance(error, Mapping) else error.to_dict()
-    found = {k: float(given[k]) for k in ERROR_KEYS}
-    return found if all(map(math.isfinite, found.values())) else None
 
 
 @dataclass(frozen=True)
@@ -399,15 +364,15 @@ class Report:
     def _sensitivity_table(self) -> _Table:
         rows = [
             (
-                name, e.site, f"{e.error['rel_l1']:.4f}", f"{e.budget:g}", f"{e.error['cosine']:.6f}",
-                "8 bits" if e.kept else self.dtype,
+                name, e.site, f"{e.error['rel_l1']:.4f}", e.worst or "the first layer",
+                "" if e.median is None else f"{e.median:.4f}", f"{e.budget:g}", f"{e.error['cosine']:.6f}",
+                "; ".join(filter(None, (e.computed_in(self.dtype), e.note))),
             )
             for name, p in self.passes.items()
             for e in p.site_errors
         ]  # fmt: skip
-        title = "What 8 bits do to each site (in the first call of its block, on exact inputs)"
-        columns = ("pass", "site", "relative L1", "at most", "cosine", "computed in")
-        return _Table(title, columns, rows, right=(2, 3, 4))
+        columns = ("pass", "site", "relative L1", "in", "median", "at most", "cosine", "computed in")
+        return _Table(sensitivity_title(self.passes), columns, rows, right=(2, 4, 5, 6))
 
     def _skips_table(self) -> _Table:
         rows = []
@@ -457,6 +422,14 @@ class Report:
             rows.append((card.name, time, fits, card.source))
         columns = ("card", "least time of a forward", "weights and activations fit", "figures from")
         return _Table("Cards", columns, rows, right=(1,))
+
+
+def sensitivity_title(passes: Mapping[str, PassReport]) -> str:
+    """What the errors of the sites are, and on what they were measured."""
+    measured = [f"{name} in every layer on {p.inputs}" for name, p in passes.items() if p.inputs]
+    rest = [name for name, p in passes.items() if p.site_errors and not p.inputs]
+    measured += [f"{', '.join(rest)} in the first layer"] if rest else []
+    return f"What 8 bits do to each site ({'; '.join(measured)})"
 
 
 def _optional(value: Any) -> int | None:

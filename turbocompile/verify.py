@@ -10,7 +10,7 @@ sets a new truth: the graph after it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from turbocompile.program import SHELL, Program, Subgraph, call, is_op
 from turbocompile.weights import Constant, Evaluator
 
 aten = torch.ops.aten
+CPU = torch.device("cpu")
 SHELL_EXACT = 2e-3
 EXACT = 1e-5  # of the largest true value, in float32: a few dozen roundings of 2^-24
 # Relative L1 at the worst site; the measured values of these formats on N(0,1) inputs are 0.012 (int8, int8_block),
@@ -85,15 +86,21 @@ Values = dict[str, Any]
 
 
 class Evaluation:
-    """Runs one graph on the CPU, recording every node's value.
+    """Runs one graph, recording every node's value.
 
-    wide: a floating dtype in which everything is computed (float64 for truth, float32 for an exact rewrite of a bf16
-    model); None runs the graph as it is. Casts between floating types are dropped when wide, but for those of
-    constants: a table cast to bf16 is meant so.
+    weight: a weight's value, on `device`. wide: a floating dtype in which everything is computed (float64 for truth,
+    float32 for an exact rewrite of a bf16 model); None runs the graph as it is. Casts between floating types are
+    dropped when wide, but for those of constants: a table cast to bf16 is meant so.
     """
 
-    def __init__(self, sub: Subgraph, weight: Callable[[fx.Node], torch.Tensor], wide: torch.dtype | None) -> None:
-        self.sub, self.weight, self.wide = sub, weight, wide
+    def __init__(
+        self,
+        sub: Subgraph,
+        weight: Callable[[fx.Node], torch.Tensor],
+        wide: torch.dtype | None,
+        device: torch.device = CPU,
+    ) -> None:
+        self.sub, self.weight, self.wide, self.device = sub, weight, wide, device
         self.constant: set[fx.Node] = set()
         for node in sub.graph.nodes:
             if node.op == "get_attr":
@@ -102,25 +109,47 @@ class Evaluation:
             elif node.op == "call_function" and node.target is not call:
                 self.constant |= {node} if all(n in self.constant for n in node.all_input_nodes) else set()
 
-    def __call__(self, given: Mapping[str, Any], calls: Callable[[fx.Node, Any], Any] | None = None) -> Values:
-        """Values by node name. given: values that are taken as they are (inputs, and nodes already known)."""
-        values: Values = {}
+    def __call__(
+        self,
+        given: Mapping[str, Any],
+        calls: Callable[[fx.Node, Any], Any] | None = None,
+        keep: Container[str] | None = None,
+    ) -> Values:
+        """Values by node name. given: values that are taken as they are (inputs, and nodes already known).
+
+        calls: what a call of another graph gives. keep: the nodes whose values are wanted; all where nothing is said.
+        """
         with torch.no_grad():
-            for node in self.sub.graph.nodes:
-                if node.op == "output":
-                    continue
-                if node.name in given:
-                    values[node.name] = given[node.name]
-                elif node.op == "get_attr":
-                    if any(u.name not in given for u in node.users):
-                        values[node.name] = self.parameter(node)
-                else:
-                    args = fx.map_arg(node.args, lambda n: values[n.name])
-                    kwargs = fx.map_arg(dict(node.kwargs), lambda n: values[n.name])
-                    if node.target is call and calls is not None:
-                        values[node.name] = calls(node, args)
-                    else:
-                        values[node.name] = self._run(node, args, kwargs)
+            run = self.steps(given, keep)
+            try:
+                node, args = next(run)
+                while True:
+                    node, args = run.send(calls(node, args) if calls is not None else node.target(*args))  # type: ignore[operator]
+            except StopIteration as done:
+                return done.value
+
+    def steps(
+        self, given: Mapping[str, Any], keep: Container[str] | None = None
+    ) -> Generator[tuple[fx.Node, Any], Any, Values]:
+        """As `__call__`, one call of another graph at a time: yields it, with its arguments, and is sent its value."""
+        values: Values = {}
+        left = {n: len(n.users) for n in self.sub.graph.nodes}
+        for node in self.sub.graph.nodes:
+            if node.op == "output":
+                continue
+            if node.name in given:
+                values[node.name] = given[node.name]
+            elif node.op == "get_attr":
+                if any(u.name not in given for u in node.users):
+                    values[node.name] = self.parameter(node)
+            else:
+                args = fx.map_arg(node.args, lambda n: values[n.name])
+                kwargs = fx.map_arg(dict(node.kwargs), lambda n: values[n.name])
+                values[node.name] = (yield node, args) if node.target is call else self._run(node, args, kwargs)
+            for used in node.all_input_nodes:
+                left[used] -= 1
+                if keep is not None and not left[used] and used.name not in keep:
+                    values.pop(used.name, None)
         return values
 
     def parameter(self, node: fx.Node) -> torch.Tensor:
@@ -133,7 +162,7 @@ class Evaluation:
             if is_op(node, aten.to.dtype) and node.meta["val"].dtype.is_floating_point and args[0].is_floating_point():
                 return self._widen(args[0])
             args, kwargs = (fx.node.map_aggregate(x, self._widen_argument) for x in (args, kwargs))
-        return node.target(*args, **place(node, kwargs, torch.device("cpu")))  # type: ignore[operator]
+        return node.target(*args, **place(node, kwargs, self.device))  # type: ignore[operator]
 
     def _widen(self, value: torch.Tensor) -> torch.Tensor:
         narrow = value.is_floating_point() and value.dtype.itemsize > 1 and self.wide is not None
@@ -244,7 +273,7 @@ class Verifier:
         if graph == SHELL:
             given += [c.node for c in program.calls()]
         known = self.given[graph]
-        return {n.name: _as(truth[name], n, None) for n, name in zip(given, known, strict=True)}
+        return {n.name: as_engine(truth[name], n, None) for n, name in zip(given, known, strict=True)}
 
     # ------------------------------------------------------------------------------------------------ values
 
@@ -311,7 +340,7 @@ class Verifier:
         for graph, (sub, rewrites) in result.raw.items():
             if graph not in self.truth:
                 continue
-            wide = torch.float32 if result.kind == "exact" and not _is_float64(sub) else None
+            wide = torch.float32 if result.kind == "exact" and not is_float64(sub) else None
             errors = self._graph_sites(program, graph, sub, rewrites, wide)
             for rewrite in rewrites:
                 mine = [errors[new] for _, new in rewrite.replaced if new in errors]
@@ -339,9 +368,9 @@ class Verifier:
                     self._learn(graph, node, true)
                     if isinstance(true, torch.Tensor):
                         errors[node.name] = compare(found, true)
-                    values[node.name] = _as(true, node, wide)
+                    values[node.name] = as_engine(true, node, wide)
                 elif node.name in truth and node.op != "get_attr":
-                    values[node.name] = _as(truth[node.name], node, wide)
+                    values[node.name] = as_engine(truth[node.name], node, wide)
                 elif node.op == "get_attr":
                     if any(u.name in was or u.name not in truth for u in node.users):
                         values[node.name] = evaluation.parameter(node)
@@ -393,7 +422,7 @@ class Verifier:
         return evaluation(known, lambda node, args: known[node.name])
 
 
-def _as(value: Any, node: fx.Node, wide: torch.dtype | None) -> Any:
+def as_engine(value: Any, node: fx.Node, wide: torch.dtype | None = None) -> Any:
     """A true value in the dtype that the node has in the engine."""
     if isinstance(value, (tuple, list)):
         vals = node.meta["val"]
@@ -407,7 +436,7 @@ def _cast(value: Any, dtype: torch.dtype, wide: torch.dtype | None) -> Any:
     return value.to(wide if wide is not None and dtype.is_floating_point else dtype)
 
 
-def _is_float64(sub: Subgraph) -> bool:
+def is_float64(sub: Subgraph) -> bool:
     return any(
         n.op == "placeholder" and isinstance(n.meta["val"], torch.Tensor) and n.meta["val"].dtype == torch.float64
         for n in sub.graph.nodes

@@ -1,0 +1,110 @@
+"""What 8 bits do to each site, layer by layer: the rows of the report's sensitivity table, as data."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+ERROR_KEYS = ("cosine", "rel_l1", "max_abs")
+EIGHT_BITS = "8 bits"
+
+
+def finite(error: Any) -> dict[str, float] | None:
+    """The three figures of an error (a mapping, or an object with to_dict); None where one is no finite number."""
+    if error is None:
+        return None
+    given = error if isinstance(error, Mapping) else error.to_dict()
+    found = {k: float(given[k]) for k in ERROR_KEYS}
+    return found if all(map(math.isfinite, found.values())) else None
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """A site in one layer. error: what 8 bits do there. quantized: whether they are used."""
+
+    layer: str
+    error: dict[str, float]
+    quantized: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"layer": self.layer, **self.error, "quantized": self.quantized}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LayerError:
+        error = finite(data)
+        if error is None or not isinstance(data["quantized"], bool):
+            raise ValueError(f"the error of the layer {str(data['layer'])[:40]!r} is no number")
+        return cls(str(data["layer"]), error, data["quantized"])
+
+
+@dataclass(frozen=True)
+class SiteError:
+    """How far quantizing a site moves its value, on exact inputs.
+
+    error: cosine, relative L1 and largest absolute error, in the worst layer or, without `layers`, in the first call of
+    the site's block. budget: the largest relative L1 allowed; above it the site stays as it was. layers: in the order
+    they run. note: what else decided.
+    """
+
+    site: str
+    error: dict[str, float]
+    budget: float
+    layers: tuple[LayerError, ...] = ()
+    note: str = ""
+
+    @property
+    def kept(self) -> bool:
+        """Whether the site was quantized, in some layer at least."""
+        return any(e.quantized for e in self.layers) if self.layers else self.error["rel_l1"] <= self.budget
+
+    @property
+    def worst(self) -> str:
+        """The layer of the largest error; empty where one layer was measured."""
+        return max(self.layers, key=lambda e: e.error["rel_l1"]).layer if self.layers else ""
+
+    @property
+    def median(self) -> float | None:
+        """Of the relative L1 over the layers."""
+        return statistics.median(e.error["rel_l1"] for e in self.layers) if self.layers else None
+
+    def computed_in(self, dtype: str) -> str:
+        """As in "8 bits", "bfloat16", "8 bits, bfloat16 in blocks 0, 3-5"; dtype: the model's."""
+        wide = [e.layer for e in self.layers if not e.quantized]
+        if not self.kept:
+            return dtype
+        return f"{EIGHT_BITS}, {dtype} in {ranges(wide)}" if wide else EIGHT_BITS
+
+    def to_dict(self) -> dict[str, Any]:
+        layers: dict[str, Any] = {"layers": [e.to_dict() for e in self.layers]} if self.layers else {}
+        return {"site": self.site, **self.error, "budget": self.budget, **layers} | (
+            {"note": self.note} if self.note else {}
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SiteError:
+        error, budget = finite(data), float(data["budget"])
+        if error is None or not math.isfinite(budget):
+            raise ValueError(f"the error of {str(data['site'])[:40]!r} is no number")
+        layers = tuple(LayerError.from_dict(e) for e in data.get("layers", ()))
+        return cls(str(data["site"]), error, budget, layers, str(data.get("note", "")))
+
+
+def ranges(layers: Sequence[str]) -> str:
+    """Layers in short: ["blocks.0", "blocks.3", "blocks.4"] is "blocks 0, 3-4"."""
+    found: dict[str, list[list[int]]] = {}
+    for layer in layers:
+        path, _, number = layer.rpartition(".")
+        runs = found.setdefault(path if number.isdigit() else layer, [])
+        if number.isdigit():
+            if runs and runs[-1][1] == int(number) - 1:
+                runs[-1][1] = int(number)
+            else:
+                runs.append([int(number), int(number)])
+    texts = []
+    for path, runs in found.items():
+        numbers = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+        texts.append(f"{path} {numbers}".strip())
+    return ", ".join(texts)
