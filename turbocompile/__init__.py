@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from turbocompile.build import optimize
     from turbocompile.engine import Engine, load
     from turbocompile.recipe import Recipe, load_recipe
+    from turbocompile.recording import record
     from turbocompile.report import Report
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "load",
     "load_recipe",
     "optimize",
+    "record",
 ]
 _HOMES = {
     "optimize": "turbocompile.build",
@@ -44,6 +46,7 @@ _HOMES = {
     "load": "turbocompile.engine",
     "Recipe": "turbocompile.recipe",
     "load_recipe": "turbocompile.recipe",
+    "record": "turbocompile.recording",
     "Report": "turbocompile.report",
 }
 

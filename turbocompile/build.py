@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from turbocompile.bench import time_attentions
 from turbocompile.calibrate import Inputs, Plan, calibrate
 from turbocompile.capture import capture
 from turbocompile.engine import Engine, module_entry, new_folder, seal, weight_plan
-from turbocompile.errors import EngineError, VerificationError
+from turbocompile.errors import CaptureError, EngineError, RecipeError, VerificationError
 from turbocompile.hardware import AttentionChoice, target_of
 from turbocompile.lineage import GraphView, begin, graph_views
 from turbocompile.normalize import normalize
@@ -30,12 +31,14 @@ from turbocompile.pipeline import PASSES, PassResult, load_pass, run_passes
 from turbocompile.printer import print_program
 from turbocompile.program import Program, is_op
 from turbocompile.recipe import Recipe, Shape, load_recipe
+from turbocompile.recording import Recorded, given_inputs, read_inputs
 from turbocompile.report import Report
 from turbocompile.serialize import to_json
+from turbocompile.signature import describe
 from turbocompile.tuning import FILE as TUNING
 from turbocompile.tuning import Tuning, merge, tune
 from turbocompile.verify import Verifier, random_inputs
-from turbocompile.wan.source import TransformerSource, open_source
+from turbocompile.wan.source import BOUNDARY, Source, TransformerSource, open_source
 from turbocompile.weights import Emission, Evaluator, ModuleTensors, TensorSource, nbytes, write_shards
 
 MODULES_OWN = "the module's"  # where the weights of a report come from
@@ -122,13 +125,15 @@ def compile_programs(
     *,
     rewrite: bool = True,
     twin: Callable[[], Program] | None = None,
+    recorded: Recorded | None = None,
     stages: Stages | None = None,
 ) -> Compiled:
     """Captures and rewrites the Programs of one module.
 
     captured: shape name -> a function that captures it. rewrite: False leaves the graphs as captured. twin: captures
-    the small shape at which rewrites are measured; None measures nothing. Raises VerificationError where the shapes end
-    with different rewrites.
+    the small shape at which rewrites are measured; None measures nothing. recorded: what they are measured on, at the
+    twin's shape; random tensors where there is nothing. Raises VerificationError where the shapes end with different
+    rewrites, RecipeError where the recorded tensors do not fit.
     """
     stages = stages or Stages()
     options = {k: {**v, "checkpoint_keys": frozenset(source.keys())} for k, v in options.items()}
@@ -144,10 +149,10 @@ def compile_programs(
         with stages("capture"):
             small = twin()
         captured_small = small.copy()
+        inputs = calibration_inputs(small, recorded)
         normalize(small)
         if in_all_layers(options, target):
             with stages("calibrate"), _collected():
-                inputs = Inputs([random_inputs(small)])
                 calibrated = calibrate(small, source, options, target, inputs, _device(target))
             options = {**options, "w8a8": {**options["w8a8"], "keep": calibrated.keep}}
             for program in (captured_small, small, *programs.values()):
@@ -156,7 +161,7 @@ def compile_programs(
             choices = _attention_choices(programs, options, target)
             small_options = {**options, "attention": {**options.get("attention", {}), "choices": choices}}
         with stages("verify"):
-            verifier = _Vetoes(small, Evaluator(source, small.constants), options)
+            verifier = _Vetoes(small, Evaluator(source, small.constants), options, list(inputs.calls[0]))
             verifier.check_captured(captured_small)
             with _collected():  # said again for the Programs that are built
                 judged = run_passes(small, small_options, target, verifier)
@@ -188,6 +193,20 @@ def compile_programs(
             result.error = calibrated.worst_quantized() or result.error
     plan = weight_plan(programs)
     return Compiled(name, programs, results, printed, views, plan, merged_constants(programs), list(warned))
+
+
+def calibration_inputs(program: Program, recorded: Recorded | None) -> Inputs:
+    """What a Program's rewrites are measured on. Raises RecipeError where what was recorded does not fit."""
+    if recorded is None:
+        return Inputs([random_inputs(program)])
+    calls = recorded.tensors(program.signature)
+    tokens = max_tokens(program)
+    if tokens > VERIFY_TOKENS:
+        raise RecipeError(
+            f"{recorded.where}: the calls have {tokens} tokens, and a build measures on {VERIFY_TOKENS} at most; "
+            "record them at a smaller size"
+        )
+    return Inputs(calls, recorded=True)
 
 
 def in_all_layers(options: Mapping[str, Mapping[str, Any]], target: str) -> bool:
@@ -281,10 +300,13 @@ def optimize_recipe(
     with stages("open"):
         source = open_source(recipe)
     compiled: dict[str, Compiled] = {}
+    recorded = recorded_of(recipe, source)
     for name, transformer in source.transformers.items():
         # Where no weight may be read, rewrites are measured on synthetic ones of the same shapes.
         tensors = source.synthetic(name) if dry_run else transformer.tensors
-        compiled[name] = _compile_transformer(name, transformer, tensors, recipe, stages, dry_run)
+        compiled[name] = _compile_transformer(
+            name, transformer, tensors, recipe, stages, recorded=recorded.get(name), dry_run=dry_run
+        )
     components = sum(source.components.sizes().values())
     if dry_run or out is None:
         return make_report(compiled, recipe, stages, components=components)
@@ -303,12 +325,45 @@ def optimize_recipe(
     return report
 
 
+def recorded_of(recipe: Recipe, source: Source) -> dict[str, Recorded]:
+    """The recorded calls of each transformer; of two experts each has those of its timesteps. Raises RecipeError."""
+    if recipe.calibration is None:
+        return {}
+    recorded = read_inputs(recipe.calibration)
+    names = list(source.transformers)
+    if len(names) == 1:
+        return {names[0]: recorded}
+    edge = 1000.0 * (BOUNDARY[source.task] if source.boundary_ratio is None else source.boundary_ratio)
+    found = {names[0]: recorded.between(edge, math.inf), names[1]: recorded.between(-math.inf, edge)}
+    for name, word in zip(names, ("of at least", "below"), strict=True):
+        if not found[name].calls:
+            raise RecipeError(f"{recorded.where}: no call has a timestep {word} {edge:g}, as those of {name} have")
+    return found
+
+
+def recorded_shape(recorded: Recorded) -> Shape:
+    """The size of the videos whose latents were recorded. Raises RecipeError where they are of none."""
+    latent = recorded.calls[0].get("hidden_states")
+    if latent is None or latent.dim() != 5:
+        size = "missing" if latent is None else f"of the shape {list(latent.shape)}"
+        raise RecipeError(
+            f"{recorded.where}: '0.hidden_states' is {size}, and must be (batch, channels, frames, height, width)"
+        )
+    batch, _, frames, height, width = latent.shape
+    try:
+        return Shape(height=8 * height, width=8 * width, num_frames=4 * (frames - 1) + 1, batch=batch)
+    except RecipeError as error:
+        raise RecipeError(f"{recorded.where}: '0.hidden_states' is the latent of no video: {error}") from error
+
+
 def _compile_transformer(
     name: str,
     transformer: TransformerSource,
     tensors: TensorSource,
     recipe: Recipe,
     stages: Stages,
+    *,
+    recorded: Recorded | None = None,
     dry_run: bool = False,
 ) -> Compiled:
     def capturing(source: TransformerSource, shape: Shape) -> Callable[[], Program]:
@@ -327,10 +382,12 @@ def _compile_transformer(
         layers = min(2, layers)
     shallow = replace(transformer, config={**transformer.config, "num_layers": layers})
     smallest = min((*recipe.shapes, replace(TWIN, batch=recipe.shapes[0].batch)), key=lambda s: s.tokens)
+    if recorded is not None:
+        smallest = recorded_shape(recorded)
     twin = capturing(shallow, smallest) if recipe.verify == "numeric" else None
     return compile_programs(
         name, captured, tensors, options, recipe.target,
-        rewrite=recipe.passes.enabled, twin=twin, stages=stages,
+        rewrite=recipe.passes.enabled, twin=twin, recorded=recorded, stages=stages,
     )  # fmt: skip
 
 
@@ -487,6 +544,7 @@ def optimize(
     backend: str = "triton",
     target: str | None = None,
     verify_args: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
+    calibration: Any = None,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Compiles a module into an Engine that is called the same way.
@@ -496,21 +554,27 @@ def optimize(
     recipe: what the passes do: a Recipe, its fields as a mapping (`{"passes": {"w8a8": "int8"}}`), or a file; its
     model, shapes and dtype are not looked at. target: "cpu", "sm90", ...; by default what the model's device is.
     verify_args: a smaller example call to measure rewrites on, for calls of over 4,096 tokens.
+    calibration: calls that are like the real ones, of at most 4,096 tokens, to measure 8-bit linears on: a list (each a
+    tuple of arguments, a dict of keyword arguments, or a pair of both), a function that returns one, or a file that
+    `turbocompile.record` wrote. Without it they are measured on random tensors.
 
     Raises CaptureError, VerificationError, UnsupportedError, RecipeError.
     """
     options = module_recipe(model, recipe, backend, target)
     get_backend(options.backend).check(options.target)
+    if calibration is None:
+        calibration = options.calibration
+    recorded = given_inputs(calibration, model) if calibration is not None else None
     if args is None and kwargs is None:
-        return LazyEngine(model, options, verify_args, progress)
+        return LazyEngine(model, options, verify_args, progress, recorded)
     calls = _calls(args, kwargs)
     stages = Stages(progress)
     source = ModuleTensors(model)
     captured = {f"call-{i}" if i else "call": _capturing(model, *call) for i, call in enumerate(calls)}
-    twin, unverified = _module_twin(model, calls, verify_args, options)
+    twin, unverified = _module_twin(model, calls, verify_args, options, recorded)
     item = compile_programs(
         "transformer", captured, source, options.pass_options(), options.target,
-        rewrite=options.passes.enabled, twin=twin, stages=stages,
+        rewrite=options.passes.enabled, twin=twin, recorded=recorded, stages=stages,
     )  # fmt: skip
     item.unmeasured = unverified
     if unverified and options.verify == "numeric" and options.passes.enabled:
@@ -544,10 +608,17 @@ class LazyEngine(nn.Module):
     model: nn.Module
     engine: Engine | None
 
-    def __init__(self, model: nn.Module, recipe: Recipe, verify_args: Any, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        verify_args: Any,
+        progress: Progress | None,
+        recorded: Recorded | None = None,
+    ) -> None:
         super().__init__()
         object.__setattr__(self, "model", model)
-        self.recipe, self.verify_args, self.progress = recipe, verify_args, progress
+        self.recipe, self.verify_args, self.progress, self.recorded = recipe, verify_args, progress, recorded
         self.calls: list[tuple[Any, Any]] = []
         self.engine = None
 
@@ -556,7 +627,7 @@ class LazyEngine(nn.Module):
             example = [*self.calls, (args, kwargs)]
             made = optimize(
                 self.model, example, recipe=self.recipe, backend=self.recipe.backend, target=self.recipe.target,
-                verify_args=self.verify_args, progress=self.progress,
+                verify_args=self.verify_args, calibration=self.recorded, progress=self.progress,
             )  # fmt: skip
             assert isinstance(made, Engine)  # there is an example, so it is no LazyEngine
             self.engine, self.calls = made, [(_to_meta(a), _to_meta(k)) for a, k in example]
@@ -617,14 +688,33 @@ def _capturing(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return lambda: capture(model, args, kwargs)
 
 
+def _capturing_recorded(model: nn.Module, call: tuple[Any, Any], recorded: Recorded) -> Callable[[], Program]:
+    """Captures the model at the shape of its recorded calls, with the plain arguments of the example call."""
+
+    def make() -> Program:
+        args, kwargs = recorded.example(describe(model, *call)[0])
+        try:
+            return capture(model, args, kwargs)
+        except CaptureError as error:
+            raise RecipeError(f"{recorded.where}: the model does not take these inputs ({error})") from error
+
+    return make
+
+
 def _module_twin(
-    model: nn.Module, calls: Sequence[tuple[Any, Any]], verify_args: Any, recipe: Recipe
+    model: nn.Module,
+    calls: Sequence[tuple[Any, Any]],
+    verify_args: Any,
+    recipe: Recipe,
+    recorded: Recorded | None = None,
 ) -> tuple[Callable[[], Program] | None, str]:
     """How to capture the Program that rewrites are measured on, or None and why nothing is measured."""
     if recipe.verify != "numeric":
         return None, f"not measured: the recipe says verify: {recipe.verify}"
     if any(p.device.type == "meta" for p in model.parameters()):
         return None, "not measured: the parameters are on the meta device, so there are no numbers"
+    if recorded is not None:
+        return _capturing_recorded(model, calls[0], recorded), ""
     if verify_args is not None:
         return _capturing(model, tuple(verify_args[0]), dict(verify_args[1])), ""
     smallest = min(calls, key=lambda c: sum(t.numel() for t in _tensors(c)))

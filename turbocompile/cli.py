@@ -99,6 +99,37 @@ def optimize(recipe: Path, out: Path | None, overrides: tuple[str, ...], dry_run
 
 
 @main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The file, as in inputs.safetensors.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field, as in shapes.0.height=256."
+)
+@click.option(
+    "--prompt", "prompts", multiple=True, default=["a cat walking on the beach"], show_default=True, help="One or more."
+)
+@click.option("--negative-prompt", help="What the videos must not show; for samplers with guidance.")
+@click.option("--calls", type=click.IntRange(1, 64), default=8, show_default=True, help="How many calls are kept.")
+@click.option("--steps", type=int, help="Steps of the sampler, instead of the recipe's.")
+@click.option("--guidance", type=float, help="Classifier-free guidance, instead of the recipe's.")
+@click.option("--image", type=click.Path(path_type=Path), help="The first frame, for image-to-video models.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the first video's noise.")
+@click.option("--device", help="Where to run, as in cpu or cuda:1; by default a GPU where there is one.")
+def calibrate(recipe: Path, out: Path, overrides: tuple[str, ...], prompts: tuple[str, ...], **options: Any) -> None:
+    """Record what the model of RECIPE is called with while it samples.
+
+    A recipe that names the file (calibration: inputs.safetensors) measures its 8-bit linears on these inputs.
+    """
+    _quiet()
+    from turbocompile.generate import record_inputs
+    from turbocompile.recipe import load_recipe
+
+    _check_device(options["device"])
+    with _progress() as progress:
+        done = record_inputs(load_recipe(recipe, overrides), out, prompts, progress=progress, **options)
+    click.echo(f"inputs: {out} ({len(done.chosen())} of {done.seen} calls; name it as `calibration` in the recipe)")
+
+
+@main.command()
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, help="What the video shows.")
 @click.option("--negative-prompt", help="What it must not show; for samplers with guidance.")

@@ -20,8 +20,9 @@ import torch
 from turbocompile import video as video_file
 from turbocompile.attentions import untuned
 from turbocompile.engine import Engine, check_files, load
-from turbocompile.errors import EngineError, UnsupportedError
+from turbocompile.errors import EngineError, RecipeError, UnsupportedError
 from turbocompile.recipe import Recipe, SamplerSpec, Shape
+from turbocompile.recording import CALLS, Recording, recording_calls
 from turbocompile.report import Report
 from turbocompile.sampling import SamplingWarning, flow, rcm
 from turbocompile.wan import image as wan_image
@@ -29,7 +30,7 @@ from turbocompile.wan import text as wan_text
 from turbocompile.wan import vae as wan_vae
 from turbocompile.wan.components import load_components
 from turbocompile.wan.configs import task_of
-from turbocompile.wan.source import BOUNDARY
+from turbocompile.wan.source import BOUNDARY, open_source
 
 Progress = Callable[[str, float], None]
 
@@ -66,7 +67,25 @@ class _Conditions:
     tokens: torch.Tensor | None = None
 
 
-class _Stages:
+@dataclass(frozen=True)
+class Pipeline:
+    """What makes latents: transformers by name, an engine's or eager, and the components around them.
+
+    config: of the transformers. component: gives one by its name, on the device.
+    """
+
+    experts: Mapping[str, Any]
+    config: Mapping[str, Any]
+    dtype: torch.dtype
+    device: torch.device
+    component: Callable[[str], Any]
+
+    @classmethod
+    def of_engine(cls, engine: Engine) -> Pipeline:
+        return cls(engine.experts, engine.config, engine.dtype, engine.device, lambda name: component(engine, name))
+
+
+class Stages:
     """Times the stages; progress(stage, fraction) is told 0 at the start of one and 1 at its end."""
 
     def __init__(self, progress: Progress | None) -> None:
@@ -111,7 +130,7 @@ def generate(
     engine cannot do.
     """
     out = video_file.check_path(out) if out is not None else None
-    stages = _Stages(progress)
+    stages = Stages(progress)
     if not isinstance(engine, Engine):
         with stages("load"):
             engine = load(engine, device=device or default_device(engine))
@@ -124,15 +143,10 @@ def generate(
     prompts = _prompts(prompt, size.batch)
     _check_request(engine, task, sampler, negative_prompt, image)
     _tell_quality(recipe, engine.report)
-    picture = _open_image(image) if image is not None else None
+    picture = open_image(image) if image is not None else None
 
-    with stages("text"):
-        conditions = _text(engine, prompts, negative_prompt or "" if sampler.guidance != 1.0 else None)
-    if picture is not None:
-        with stages("image"):
-            conditions = _with_image(engine, conditions, picture, size)
-    with stages("denoise"):
-        latents = _sample(engine, conditions, sampler, size, _boundary(engine, task), seed, stages.progress)
+    pipeline, boundary = Pipeline.of_engine(engine), _boundary(engine, task)
+    latents = make_latents(pipeline, prompts, negative_prompt, picture, sampler, size, boundary, seed, stages)
     with stages("decode"):
         made = wan_vae.to_frames(wan_vae.decode(component(engine, "vae"), latents)).cpu()
     paths: tuple[Path, ...] = ()
@@ -140,6 +154,79 @@ def generate(
         with stages("write"):
             paths = _write(made, out, frames)
     return GenerateResult(made, stages.seconds, paths)
+
+
+def make_latents(
+    pipeline: Pipeline,
+    prompts: list[str],
+    negative_prompt: str | None,
+    picture: Any,
+    sampler: SamplerSpec,
+    size: Shape,
+    boundary: float | None,
+    seed: int,
+    stages: Stages,
+) -> torch.Tensor:
+    """Normalized latents (B, 16, T, H, W), float32. picture: a PIL image, for image-to-video."""
+    with stages("text"):
+        conditions = _text(pipeline, prompts, negative_prompt or "" if sampler.guidance != 1.0 else None)
+    if picture is not None:
+        with stages("image"):
+            conditions = _with_image(pipeline, conditions, picture, size)
+    with stages("denoise"):
+        return _sample(pipeline, conditions, sampler, size, boundary, seed, stages.progress)
+
+
+@torch.no_grad()
+def record_inputs(
+    recipe: Recipe,
+    out: str | Path,
+    prompts: Sequence[str],
+    *,
+    negative_prompt: str | None = None,
+    image: Any = None,
+    calls: int = CALLS,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> Recording:
+    """Samples with a recipe's original model, in eager PyTorch, and writes some of its inputs to `out` (recording.py).
+
+    prompts: one video each, at the recipe's first shape, with its sampler. calls: how many are kept, spread over all
+    steps of all videos. image, steps, guidance: as for `generate`. device: by default a GPU where there is one.
+
+    Raises TurbocompileError.
+    """
+    recording, stages = Recording(calls), Stages(progress)
+    if not prompts:
+        raise RecipeError("calibrate: there is no prompt; give one at least")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with stages("open"):
+        source = open_source(recipe)
+        if not {"tokenizer", "text_encoder", "vae"} <= set(source.components.names):
+            raise RecipeError("calibrate: the recipe has no text encoder, and sampling takes one; name its components")
+    if (image is None) == (source.task == "i2v"):
+        what = "needs an image to start from (--image)" if image is None else "makes videos from text alone, no image"
+        raise UnsupportedError(f"calibrate: the model {what}")
+    sampler = choose_sampler(recipe.sampler, source.task, steps, guidance)
+    with stages("load"):
+        experts = {name: t.load().to(place) for name, t in source.transformers.items()}
+        parts = {k: v.to(place) if isinstance(v, torch.nn.Module) else v for k, v in source.components.load().items()}
+    first = source.transformers["transformer"]
+    pipeline = Pipeline(experts, first.config, recipe.torch_dtype, place, parts.__getitem__)
+    boundary = None
+    if len(experts) > 1:
+        boundary = BOUNDARY[source.task] if source.boundary_ratio is None else source.boundary_ratio
+    picture = open_image(image) if image is not None else None
+    size = recipe.shapes[0]
+    with recording_calls(recording, *experts.values()):
+        for number, prompt in enumerate(prompts):
+            given = (_prompts(prompt, size.batch), negative_prompt, picture)
+            make_latents(pipeline, *given, sampler, size, boundary, seed + number, stages)
+    recording.save(out)
+    return recording
 
 
 # ------------------------------------------------------------------------------------------------------ what to make
@@ -262,18 +349,18 @@ def component(engine: Engine, name: str) -> Any:
     return component.to(engine.device) if isinstance(component, torch.nn.Module) else component
 
 
-def _text(engine: Engine, prompts: list[str], negative_prompt: str | None) -> _Conditions:
-    tokenizer, encoder = component(engine, "tokenizer"), component(engine, "text_encoder")
+def _text(pipeline: Pipeline, prompts: list[str], negative_prompt: str | None) -> _Conditions:
+    tokenizer, encoder = pipeline.component("tokenizer"), pipeline.component("text_encoder")
 
     def encode(texts: list[str]) -> torch.Tensor:
-        unique = wan_text.encode_prompt(sorted(set(texts)), tokenizer, encoder, dtype=engine.dtype)
+        unique = wan_text.encode_prompt(sorted(set(texts)), tokenizer, encoder, dtype=pipeline.dtype)
         return unique[[sorted(set(texts)).index(t) for t in texts]]
 
     negative = encode([negative_prompt] * len(prompts)) if negative_prompt is not None else None
     return _Conditions(encode(prompts), negative)
 
 
-def _open_image(image: Any) -> Any:
+def open_image(image: Any) -> Any:
     """A PIL image of a path or of itself."""
     from PIL import Image, UnidentifiedImageError
 
@@ -286,22 +373,22 @@ def _open_image(image: Any) -> Any:
         raise UnsupportedError(f"{image} cannot be read as an image ({error})") from error
 
 
-def _with_image(engine: Engine, conditions: _Conditions, image: Any, size: Shape) -> _Conditions:
+def _with_image(pipeline: Pipeline, conditions: _Conditions, image: Any, size: Shape) -> _Conditions:
     """Adds the first frame's latent and mask, and its CLIP tokens where the transformer takes them."""
-    pixels = wan_image.image_tensor(image, size.height, size.width).to(engine.device)
-    channels = wan_image.image_condition(component(engine, "vae"), pixels, size.num_frames)
+    pixels = wan_image.image_tensor(image, size.height, size.width).to(pipeline.device)
+    channels = wan_image.image_condition(pipeline.component("vae"), pixels, size.num_frames)
     tokens = None
-    if engine.config.get("image_dim") is not None:
-        encoder, processor = component(engine, "image_encoder"), component(engine, "image_processor")
+    if pipeline.config.get("image_dim") is not None:
+        encoder, processor = pipeline.component("image_encoder"), pipeline.component("image_processor")
         tokens = wan_image.image_embeddings(encoder, processor, image)
-        tokens = tokens.to(engine.dtype).expand(size.batch, -1, -1)
+        tokens = tokens.to(pipeline.dtype).expand(size.batch, -1, -1)
     return dataclasses.replace(
-        conditions, channels=channels.to(engine.dtype).expand(size.batch, -1, -1, -1, -1), tokens=tokens
+        conditions, channels=channels.to(pipeline.dtype).expand(size.batch, -1, -1, -1, -1), tokens=tokens
     )
 
 
 def _sample(
-    engine: Engine,
+    pipeline: Pipeline,
     conditions: _Conditions,
     sampler: SamplerSpec,
     size: Shape,
@@ -312,7 +399,7 @@ def _sample(
     """Normalized latents (B, 16, T, H, W), float32."""
 
     def velocity(x: torch.Tensor, timestep: torch.Tensor, expert: str, conditional: bool = True) -> torch.Tensor:
-        module = engine.experts[expert]
+        module = pipeline.experts[expert]
         hidden = x.to(module.dtype)
         if conditions.channels is not None:
             hidden = torch.cat([hidden, conditions.channels], dim=1)
@@ -327,12 +414,12 @@ def _sample(
             return module(**inputs, return_dict=False)[0]
 
     common: dict[str, Any] = {
-        "generator": torch.Generator(engine.device).manual_seed(seed),
+        "generator": torch.Generator(pipeline.device).manual_seed(seed),
         "steps": sampler.steps,
         "boundary": boundary,
         "progress": lambda done, total: progress("denoise", done / total),
     }
-    shape = (size.batch, engine.config["out_channels"], *size.latent)
+    shape = (size.batch, pipeline.config["out_channels"], *size.latent)
     if sampler.kind == "rcm":
         assert sampler.sigma_max is not None
         assert sampler.mid_steps is not None

@@ -360,6 +360,12 @@ class Recipe(Section):
     )
     sampler: SamplerSpec = _field(SamplerSpec(), "the sampler")
     passes: Passes = _field(Passes(), "the rewrites")
+    calibration: str | None = _field(
+        None,
+        "a file of inputs that `turbocompile calibrate` or `turbocompile.record` wrote, to measure 8-bit linears on; "
+        "random tensors where not given",
+        path=True,
+    )
     verify: str = _field(
         "numeric",
         "numeric: measure each rewrite; shapes: check shapes alone; off",
@@ -380,6 +386,10 @@ class Recipe(Section):
                 raise _FieldError("target", f"cannot be host: {error}") from error
         if self.dtype == "auto":
             self._resolve("dtype", "float32" if self.target == "cpu" else "bfloat16")
+        if self.calibration is not None and (self.verify != "numeric" or not self.passes.enabled):
+            raise _FieldError(
+                "calibration", "is of use where rewrites are measured; leave it out, or set verify: numeric"
+            )
         self._check_formats()
         self._check_backend()
 
