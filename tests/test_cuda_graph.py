@@ -162,6 +162,7 @@ class TestCuda:
         with pytest.warns(RuntimeWarning, match="runs without a CUDA graph"):
             assert torch.equal(engine(x, shift), out)
         assert graph.reason
+        assert torch.randn(8, device="cuda").isfinite().all()  # the recording's generator is not left to others
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert torch.equal(engine(x, shift), out)

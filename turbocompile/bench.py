@@ -28,6 +28,7 @@ from turbocompile.attentions import named_attentions
 from turbocompile.backends.triton import SOURCE
 from turbocompile.cache import cache_path, write_json
 from turbocompile.cost import OpCost, alike, cost
+from turbocompile.cuda_graph import restore_generator
 from turbocompile.errors import UnsupportedError
 from turbocompile.hardware import Gpu, host_gpu
 from turbocompile.program import SHELL, Program
@@ -242,13 +243,27 @@ def _alone(call: Callable[[], object], cuda: bool) -> float:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # it cannot be recorded: its launches count too
+        restore_generator(torch.device("cuda"))
         return _median(call, REPEATS, True)
+    graph.replay()
+    torch.cuda.synchronize()
     return _median(graph.replay, 3, True) / REPEATS
+
+
+def _wake(device: torch.device, seconds: float = 0.3) -> None:
+    """Keeps an idle card busy until its clock is up: it counts at a fifth of its speed for the first tenths."""
+    x = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        x @ x
+        torch.cuda.synchronize()
 
 
 def time_attentions(program: Program, device: torch.device) -> dict[str, float]:
     """Seconds of one run of each attention, by its site, on N(0, 1) in the shapes and strides of its operands."""
     found = {}
+    if device.type == "cuda":
+        _wake(device)
     for graph, sub in program.graphs.items():
         for site, node in named_attentions(graph, sub) if program.count(graph) else ():
             values = {n: _normal(n.meta["val"], device) for n in node.all_input_nodes}

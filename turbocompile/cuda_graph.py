@@ -16,6 +16,16 @@ import torch
 Run = Callable[..., tuple[torch.Tensor, ...]]
 
 
+def restore_generator(device: torch.device) -> None:
+    """Lets the device draw random numbers again after a recording that failed.
+
+    PyTorch leaves its default generator as it is within a recording, and every later draw raises "Offset increment
+    outside graph capture"; a copy of its state does not know of the recording.
+    """
+    generator = torch.cuda.default_generators[device.index if device.index is not None else torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())
+
+
 class Pool:
     """The memory that graphs on one device share. It is each one's while that runs, so that they follow each other."""
 
@@ -70,6 +80,7 @@ class CudaGraph:
             with torch.cuda.graph(graph, pool=self.pool.handle, capture_error_mode="thread_local"):
                 self._outputs = self.run(*self._inputs)
         except RuntimeError as error:
+            restore_generator(self.pool.device)
             self.reason = str(error).strip().splitlines()[0]
             self._inputs, self._outputs = [], ()
             warnings.warn(
