@@ -19,7 +19,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from timing import replayed, versions
 from turbocompile.kernels import adaln, gelu_quantize, norm_quantize, qk_norm_rope, quantize, residual_norm
 from turbocompile.kernels import norms_triton as norms
 from turbocompile.kernels import quantize_triton as quantizing
-from turbocompile.kernels.norms_triton import BLOCK_CONFIGS, BlockConfig
+from turbocompile.kernels.norms_triton import BlockConfig
 from turbocompile.kernels.quantize_triton import RowConfig
 from turbocompile.kernels.rotary_triton import launch_qk_norm_rope
 
@@ -47,8 +47,8 @@ SWEEP = tuple(
 )  # fmt: skip
 
 BLOCK_SWEEP = (  # two programs a multiprocessor, or three with 80 registers
-    *(replace(BLOCK_CONFIGS[8192], lag=lag) for lag in (0, 2, 3, 6, 8)),
-    *(replace(BLOCK_CONFIGS[8192], rows=rows, lag=lag) for rows in (8, 32) for lag in (2, 4, 6)),
+    *(BlockConfig(8, 16, 48, 128, lag=lag) for lag in (0, 2, 3, 4, 6, 8)),
+    *(BlockConfig(8, rows, 48, 128, lag=lag) for rows in (8, 32) for lag in (2, 4, 6)),
     *(BlockConfig(8, 16, elements, registers, lag) for elements, registers in ((24, 128), (24, 80)) for lag in (4, 6)),
     *(BlockConfig(16, 16, 24, 64, lag) for lag in (2, 4, 6)),
 )
