@@ -71,14 +71,17 @@ def test_the_log_is_of_the_runs_that_the_page_tells_of():
         assert f"| {last['step']:,} |" in row
         assert row.endswith(f"| {last['seconds']:.0f} |")
     assert f"{total:.0f} s in the four stages" in page
-    for aspect in ("digit", "colour", "motion"):
+    aspects = ("digit", "colour", "motion")
+    for aspect in aspects:
         cells = []
         for held_out in (False, True):
-            shares = [shown_right(name, aspect, held_out) for name in ("evaluation", "evaluation-engine")]
-            both = Share(sum(s.right for s in shares), sum(s.total for s in shares))
-            low, high = (100 * bound for bound in both.interval)
-            cells += [f"{100 * s.value:.0f} %" for s in shares] + [f"{100 * both.value:.1f} % ({low:.1f} - {high:.1f})"]
+            share = shown_right("evaluation", aspect, held_out)
+            low, high = (100 * bound for bound in share.interval)
+            cells.append(f"{100 * share.value:.0f} % ({low:.1f} - {high:.1f})")
         assert f"| {aspect} | {' | '.join(cells)} |" in page
+    for name in ("evaluation", "evaluation-engine", "evaluation-sage"):
+        counts = [f"{shown_right(name, a, False).right}, {shown_right(name, a, True).right}" for a in aspects]
+        assert f" | {' | '.join(counts)} |" in page
     psnr = json.loads((FOLDER / "training" / "vae_psnr.json").read_text())
     assert f"{psnr['mean']:.1f} dB ({psnr['low']:.1f} - {psnr['high']:.1f})" in page
 

@@ -75,7 +75,7 @@ TRANSFORMER: Mapping[str, Any] = {
     "rope_max_seq_len": 64,
 }
 FLOW_SHIFT = 5.0
-GUIDANCE = 3.0
+GUIDANCE = 4.0
 PROMPT_DROPOUT = 0.1  # share of the training samples without a prompt, for guidance
 # Strong for an autoencoder of this kind: the fewer bits a latent holds, the sooner the transformer has learned them,
 # and a reconstruction far above 28 dB leaves room (with 1e-4 it was at 57).
