@@ -21,12 +21,15 @@ attend_gluon.py has the same for Hopper.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
+from turbocompile.kernels._common import check
 from turbocompile.kernels.prepare_triton import LOG2E, ROUND, Prepared, _exp2, _features, _product, prepare, strides
 
 try:
@@ -166,6 +169,41 @@ def product_format(device: torch.device, pv: str) -> str:
     return "fp16" if device.type == "cuda" and _capability(device) < (8, 9) else pv
 
 
+_CHOICES: dict[str, AttendConfig] = {}  # what an engine was built with
+
+
+def choice_key(device: torch.device, pv: str, block_k: int, block_q: int = 64) -> str:
+    """What a choice is kept under: the card, the format it computes in, the blocks."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{card}: {product_format(device, pv)} blocks {block_q}x{block_k}"
+
+
+def restore(choices: Mapping[str, Mapping[str, Any]]) -> None:
+    """Takes choices (`choice_key` to a configuration's fields) into this process, in the place of the defaults.
+
+    ValueError for a configuration that is not declared.
+    """
+    read = {}
+    for name, fields in choices.items():
+        matches = [c for c in (*HOPPER_CONFIGS, *PORTABLE_CONFIGS) if asdict(c) == dict(fields)]
+        check(bool(matches), f"{name!r} names no declared configuration of the attention: {dict(fields)}")
+        read[name] = matches[0]
+    _CHOICES.update(read)
+
+
+def forget() -> None:
+    """Back to the defaults."""
+    _CHOICES.clear()
+
+
+def chosen_config(device: torch.device, pv: str, block_k: int, block_q: int = 64) -> AttendConfig:
+    """What was restored for a device, the operands' format and the blocks; else the default."""
+    kept = _CHOICES.get(choice_key(device, pv, block_k, block_q)) if _CHOICES else None
+    if kept is None or (kept.path == "hopper" and attend_gluon is None):
+        return default_config(device, pv, block_k, block_q)
+    return kept
+
+
 def default_config(device: torch.device, pv: str, block_k: int, block_q: int = 64) -> AttendConfig:
     """The configuration for a device, the operands' format and the blocks; no other size matters."""
     if device.type == "cuda" and attend_gluon is not None and pv == "fp8" and _capability(device)[0] == 9:
@@ -248,6 +286,6 @@ def sage_forward(
     One INT8 scale for each 64 (or block_m) rows of q and block_k rows of k: 128 keys were 15% faster than 64.
     """
     pv = product_format(q.device, pv)
-    config = config or default_config(q.device, pv, block_k)
+    config = config or chosen_config(q.device, pv, block_k)
     kv = prepare(k, v, block_k, pv=pv, permute=config.path == "hopper")
     return attend(q, kv, k.shape[1], scale, config, kv_heads=k.shape[2], is_causal=is_causal)

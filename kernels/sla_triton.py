@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from turbocompile.kernels.attend_triton import AttendConfig, attend, default_config, product_format
+from turbocompile.kernels.attend_triton import AttendConfig, attend, chosen_config, product_format
 from turbocompile.kernels.prepare_triton import prepare, strides
 
 
@@ -118,7 +118,7 @@ def sla_forward(
     count: key blocks a query block reads. A lut given is used as it is.
     """
     pv = product_format(q.device, pv)
-    config = config or default_config(q.device, pv, block_k, block_q)
+    config = config or chosen_config(q.device, pv, block_k, block_q)
     kv = prepare(
         k, v, block_k, pv=pv, permute=config.path == "hopper", pool=lut is None, weight=proj_weight,
         feature_map=feature_map,

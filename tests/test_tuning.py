@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
-from turbocompile.kernels import linear_choice
+from turbocompile.kernels import attend_triton, linear_choice
 from turbocompile.kernels.linear_triton import CONFIGS, LinearConfig
 
 from turbocompile import tuning
@@ -30,7 +30,9 @@ def _alone(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     before = linear_choice.saved()
     linear_choice.forget()
+    attend_triton.forget()
     yield
+    attend_triton.forget()
     linear_choice.forget()
     linear_choice.restore(before)
 
@@ -92,6 +94,30 @@ def test_a_build_keeps_them_in_the_folder_and_a_load_takes_them(tmp_path, picks,
     linear_choice.forget()
     tuning.restore(engine.tuning, "tuning.json")
     assert linear_choice.saved() == kept["linears"]
+
+
+@pytest.mark.parametrize(
+    ("attention", "blocks"),
+    [("{kind: sage}", "64x128"), ("{kind: sla, allow_untuned: true, block_q: 128, block_k: 64}", "128x64")],
+)
+def test_an_engine_goes_on_with_the_attention_that_it_was_built_with(tmp_path, picks, attention, blocks):
+    """The configuration is kept as it was, also where the default is another one by then."""
+    overrides = ["target=sm90", "components=none", f"passes.attention={attention}", "passes.w8a8=off", "verify=off"]
+    optimize_recipe(load_recipe(EXAMPLES / "wan-mini.yaml", overrides), tmp_path / "engine")
+    device = torch.device("cpu")
+    kept = tuning.tune(load(tmp_path / "engine").programs, device)["attentions"]
+    (name,) = kept
+    block_q, block_k = map(int, blocks.split("x"))
+    assert name == f"cpu: fp8 blocks {blocks}"
+    default = attend_triton.default_config(device, "fp8", block_k, block_q)
+    assert kept[name] == asdict(default)
+    other = next(c for c in attend_triton.PORTABLE_CONFIGS if c != default)
+    tuning.restore({"attentions": {name: asdict(other)}}, "tuning.json")
+    assert attend_triton.chosen_config(device, "fp8", block_k, block_q) == other
+    assert attend_triton.chosen_config(device, "fp16", block_k, block_q) == default
+    strange = asdict(replace(other, warps=3))
+    with pytest.raises(EngineError, match="no declared configuration of the attention"):
+        tuning.restore({"attentions": {name: strange}}, "tuning.json")
 
 
 def altered(folder: Path, tmp_path: Path, text: str) -> Path:

@@ -1,14 +1,17 @@
-"""Which kernel runs each 8-bit linear of an engine on a card: measured, kept with the engine or in the user's cache.
+"""Which kernels run an engine's 8-bit linears and attentions on a card: kept with the engine or in the user's cache.
 
-The build measures where it has the card (tuning.json in the engine's folder). `turbocompile tune` does it afterwards,
-for an engine that was built elsewhere, and keeps the result in the cache, as a folder stays as it was built. What is
-read is taken only where it names a configuration that the kernel declares.
+The kernels of a linear compete. An attention's configuration follows from the card, its format and its blocks; it is
+kept so that an engine goes on with what it was built with. The build measures where it has the card (tuning.json in the
+engine's folder). `turbocompile tune` does it afterwards, for an engine that was built elsewhere, and keeps the result in
+the cache, as a folder stays as it was built. What is read is taken only where it names a configuration that the kernel
+declares.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,8 +27,9 @@ if TYPE_CHECKING:
     from turbocompile.engine import Engine
 
 FILE = "tuning.json"
-LINEARS = "linears"
-Tuning = dict[str, dict[str, Any]]  # "linears": what linear_choice.saved gives
+LINEARS, ATTENTIONS = "linears", "attentions"
+SAGE_BLOCKS = (64, 128)  # rows of q and of k that share a scale
+Tuning = dict[str, dict[str, Any]]  # by kind: what a choice is kept under, and the fields of its configuration
 Progress = Callable[[str, float], None]
 
 
@@ -65,7 +69,37 @@ def tune(
         linear_choice.choose(*one, device)
         progress("tune", (done + 1) / len(wanted))
     keys = {linear_choice.key(*one, device) for one in wanted}
-    return {LINEARS: {key: config for key, config in linear_choice.saved().items() if key in keys}}
+    chosen = {LINEARS: {key: config for key, config in linear_choice.saved().items() if key in keys}}
+    if found := attentions(programs, device):
+        chosen[ATTENTIONS] = found
+    return chosen
+
+
+def attentions(programs: Mapping[str, Program], device: torch.device) -> dict[str, dict[str, Any]]:
+    """The configurations of the quantized attentions of all shapes and graphs on a device, as JSON takes them."""
+    wanted = sorted(set(_attentions(programs)))
+    if not wanted:
+        return {}
+    from turbocompile.kernels import attend_triton
+
+    kept = {}
+    for given, block_q, block_k in wanted:
+        pv = attend_triton.product_format(device, given)
+        config = attend_triton.default_config(device, pv, block_k, block_q)
+        kept[attend_triton.choice_key(device, pv, block_k, block_q)] = asdict(config)
+    return kept
+
+
+def _attentions(programs: Mapping[str, Program]) -> Iterator[tuple[str, int, int]]:
+    """Format of the product with V, and blocks, of each attention that the kernels compute."""
+    for program in programs.values():
+        for graph, sub in program.graphs.items():
+            for node in sub.graph.nodes if program.count(graph) else ():
+                if is_op(node, ops.sage_attention):
+                    yield arguments(node)["pv"], *SAGE_BLOCKS
+                elif is_op(node, ops.sla_attention) and arguments(node)["pv"] != "none":
+                    a = arguments(node)
+                    yield a["pv"], a["block_q"], a["block_k"]
 
 
 def merge(*parts: Tuning) -> Tuning:
@@ -91,6 +125,10 @@ def restore(tuning: Tuning, where: str) -> None:
 
     try:
         linear_choice.restore(tuning.get(LINEARS, {}))
+        if tuning.get(ATTENTIONS):
+            from turbocompile.kernels import attend_triton
+
+            attend_triton.restore(tuning[ATTENTIONS])
     except ValueError as error:
         raise EngineError(f"{where}: {error}; tune or build the engine again") from error
 
