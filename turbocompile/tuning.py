@@ -2,9 +2,9 @@
 
 The kernels of a linear compete. An attention's configuration follows from the card, its format and its blocks; it is
 kept so that an engine goes on with what it was built with. The build measures where it has the card (tuning.json in the
-engine's folder). `turbocompile tune` does it afterwards, for an engine that was built elsewhere, and keeps the result in
-the cache, as a folder stays as it was built. What is read is taken only where it names a configuration that the kernel
-declares.
+engine's folder). `turbocompile tune` does it afterwards, for an engine that was built elsewhere, and keeps the result
+in the cache, as a folder stays as it was built. What is read is taken only where it names a configuration that the
+kernel declares.
 """
 
 from __future__ import annotations
