@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from turbocompile.kernels import ops
 
 import turbocompile
-from turbocompile.calibrate import MAX_KINDS, Inputs, Linear, _few_kinds, calibrate, decide, each_layer
+from turbocompile.calibrate import MAX_KINDS, Inputs, Linear, Measured, _few_kinds, calibrate, decide, each_layer
 from turbocompile.capture import capture
 from turbocompile.normalize import normalize
 from turbocompile.program import SHELL, is_op
@@ -225,7 +225,7 @@ def test_where_too_many_kinds_of_a_block_would_arise_a_site_is_kept_in_all_layer
     errors = {
         s.site: {f"blocks.{i}.": error(0.03 if k in over[i] else 0.01) for i in range(5)} for k, s in enumerate(linears)
     }
-    plan = decide(program, linears, errors, {s.site: 0.02 for s in linears}, "random inputs")
+    plan = decide(program, linears, Measured(errors, {s.site: 0.02 for s in linears}), "random inputs")
     graphs = set(plan.names["blocks"].values())
     assert len(graphs) <= MAX_KINDS
     (row,) = [s for s in plan.sites if s.site == "blocks:s0"]
@@ -251,7 +251,7 @@ def test_a_figure_that_is_no_number_keeps_the_site_and_leaves_no_row(model):
     program = programmed(model)
     linears = sites(1)
     errors = {linears[0].site: {f"blocks.{i}.": error(float("inf")) for i in range(4)}}
-    plan = decide(program, linears, errors, {linears[0].site: 0.02}, "random inputs")
+    plan = decide(program, linears, Measured(errors, {linears[0].site: 0.02}), "random inputs")
     assert plan.keep
     assert plan.sites == ()
 

@@ -249,7 +249,7 @@ def test_a_card_without_a_target_is_refused_in_one_sentence(load, monkeypatch):
 def test_backends_without_quantizing_ops_turn_auto_off(load):
     options = load(TINY + "backend: onnx\n").pass_options()
     assert options["attention"]["kind"] == "native"
-    assert options["w8a8"] == {"format": "off", "enabled": False, "budget": None, "layers": "all"}
+    assert options["w8a8"] == {"format": "off", "enabled": False, "budget": None, "layers": "all", "smooth": "auto"}
 
 
 def test_rcm_depends_on_the_task_only_where_nothing_is_given():

@@ -39,7 +39,7 @@ from turbocompile.tuning import FILE as TUNING
 from turbocompile.tuning import Tuning, merge, tune
 from turbocompile.verify import Verifier, random_inputs
 from turbocompile.wan.source import BOUNDARY, Source, TransformerSource, open_source
-from turbocompile.weights import Emission, Evaluator, ModuleTensors, TensorSource, nbytes, write_shards
+from turbocompile.weights import Emission, Evaluator, ModuleTensors, TensorSource, WithVectors, nbytes, write_shards
 
 MODULES_OWN = "the module's"  # where the weights of a report come from
 VERIFY_TOKENS = 4096  # a larger call is verified at a smaller shape, or not at all
@@ -53,7 +53,7 @@ class Compiled:
 
     views: the graphs at the first shape before and after the passes.
     times: measured seconds of each attention at the first shape, by its site, on the card `measured_on`.
-    tuning: which kernels its 8-bit linears run on that card.
+    tuning: which kernels its 8-bit linears run on that card. source: of the tensors that its weights are made of.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Compiled:
     views: dict[str, GraphView]
     plan: dict[str, Emission]
     constants: dict[str, torch.Tensor]
+    source: TensorSource
     warnings: list[str] = field(default_factory=list)
     unmeasured: str = ""
     times: dict[str, float] = field(default_factory=dict)
@@ -154,7 +155,11 @@ def compile_programs(
         if in_all_layers(options, target):
             with stages("calibrate"), _collected():
                 calibrated = calibrate(small, source, options, target, inputs, _device(target))
-            options = {**options, "w8a8": {**options["w8a8"], "keep": calibrated.keep}}
+            options = {**options, "w8a8": {**options["w8a8"], **calibrated.options}}
+            source = WithVectors(source, calibrated.vectors)
+            smooth = options["w8a8"].get("smooth", "off")
+            if smooth not in ("auto", "off") and not inputs.recorded:
+                warned[f"smooth: {smooth} needs recorded inputs (calibration), so that nothing was smoothed"] = None
             for program in (captured_small, small, *programs.values()):
                 calibrated.split(program)
         with stages("rewrite"):
@@ -192,7 +197,7 @@ def compile_programs(
             result.layers, result.inputs = calibrated.sites, calibrated.inputs
             result.error = calibrated.worst_quantized() or result.error
     plan = weight_plan(programs)
-    return Compiled(name, programs, results, printed, views, plan, merged_constants(programs), list(warned))
+    return Compiled(name, programs, results, printed, views, plan, merged_constants(programs), source, list(warned))
 
 
 def calibration_inputs(program: Program, recorded: Recorded | None) -> Inputs:
@@ -315,7 +320,7 @@ def optimize_recipe(
     with new_folder(out) as folder:
         modules: dict[str, Any] = {}
         for name, item in compiled.items():
-            evaluate = Evaluator(source.transformers[name].tensors, item.constants)
+            evaluate = Evaluator(item.source, item.constants)
             modules[name] = emit_module(item, evaluate, recipe, source.transformers[name].config, folder, stages)
         with stages("components"):
             (folder / "components").mkdir()
@@ -580,7 +585,7 @@ def optimize(
     if unverified and options.verify == "numeric" and options.passes.enabled:
         item.warnings.append(f"the rewrites were {unverified}")
     measure(item, options, stages)
-    evaluate = Evaluator(source, item.constants)
+    evaluate = Evaluator(item.source, item.constants)
     with stages("weights"):
         weights = {name: evaluate(e.expr, e.prefix) for name, e in item.plan.items()}
     report = make_report({"transformer": item}, options, stages, model=type(model).__name__, weights=MODULES_OWN)

@@ -9,18 +9,20 @@ stays wide in that layer only: layers that keep the same sites share a graph.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from turbocompile.folds import Fold, fold_of
 from turbocompile.kernels import ops
 from turbocompile.pipeline import PASSES, load_pass, run_pass, run_passes
 from turbocompile.program import SHELL, Program, Subgraph, is_op
 from turbocompile.sensitivity import LayerError, SiteError, finite, ranges
+from turbocompile.smoothing import NO_HELP, Scale, alphas_of, best_scale
 from turbocompile.verify import CPU, Error, Evaluation, Values, as_engine, budget_of, compare, is_float64, worst
-from turbocompile.weights import Evaluator, TensorSource
+from turbocompile.weights import Evaluator, Quantize, TensorSource, WithVectors
 
 MAX_KINDS = 4  # graphs that one kind of block may become: each is compiled, tuned and read by a person
 
@@ -43,13 +45,23 @@ class Plan:
     """What calibration decided.
 
     inputs: on what it was measured, in words. names: graph -> prefix of a call -> the graph it runs, where a graph is
-    split. keep: site (of the split graphs) -> why it stays wide. sites: every figure, for the report.
+    split. keep: site (of the split graphs) -> why it stays wide. smoothed: the sites whose input is scaled; unsmoothed:
+    why others are not. vectors: the scales, by the names that the weights' expressions have for them. sites: every
+    figure, for the report.
     """
 
     inputs: str
     names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     keep: Mapping[str, str] = field(default_factory=dict)
+    smoothed: frozenset[str] = frozenset()
+    unsmoothed: Mapping[str, str] = field(default_factory=dict)
+    vectors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     sites: tuple[SiteError, ...] = ()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the passes smooth and w8a8 are told."""
+        return {"keep": self.keep, "smoothed": self.smoothed, "unsmoothed": self.unsmoothed}
 
     def worst_quantized(self) -> dict[str, float] | None:
         """The largest error that 8 bits cause somewhere in the model."""
@@ -83,6 +95,28 @@ class Linear:
         bias = self.node.args[4]
         return {self.name, self.x} | ({bias.name} if isinstance(bias, fx.Node) else set())
 
+    def weight(self, layer: Layer) -> torch.Tensor:
+        """The weight in floating point, where the engine quantizes it."""
+        expr = self.sub.weights[str(self.node.args[2].target)]  # type: ignore[union-attr]
+        assert isinstance(expr, Quantize)  # others are in no group
+        return layer.evaluate(expr.of, layer.prefix)
+
+    def error(self, layer: Layer, weight: Sequence[torch.Tensor], s: torch.Tensor | None = None) -> Error:
+        """How far the 8-bit product is from the true one, on the worst input.
+
+        weight: its data and scale. s: what the input is divided by, a power of two for each channel.
+        """
+        node, bias, found = self.node, self.node.args[4], []
+        for values in layer.values:
+            x = as_engine(values[self.x], node.args[0].args[0].args[0])  # type: ignore[union-attr]
+            x = x if s is None else (x.float() / s).to(x.dtype)
+            plus = as_engine(values[bias.name], bias) if isinstance(bias, fx.Node) else None
+            made = ops.w8a8_linear(*ops.quantize(x, self.format), *weight, plus, self.format, node.args[6])
+            found.append(compare(made, values[self.name]))
+        error = worst(found)
+        assert error is not None  # there is an input
+        return error
+
 
 def calibrate(
     program: Program,
@@ -97,12 +131,50 @@ def calibrate(
     options: as for `run_passes`. inputs: tensors that the Program takes. device: where to compute.
     """
     prepared = before_w8a8(program, options, target)
-    linears = find_linears(prepared, options, target)
+    w8a8 = options.get("w8a8", {})
+    linears = find_linears(prepared, w8a8, target)
     if not linears:
         return Plan(str(inputs))
-    errors = measure(prepared, source, linears, inputs, device)
-    budgets = {s.site: budget_of(options.get("w8a8", {}), {s.format}) for s in linears}
-    return decide(prepared, linears, errors, budgets, str(inputs))
+    budgets = {s.site: budget_of(w8a8, {s.format}) for s in linears}
+    alphas = alphas_of(w8a8.get("smooth", "off")) if inputs.recorded else ()
+    groups, reasons = find_groups(prepared, linears) if alphas else ([], {})
+    plain, scales = measure(prepared, source, linears, inputs, device, Smoothing(groups, alphas, budgets))
+    smoothed = [g for g in groups if any(s.alpha is not None for s in scales[g.site].values())]
+    reasons |= {s.site: NO_HELP for g in groups if g not in smoothed for s in g.linears}
+    found = Measured(plain, budgets, reasons)
+    vectors: dict[str, torch.Tensor] = {}
+    if smoothed:
+        for group in smoothed:
+            for prefix, scale in scales[group.site].items():
+                vectors |= group.vectors(prefix, scale.s)
+                found.alphas |= {(s.site, prefix): scale.alpha for s in group.linears if scale.alpha is not None}
+        sites = frozenset(g.site for g in smoothed)
+        run_pass(prepared, load_pass("smooth"), {**w8a8, "target": target, "smoothed": sites})
+        after = find_linears(prepared, w8a8, target)
+        found.errors, _ = measure(prepared, WithVectors(source, vectors), after, inputs, device)
+    plan = decide(prepared, linears, found, str(inputs))
+    return with_smoothing(plan, prepared, [g.site for g in smoothed], reasons, vectors)
+
+
+def with_smoothing(
+    plan: Plan,
+    program: Program,
+    smoothed: Sequence[str],
+    reasons: Mapping[str, str],
+    vectors: Mapping[str, torch.Tensor],
+) -> Plan:
+    """The plan with what is smoothed, by the names that the sites have in the split graphs."""
+
+    def named(site: str) -> list[str]:
+        graph, _, path = site.partition(":")
+        return [f"{made}:{path}" for made in dict.fromkeys([*plan.names.get(graph, {}).values(), graph])]
+
+    return replace(
+        plan,
+        smoothed=frozenset(name for site in smoothed for name in named(site)),
+        unsmoothed={name: reason for site, reason in reasons.items() for name in named(site)},
+        vectors=vectors,
+    )
 
 
 def before_w8a8(program: Program, options: Mapping[str, Mapping[str, Any]], target: str) -> Program:
@@ -110,14 +182,14 @@ def before_w8a8(program: Program, options: Mapping[str, Mapping[str, Any]], targ
     made = program.copy()
     attention = dict(options.get("attention", {}))
     attention |= {"pv": "none", "kind": "native" if attention.get("kind") == "sage" else attention.get("kind", "auto")}
-    passes = [load_pass(name) for name in PASSES[: PASSES.index("w8a8")]]
+    passes = [load_pass(name) for name in PASSES[: PASSES.index("smooth")]]
     run_passes(made, {**options, "attention": attention}, target, passes=passes)
     return made
 
 
-def find_linears(program: Program, options: Mapping[str, Mapping[str, Any]], target: str) -> list[Linear]:
-    """The linears that w8a8 would rewrite."""
-    result = run_pass(program.copy(), load_pass("w8a8"), {**options.get("w8a8", {}), "target": target})
+def find_linears(program: Program, w8a8: Mapping[str, Any], target: str) -> list[Linear]:
+    """The linears that w8a8 would rewrite under its options."""
+    result = run_pass(program.copy(), load_pass("w8a8"), {**w8a8, "target": target})
     found = []
     for graph, (sub, rewrites) in result.raw.items():
         nodes = {n.name: n for n in sub.graph.nodes}
@@ -129,6 +201,45 @@ def find_linears(program: Program, options: Mapping[str, Mapping[str, Any]], tar
                     x = node.args[0].args[0].args[0]  # type: ignore[union-attr]
                     found.append(Linear(rewrite.site, graph, old, was.get(x.name, x.name), node, sub))  # type: ignore[union-attr]
     return found
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that share an input which can be scaled."""
+
+    linears: tuple[Linear, ...]
+    fold: Fold
+
+    @property
+    def site(self) -> str:
+        """The site that the pass smooth knows the group by."""
+        return self.linears[0].site
+
+    def vectors(self, prefix: str, s: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The scale of a layer and its inverse, by their full names."""
+        start = prefix + self.fold.base
+        return {start + "smooth": s.cpu(), start + "unsmooth": (1 / s).cpu()}
+
+
+def find_groups(program: Program, linears: Sequence[Linear]) -> tuple[list[Group], dict[str, str]]:
+    """The groups of linears whose input can be scaled, and why that of the other sites cannot."""
+    groups: list[Group] = []
+    reasons: dict[str, str] = {}
+    known = {(s.graph, s.name): s for s in linears}
+    for linear in linears:
+        if any(linear in group.linears for group in groups):
+            continue
+        sub = program.graphs[linear.graph]
+        fold = fold_of(next(n for n in sub.graph.nodes if n.name == linear.name), sub)
+        if isinstance(fold, str):
+            reasons[linear.site] = fold
+            continue
+        members = [known.get((linear.graph, n.name)) for n in fold.linears]
+        if None in members:
+            reasons[linear.site] = "it shares its input with a linear that has no 8 bits"
+        else:
+            groups.append(Group(tuple(m for m in members if m is not None), fold))
+    return groups, reasons
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -217,21 +328,66 @@ def _sent(run: Any, value: Any) -> Any:
         return None
 
 
+@dataclass(frozen=True)
+class Smoothing:
+    """The groups to try scales for, the alphas to try, and the sites' budgets."""
+
+    groups: Sequence[Group] = ()
+    alphas: Sequence[float] = ()
+    budgets: Mapping[str, float] = field(default_factory=dict)
+
+
+Scales = dict[str, dict[str, Scale]]
+
+
 def measure(
     program: Program,
     source: TensorSource,
     linears: Sequence[Linear],
     inputs: Inputs,
     device: torch.device = CPU,
-) -> dict[str, dict[str, Error]]:
-    """Site -> prefix of a call -> the error of the 8-bit linear there, on the input where it is largest."""
+    smoothing: Smoothing = Smoothing(),
+) -> tuple[dict[str, dict[str, Error]], Scales]:
+    """Site -> prefix of a call -> the error of the 8-bit linear there, on the input where it is largest.
+
+    Also group -> prefix -> the scale that helps it most.
+    """
     wanted = _wanted(linears)
     errors: dict[str, dict[str, Error]] = {s.site: {} for s in linears}
+    scales: Scales = {g.site: {} for g in smoothing.groups}
     for layer in each_layer(program, source, inputs, wanted, device):
         for linear in linears:
             if linear.graph == layer.graph:
                 errors[linear.site][layer.prefix] = _error(linear, layer, device)
-    return errors
+        for group in smoothing.groups:
+            if group.linears[0].graph == layer.graph:
+                plain = {s.site: errors[s.site][layer.prefix].rel_l1 for s in group.linears}
+                scales[group.site][layer.prefix] = _scale(group, layer, smoothing, plain, device)
+    return errors, scales
+
+
+@torch.no_grad()
+def _scale(group: Group, layer: Layer, smoothing: Smoothing, plain: Mapping[str, float], device: torch.device) -> Scale:
+    """The scale that helps a group most in a layer."""
+    weights = {s.site: s.weight(layer).to(device) for s in group.linears}
+    x = torch.stack([_amax(values[group.linears[0].x]) for values in layer.values]).amax(dim=0)
+    w = torch.stack([_amax(weight) for weight in weights.values()]).amax(dim=0)
+
+    def errors(s: torch.Tensor) -> dict[str, float]:
+        found = {}
+        for linear in group.linears:
+            weight = weights[linear.site]
+            quantized = ops.quantize((weight.float() * s).to(weight.dtype), linear.format)
+            found[linear.site] = linear.error(layer, quantized, s).rel_l1
+        return found
+
+    budget = min(smoothing.budgets[s.site] for s in group.linears)
+    return best_scale(x, w, smoothing.alphas, plain, budget, errors)
+
+
+def _amax(value: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each channel, in float32."""
+    return value.float().abs().flatten(0, -2).amax(dim=0)
 
 
 def _wanted(linears: Sequence[Linear]) -> dict[str, set[str]]:
@@ -244,32 +400,55 @@ def _wanted(linears: Sequence[Linear]) -> dict[str, set[str]]:
 @torch.no_grad()
 def _error(linear: Linear, layer: Layer, device: torch.device) -> Error:
     """The error of a site in a layer, on the worst input."""
-    node = linear.node
-    weights = [
-        layer.evaluate(linear.sub.weights[str(n.target)], layer.prefix).to(device)  # type: ignore[union-attr]
-        for n in node.args[2:4]
-    ]
-    found = []
-    for values in layer.values:
-        x = as_engine(values[linear.x], node.args[0].args[0].args[0])  # type: ignore[union-attr]
-        bias = as_engine(values[node.args[4].name], node.args[4]) if isinstance(node.args[4], fx.Node) else None
-        made = ops.w8a8_linear(*ops.quantize(x, linear.format), *weights, bias, linear.format, node.args[6])
-        found.append(compare(made, values[linear.name]))
-    error = worst(found)
-    assert error is not None  # there is an input
-    return error
+    names = [str(n.target) for n in linear.node.args[2:4]]  # type: ignore[union-attr]
+    weights = [layer.evaluate(linear.sub.weights[name], layer.prefix).to(device) for name in names]
+    return linear.error(layer, weights)
 
 
 # ----------------------------------------------------------------------------------------------------------- deciding
 
 
-def decide(
-    program: Program,
-    linears: Sequence[Linear],
-    errors: Mapping[str, Mapping[str, Error]],
-    budgets: Mapping[str, float],
-    inputs: str,
-) -> Plan:
+@dataclass
+class Measured:
+    """What was measured of each site, by prefix of the call.
+
+    plain: errors without smoothing. budgets: of the sites. reasons: why a site is not smoothed. errors: as the engine
+    is built. alphas: (site, prefix) -> alpha, where it is smoothed.
+    """
+
+    plain: Mapping[str, Mapping[str, Error]]
+    budgets: Mapping[str, float]
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    errors: Mapping[str, Mapping[str, Error]] = field(default_factory=dict)
+    alphas: dict[tuple[str, str], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.errors = self.errors or self.plain
+
+    def over(self, site: str) -> list[str]:
+        """The layers where a site is over its budget."""
+        return [prefix for prefix, error in self.errors[site].items() if not error.rel_l1 <= self.budgets[site]]
+
+    def row(self, site: str, wide: Mapping[str, frozenset[str]], everywhere: set[str]) -> SiteError | None:
+        """The report's row of a site; None where a figure is no finite number."""
+        top = finite(worst(list(self.errors[site].values())))
+        if top is None:
+            return None
+        layers = tuple(
+            LayerError(
+                prefix.rstrip("."), finite(error) or {}, site not in wide[prefix], self.alphas.get((site, prefix)),
+                self.plain[site][prefix].rel_l1 if (site, prefix) in self.alphas else None,
+            )
+            for prefix, error in self.errors[site].items()
+        )  # fmt: skip
+        over = self.over(site)
+        note = _everywhere(over, self.budgets[site]) if site in everywhere else ""
+        if over and site in self.reasons:
+            note = "; ".join(filter(None, (note, f"not smoothed: {self.reasons[site]}")))
+        return SiteError(site, top, self.budgets[site], layers, note)
+
+
+def decide(program: Program, linears: Sequence[Linear], found: Measured, inputs: str) -> Plan:
     """Which layers keep which sites wide, and the graphs that this takes."""
     names: dict[str, dict[str, str]] = {}
     keep: dict[str, str] = {}
@@ -277,21 +456,22 @@ def decide(
     taken = set(program.graphs)
     for graph in dict.fromkeys(s.graph for s in linears):
         mine = [s.site for s in linears if s.graph == graph]
-        wide = {p: frozenset(s for s in mine if not errors[s][p].rel_l1 <= budgets[s]) for p in program.prefixes(graph)}
+        over = {site: found.over(site) for site in mine}
+        wide = {p: frozenset(s for s in mine if p in over[s]) for p in program.prefixes(graph)}
         wide, everywhere = _few_kinds(wide)
         kinds = sorted(set(wide.values()), key=lambda kind: -sum(k == kind for k in wide.values()))
         called = {kind: graph if not i else _free_name(graph, taken) for i, kind in enumerate(kinds)}
         if len(kinds) > 1:
             names[graph] = {prefix: called[kind] for prefix, kind in wide.items()}
         for kind in kinds:
+            layers = [p for p, k in wide.items() if k == kind]
             for site in kind:
-                layers = [p for p, k in wide.items() if k == kind]
                 path = site.partition(":")[2]
-                keep[f"{called[kind]}:{path}"] = _why(site, layers, errors[site], budgets[site], everywhere)
-        rows = (_row(site, errors[site], budgets[site], wide, everywhere) for site in mine)
+                keep[f"{called[kind]}:{path}"] = _why(found, site, layers, everywhere)
+        rows = (found.row(site, wide, everywhere) for site in mine)
         sites += [row for row in rows if row is not None]
     sites.sort(key=lambda row: -row.error["rel_l1"] / row.budget)
-    return Plan(inputs, names, keep, tuple(sites))
+    return Plan(inputs, names, keep, sites=tuple(sites))
 
 
 def _few_kinds(wide: Mapping[str, frozenset[str]]) -> tuple[dict[str, frozenset[str]], set[str]]:
@@ -315,16 +495,14 @@ def _free_name(graph: str, taken: set[str]) -> str:
     return name
 
 
-def _over(errors: Mapping[str, Error], budget: float) -> list[str]:
-    return [prefix for prefix, error in errors.items() if not error.rel_l1 <= budget]
-
-
-def _why(site: str, layers: Sequence[str], errors: Mapping[str, Error], budget: float, everywhere: set[str]) -> str:
-    over = [p for p in layers if not errors[p].rel_l1 <= budget]
-    top = max(errors[p].rel_l1 for p in (over or layers))
+def _why(found: Measured, site: str, layers: Sequence[str], everywhere: set[str]) -> str:
+    """Why a site stays wide in some layers of one kind."""
+    over, budget = found.over(site), found.budgets[site]
     if site in everywhere:
-        return _everywhere(_over(errors, budget), budget)
-    return f"relative L1 up to {top:.4f} in {_layers(over)} is over its budget of {budget:g}"
+        return _everywhere(over, budget)
+    here = [p for p in layers if p in over]
+    top = max(found.errors[site][p].rel_l1 for p in here)
+    return f"relative L1 up to {top:.4f} in {_layers(here)} is over its budget of {budget:g}"
 
 
 def _everywhere(over: Sequence[str], budget: float) -> str:
@@ -336,20 +514,3 @@ def _everywhere(over: Sequence[str], budget: float) -> str:
 
 def _layers(prefixes: Iterable[str]) -> str:
     return ranges([p.rstrip(".") for p in prefixes])
-
-
-def _row(
-    site: str,
-    errors: Mapping[str, Error],
-    budget: float,
-    wide: Mapping[str, frozenset[str]],
-    everywhere: set[str],
-) -> SiteError | None:
-    """The report's row of a site; None where a figure is no finite number."""
-    rows = [(p.rstrip("."), finite(e), site not in wide[p]) for p, e in errors.items()]
-    layers = tuple(LayerError(name, error, quantized) for name, error, quantized in rows if error is not None)
-    top = finite(worst(list(errors.values())))
-    if top is None:
-        return None
-    note = _everywhere(_over(errors, budget), budget) if site in everywhere else ""
-    return SiteError(site, top, budget, layers, note)

@@ -258,7 +258,7 @@ def _sensitivity(report: Report) -> str:
             rows.append(
                 f"<tr{_data({'sensitivity': e.site, 'of_pass': name})}>{_cell(name, 'strong')}{_cell(e.site, 'code')}"
                 f"{_number(_error(e.error), **figures)}{_cell(e.worst)}{_median(e.median)}"
-                f"{_number(f'{e.budget:g}', budget=e.budget)}{_cell(e.computed_in(report.dtype))}{_cell(e.note)}</tr>"
+                f"{_number(f'{e.budget:g}', budget=e.budget)}{_cell(e.computed_in(report.dtype))}{_cell(e.why)}</tr>"
             )
     columns = ("pass", "site", "error#", "in", "median#", "at most#", "computed in", "because")
     note = "Relative L1 of each site on exact inputs, in its worst layer; a layer over the budget stays as it was."

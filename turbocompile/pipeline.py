@@ -29,6 +29,7 @@ PASSES = (
     "sla",
     "attention",
     "fuse_qkv",
+    "smooth",
     "w8a8",
     "qk_norm_rope",
     "adaln",

@@ -322,6 +322,23 @@ class W8A8Spec(Section):
         "first layer, which stands for all",
         choices=("all", "first"),
     )
+    smooth: str = _field(
+        "auto",
+        "SmoothQuant, where what makes an input can take its scales: auto tries alpha 0.3, 0.5 and 0.7 for each site "
+        "and layer on recorded inputs (calibration), and keeps what helps; a number is the one alpha to try; off",
+    )
+
+    def check(self) -> None:
+        if self.smooth not in ("auto", "off") and not _is_share(self.smooth):
+            raise _FieldError("smooth", f"must be auto, off or a number from 0 to 1, not {self.smooth!r}")
+
+
+def _is_share(text: str) -> bool:
+    """Whether text is a number from 0 to 1."""
+    try:
+        return 0.0 <= float(text) <= 1.0
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)

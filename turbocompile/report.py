@@ -366,7 +366,7 @@ class Report:
             (
                 name, e.site, f"{e.error['rel_l1']:.4f}", e.worst or "the first layer",
                 "" if e.median is None else f"{e.median:.4f}", f"{e.budget:g}", f"{e.error['cosine']:.6f}",
-                "; ".join(filter(None, (e.computed_in(self.dtype), e.note))),
+                "; ".join(filter(None, (e.computed_in(self.dtype), e.why))),
             )
             for name, p in self.passes.items()
             for e in p.site_errors

@@ -19,6 +19,7 @@ from torch import fx
 
 from turbocompile.backends.triton import place
 from turbocompile.errors import VerificationError
+from turbocompile.kernels import ops
 from turbocompile.program import SHELL, Program, Subgraph, call, is_op
 from turbocompile.weights import Constant, Evaluator
 
@@ -160,6 +161,9 @@ class Evaluation:
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if self.wide is not None and node not in self.constant:
+            if is_op(node, ops.sage_attention):  # what it stands for
+                q, k, v = (self._widen(t) for t in args[:3])
+                return _attention(q, k, v, *args[3:5])
             if is_op(node, aten.to.dtype) and node.meta["val"].dtype.is_floating_point and args[0].is_floating_point():
                 return self._widen(args[0])
             args, kwargs = (fx.node.map_aggregate(x, self._widen_argument) for x in (args, kwargs))
@@ -177,6 +181,13 @@ class Evaluation:
         if isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize > 1:
             return self.wide
         return value
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is_causal: bool) -> torch.Tensor:
+    """Attention over (B, L, H, D) without quantization."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    made = aten.scaled_dot_product_attention(q, k, v, None, 0.0, is_causal, scale=scale, enable_gqa=True)
+    return made.transpose(1, 2)
 
 
 class Verifier:

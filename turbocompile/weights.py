@@ -271,8 +271,10 @@ def stacked(expr: Expr) -> list[Load]:
     match expr:
         case Load():
             return [expr]
-        case Cast() | Mul() | AddLora() | Quantize():
+        case Cast() | AddLora() | Quantize():
             return stacked(expr.of)
+        case Mul():  # by a number; with vectors it is another function that the rows are of
+            return stacked(expr.of) if not isinstance(expr.by, Expr) else []
         case Dequantize():
             return stacked(expr.data)
         case Cat(dim=0):
@@ -382,6 +384,24 @@ class Evaluator:
             data, scale = quantize(self._value(expr.of, prefix), expr.format)
             self._last = (key, data, scale)
         return self._last[1] if expr.part == "data" else self._last[2]
+
+
+@dataclass(frozen=True)
+class WithVectors:
+    """A source and tensors that a build made beside it (the scales of smoothed linears), by their full names."""
+
+    source: TensorSource
+    vectors: Mapping[str, torch.Tensor]
+
+    def keys(self) -> Iterable[str]:
+        return [*self.source.keys(), *self.vectors]
+
+    def spec(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        found = self.vectors.get(name)
+        return self.source.spec(name) if found is None else (tuple(found.shape), found.dtype)
+
+    def get(self, name: str) -> torch.Tensor:
+        return self.vectors[name] if name in self.vectors else self.source.get(name)
 
 
 class ModuleTensors:
