@@ -329,6 +329,10 @@ def test_calibration_without_measuring_is_a_mistake():
         (("--image", "a.png"), "makes videos from text alone"),
         (("--set", "model.preset=wan-tiny-i2v"), "needs an image"),
         (("--steps", "0"), "steps must be at least 1"),
+        (
+            ("--set", "shapes.0.height=1024", "--set", "shapes.0.width=1040"),
+            "has 8320 tokens, and a build measures on 4096",
+        ),
     ],
 )
 def test_what_cannot_be_recorded_is_one_sentence(recorded, arguments, sentence):

@@ -31,7 +31,7 @@ from turbocompile.pipeline import PASSES, PassResult, load_pass, run_passes
 from turbocompile.printer import print_program
 from turbocompile.program import Program, is_op
 from turbocompile.recipe import Recipe, Shape, load_recipe
-from turbocompile.recording import Recorded, given_inputs, read_inputs
+from turbocompile.recording import MAX_TOKENS, Recorded, given_inputs, read_inputs
 from turbocompile.report import Report
 from turbocompile.serialize import to_json
 from turbocompile.signature import describe
@@ -42,7 +42,7 @@ from turbocompile.wan.source import BOUNDARY, Source, TransformerSource, open_so
 from turbocompile.weights import Emission, Evaluator, ModuleTensors, TensorSource, WithVectors, nbytes, write_shards
 
 MODULES_OWN = "the module's"  # where the weights of a report come from
-VERIFY_TOKENS = 4096  # a larger call is verified at a smaller shape, or not at all
+VERIFY_TOKENS = MAX_TOKENS  # a larger call is verified at a smaller shape, or not at all
 TWIN = Shape(height=128, width=128, num_frames=9)  # 192 tokens: some blocks of every kernel, and ragged
 Progress = Callable[[str, float], None]
 

@@ -22,7 +22,7 @@ from turbocompile.attentions import untuned
 from turbocompile.engine import Engine, check_files, load
 from turbocompile.errors import EngineError, RecipeError, UnsupportedError
 from turbocompile.recipe import Recipe, SamplerSpec, Shape
-from turbocompile.recording import CALLS, Recording, recording_calls
+from turbocompile.recording import CALLS, MAX_TOKENS, Recording, recording_calls
 from turbocompile.report import Report
 from turbocompile.sampling import SamplingWarning, flow, rcm
 from turbocompile.wan import image as wan_image
@@ -210,6 +210,13 @@ def record_inputs(
     if (image is None) == (source.task == "i2v"):
         what = "needs an image to start from (--image)" if image is None else "makes videos from text alone, no image"
         raise UnsupportedError(f"calibrate: the model {what}")
+    size = recipe.shapes[0]
+    if size.tokens > MAX_TOKENS:
+        raise RecipeError(
+            f"calibrate: the shape {size.name} has {size.tokens} tokens, and a build measures on {MAX_TOKENS} at most; "
+            "record a smaller one, as with "
+            "--set shapes.0.height=256 --set shapes.0.width=256 --set shapes.0.num_frames=33"
+        )
     sampler = choose_sampler(recipe.sampler, source.task, steps, guidance)
     with stages("load"):
         experts = {name: t.load().to(place) for name, t in source.transformers.items()}
@@ -220,7 +227,6 @@ def record_inputs(
     if len(experts) > 1:
         boundary = BOUNDARY[source.task] if source.boundary_ratio is None else source.boundary_ratio
     picture = open_image(image) if image is not None else None
-    size = recipe.shapes[0]
     with recording_calls(recording, *experts.values()):
         for number, prompt in enumerate(prompts):
             given = (_prompts(prompt, size.batch), negative_prompt, picture)

@@ -27,6 +27,7 @@ from turbocompile.program import Signature
 from turbocompile.signature import describe, rebuild
 
 CALLS = 8
+MAX_TOKENS = 4096  # of a call that a build measures on: its truth is computed in float64, on a CPU mostly
 MAX_CALLS = 64  # all of them are in memory while a layer is measured
 THIN = 3  # odd, so that of the two forwards of a guided step both kinds are kept
 _NAME = re.compile(r"(0|[1-9]\d{0,5})\.(.+)", re.S)
