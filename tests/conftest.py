@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -23,6 +26,17 @@ WAN = {
     "qk_norm": "rms_norm_across_heads",
     "rope_max_seq_len": 64,
 }
+
+
+def _load_zoo():
+    """tests/zoo.py as the module `zoo`, which tests import."""
+    spec = importlib.util.spec_from_file_location("zoo", Path(__file__).parent / "zoo.py")
+    module = sys.modules["zoo"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+if "zoo" not in sys.modules:
+    _load_zoo()
 
 
 @pytest.fixture(autouse=True)

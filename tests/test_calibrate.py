@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 from turbocompile.kernels import ops
@@ -21,12 +19,6 @@ from turbocompile.program import SHELL, is_op
 from turbocompile.sensitivity import LayerError, SiteError, ranges
 from turbocompile.verify import Error, compare, random_inputs
 from turbocompile.weights import ModuleTensors
-
-if "zoo" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("zoo", Path(__file__).parent / "zoo.py")
-    sys.modules["zoo"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["zoo"])
-import zoo
 
 STYLE = zoo.Style(depth=4, batch=1)
 DOWN = "blocks:stream.mlp.down"

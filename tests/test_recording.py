@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,12 +20,6 @@ from turbocompile.errors import RecipeError
 from turbocompile.recipe import Recipe
 from turbocompile.recording import Recording, given_inputs, read_inputs, record
 from turbocompile.wan.source import open_source
-
-if "zoo" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("zoo", Path(__file__).parent / "zoo.py")
-    sys.modules["zoo"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["zoo"])
-import zoo
 
 STYLE = zoo.Style(batch=1)
 INT8 = {"passes": {"w8a8": "int8"}}

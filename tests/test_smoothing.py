@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,12 +16,6 @@ from turbocompile.recipe import Recipe
 from turbocompile.sensitivity import LayerError, SiteError
 from turbocompile.smoothing import LEAST, MARGIN, OCTAVES, alphas_of, best_scale, scale_of
 from turbocompile.verify import compare
-
-if "zoo" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("zoo", Path(__file__).parent / "zoo.py")
-    sys.modules["zoo"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["zoo"])
-import zoo
 
 STYLE = zoo.Style(depth=3, batch=1, head_dim=32)
 UP = "blocks:stream.mlp.up"

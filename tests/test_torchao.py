@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import re
 import subprocess
 import sys
@@ -27,20 +26,10 @@ ROOT = Path(__file__).parent.parent
 # stay below twice.
 ONE_LINEAR = {"int8": 0.012, "fp8": 0.037}
 EXACT = 1e-5  # of the largest value: what an exact rewrite may change in float32
-needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
-
-
-def rows_on_cpu() -> bool:
-    """Whether torch multiplies FP8 with a scale for each row on a CPU (2.11 does not)."""
-    a, s = torch.zeros(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
-    try:
-        torch._scaled_mm(a, a.T, scale_a=s, scale_b=s.T, out_dtype=torch.float32)
-    except RuntimeError:
-        return False
-    return True
-
-
-needs_fp8_rows = pytest.mark.skipif(not rows_on_cpu(), reason="this torch has no row-wise FP8 product on a CPU")
+# Before 2.13 torch multiplies no FP8 with a scale for each row on a CPU.
+needs_fp8_rows = pytest.mark.skipif(
+    torch.torch_version.TorchVersion(torch.__version__) < (2, 13), reason="torch < 2.13"
+)
 
 
 class Block(nn.Module):
@@ -119,7 +108,6 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------------ from torchao
 
 
-@needs_torchao
 @pytest.mark.parametrize("format", ["int8", pytest.param("fp8", marks=needs_fp8_rows)])
 def test_an_engine_takes_data_and_scale_as_they_are_and_answers_as_torchao_does(ao, model, x, format):
     """In bfloat16, which torchao asks for row-wise FP8 in."""
@@ -141,7 +129,6 @@ def test_an_engine_takes_data_and_scale_as_they_are_and_answers_as_torchao_does(
     assert torch.equal(model(x), expected)
 
 
-@needs_torchao
 def test_one_int8_linear_is_within_half_a_step_of_both_grids(ao):
     """torchao's step is amax / 127.5, with the largest value clamped to 127; ours is amax / 127. Each rounds by half a
     step at most (torchao's clamp is one too), and the weights are the same.
@@ -158,7 +145,6 @@ def test_one_int8_linear_is_within_half_a_step_of_both_grids(ao):
     assert bool(difference.any())  # the grids do differ
 
 
-@needs_torchao
 @needs_fp8_rows
 def test_fp8_in_float32_is_the_same_quantizer(ao, model, x):
     """Both scale by amax / 448 and round to the nearest e4m3: an activation may fall on the other side of a tie, a few
@@ -168,7 +154,6 @@ def test_fp8_in_float32_is_the_same_quantizer(ao, model, x):
     assert rel_l1(optimize(model, x, "fp8")(x), model(x)) <= 1e-3
 
 
-@needs_torchao
 def test_wan_of_diffusers(ao, wan, wan_call):
     model, call = wan(), wan_call()
     ao.quantize_(model, config(ao, "int8"), in_blocks)
@@ -179,7 +164,6 @@ def test_wan_of_diffusers(ao, wan, wan_call):
     assert rel_l1(engine(**call).sample, expected) <= 2 * ONE_LINEAR["int8"]
 
 
-@needs_torchao
 @pytest.mark.parametrize("format", ["off", "auto", "fp8"])
 def test_where_the_format_is_another_the_weight_is_dequantized(ao, model, x, format):
     """On a CPU `auto` is off: the engine is that of the model with torchao's dequantized weights."""
@@ -197,7 +181,6 @@ def test_where_the_format_is_another_the_weight_is_dequantized(ao, model, x, for
         assert torch.equal(engine.weights["blocks.0.up.fp8_scale"], scale)
 
 
-@needs_torchao
 @pytest.mark.parametrize("format", ["int8", "fp8"])
 def test_one_scale_for_a_weight_is_the_scale_of_each_row(ao, model, x, format):
     ao.quantize_(model, config(ao, format, granularity=ao.PerTensor()), in_blocks)
@@ -209,7 +192,6 @@ def test_one_scale_for_a_weight_is_the_scale_of_each_row(ao, model, x, format):
     assert rel_l1(engine(x), model(x)) <= 2 * ONE_LINEAR[format]
 
 
-@needs_torchao
 def test_weight_only_models_are_exact_without_8_bit_linears(ao, model, x):
     for weight_only in (ao.Int8WeightOnlyConfig(version=2), ao.Float8WeightOnlyConfig()):
         given = copy.deepcopy(model)
@@ -218,7 +200,6 @@ def test_weight_only_models_are_exact_without_8_bit_linears(ao, model, x):
         assert (optimize(given, x, "off")(x) - expected).abs().max() <= EXACT * expected.abs().max()
 
 
-@needs_torchao
 def test_blocks_of_another_format_are_another_graph(ao, model, x):
     ao.quantize_(model, config(ao, "int8"), lambda m, name: in_blocks(m, name) and name.startswith("blocks.1."))
     engine = optimize(model, x, "int8")
@@ -229,7 +210,6 @@ def test_blocks_of_another_format_are_another_graph(ao, model, x):
     assert torch.equal(taken, model.blocks[1].up.weight.qdata)
 
 
-@needs_torchao
 def test_torch_compile_takes_them_too(ao, model, x):
     ao.quantize_(model, config(ao, "int8"), in_blocks)
     with torch.no_grad():
@@ -255,7 +235,6 @@ REFUSED = {
 }
 
 
-@needs_torchao
 @pytest.mark.parametrize("said", REFUSED)
 def test_what_no_format_holds_is_refused_by_name_with_the_mend(ao, model, x, said):
     ao.quantize_(model, REFUSED[said](ao), lambda m, name: name == "blocks.1.up")
@@ -266,7 +245,6 @@ def test_what_no_format_holds_is_refused_by_name_with_the_mend(ao, model, x, sai
     assert "\n" not in str(caught.value)
 
 
-@needs_torchao
 def test_rows_of_zeros_that_torchao_made_nan_are_refused(ao, model, x):
     """Its FP8 scale of such a row is 0, and 0 / 0 is stored; layers of diffusion transformers start at zero."""
     model.blocks[0].out.weight.data[3] = 0
@@ -279,7 +257,6 @@ def test_rows_of_zeros_that_torchao_made_nan_are_refused(ao, model, x):
 # ------------------------------------------------------------------------------------------------------- to torchao
 
 
-@needs_torchao
 @pytest.mark.parametrize("format", ["int8", pytest.param("fp8", marks=needs_fp8_rows)])
 def test_torchao_runs_an_engines_weights(ao, model, x, tmp_path, format):
     engine = optimize(model, x, format)
@@ -302,7 +279,6 @@ def test_torchao_runs_an_engines_weights(ao, model, x, tmp_path, format):
     assert all(torch.equal(bits(w), bits(engine.weights[n])) for n, w in again.weights.items() if format in n)
 
 
-@needs_torchao
 def test_an_engines_device_and_the_models_dtype_are_kept(ao, model, x):
     engine, given = optimize(model, x, "int8"), copy.deepcopy(model).bfloat16()
     to_torchao(engine, given)
@@ -356,7 +332,6 @@ def test_an_unknown_class_of_torchao_is_refused_by_where_it_is_defined(model, x)
         optimize(model, x)
 
 
-@needs_torchao
 def test_the_documents_code_runs(ao, model, x):
     page = (ROOT / "docs" / "torchao.md").read_text(encoding="utf-8")
     names = {"model": copy.deepcopy(model), "x": x}

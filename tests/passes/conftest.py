@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +20,6 @@ from turbocompile.program import SHELL, Program
 from turbocompile.weights import Evaluator, ModuleTensors, emitted_name
 
 HERE = Path(__file__).parent
-
-
-def _load_zoo():
-    """tests/zoo.py as the module `zoo`, which tests of passes import."""
-    spec = importlib.util.spec_from_file_location("zoo", HERE.parent / "zoo.py")
-    module = sys.modules["zoo"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-
-if "zoo" not in sys.modules:
-    _load_zoo()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
