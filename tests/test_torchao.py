@@ -254,6 +254,30 @@ def test_rows_of_zeros_that_torchao_made_nan_are_refused(ao, model, x):
         optimize(model, x)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_on_a_gpu_an_engine_answers_as_torchao_does_there_and_back(format):
+    """torchao quantizes and multiplies on the card; `auto` takes the format that the weights have."""
+    import torchao.quantization
+
+    torch.manual_seed(0)
+    model = Model(256).eval().requires_grad_(False).bfloat16().cuda()
+    x = torch.randn(2, 100, 32, device="cuda", dtype=torch.bfloat16)
+    given = copy.deepcopy(model)
+    torchao.quantization.quantize_(given, config(torchao.quantization, format), in_blocks)
+    expected = given(x)
+    engine = optimize(given, x)
+    linears = engine.report.to_dict()["passes"]["w8a8"]
+    assert linears["rewritten"] == 12, linears
+    assert rel_l1(engine(x), expected) <= 2 * ONE_LINEAR[format]
+    assert torch.equal(bits(engine.weights[f"blocks.0.up.{format}_weight"]), bits(given.blocks[0].up.weight.qdata))
+    mine = optimize(model, x, format)
+    assert len(to_torchao(mine, model)) == 12
+    assert model.blocks[0].up.weight.qdata.is_cuda
+    assert rel_l1(model(x), mine(x)) <= 2 * ONE_LINEAR[format]
+
+
 # ------------------------------------------------------------------------------------------------------- to torchao
 
 
