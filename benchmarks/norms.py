@@ -53,6 +53,11 @@ BLOCK_SWEEP = (  # two programs a multiprocessor, or three with 80 registers
     *(BlockConfig(16, 16, 24, 64, lag) for lag in (2, 4, 6)),
 )
 
+TILE_SWEEP = tuple(
+    RowConfig(warps, 128, registers)
+    for warps, registers in ((4, 128), (4, 168), (8, 64), (8, 80), (8, 96), (8, 128), (16, 40), (16, 48), (16, 64))
+)
+
 Call = Callable[[], object]
 
 
@@ -190,7 +195,10 @@ def measure(shape: Shape, sets: tuple[Case, ...], beside: Sequence[str], sweep: 
         for block in BLOCK_SWEEP:
             name = f"{block.warps} warps, {block.rows} rows, {block.elements} elements, {block.registers} registers"
             calls[f"{name}, lag {block.lag}"] = [partial(c.kernel, block) for c in sets]
-    elif sweep and "int8_block" not in case.name:  # quantize's tiles have one configuration
+    elif sweep and "int8_block" in case.name:
+        for tile in TILE_SWEEP:
+            calls[f"{tile.warps} warps, {tile.registers} registers"] = [partial(c.kernel, tile) for c in sets]
+    elif sweep:
         for config in SWEEP:
             if 16 <= case.elements // shape.tokens // (32 * config.warps) <= 64:
                 name = f"{config.warps} warps, {config.rows} rows, {config.registers} registers, {config.near} near"

@@ -130,6 +130,44 @@ def rounded(x, dtype: tl.constexpr, FTZ: tl.constexpr):
 
 
 @triton.jit
+def packed(x, dtype: tl.constexpr, FTZ: tl.constexpr):
+    """x, float32, rounded to dtype, as `hold` holds it. On a GPU two at a time to bfloat16, as in `rounded`."""
+    if FTZ and dtype == tl.bfloat16:
+        low, high = tl.split(x.reshape(x.shape[0] // 2, 2))
+        held = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.int32, True, 1
+        )  # fmt: skip
+    else:
+        held = hold(x.to(dtype))
+    return held
+
+
+@triton.jit
+def _larger(a, b):
+    """The larger magnitudes of two times two bfloat16, two a register."""
+    return tl.inline_asm_elementwise("max.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
+
+
+@triton.jit
+def peaks(held, dtype: tl.constexpr, NEAR: tl.constexpr, FTZ: tl.constexpr):
+    """The largest magnitudes of NEAR neighbours each, which one thread has, as `magnitude` takes them."""
+    if FTZ and dtype == tl.bfloat16:
+        peaks = tl.reduce((held & 0x7FFF7FFF).reshape(2 * held.shape[0] // NEAR, NEAR // 2), 1, _larger)
+    else:
+        x = tl.abs(release(held, dtype))
+        peaks = tl.max(x.reshape(x.shape[0] // NEAR, NEAR), 1)
+    return peaks
+
+
+@triton.jit
+def magnitude(peaks):
+    """Peaks in float32."""
+    if not peaks.dtype.is_floating():
+        peaks = tl.maximum((peaks << 16).to(tl.float32, bitcast=True), (peaks & -65536).to(tl.float32, bitcast=True))
+    return peaks
+
+
+@triton.jit
 def sum_of(a, b):
     """The sum of a row in two pieces (b None: one), added up in the threads first: one sum across them, not two."""
     if b is not None:
@@ -227,28 +265,24 @@ def _quantize_tiles(
     x, data, data_scale,
     x_b, x_l,
     length, rows,
-    C: tl.constexpr, EDGE: tl.constexpr, FLAT: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr,
-    FLOOR: tl.constexpr, FTZ: tl.constexpr,
+    C: tl.constexpr, EDGE: tl.constexpr, NEAR: tl.constexpr, FLAT: tl.constexpr, ACT: tl.constexpr,
+    LIMIT: tl.constexpr, FLOOR: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """One EDGE x EDGE tile."""
+    """One EDGE x EDGE tile, held two elements a register between its activation and its largest magnitude."""
     tile = tl.program_id(1)
     row = tile * EDGE + tl.arange(0, EDGE)
-    c = tl.program_id(0) * EDGE + tl.arange(0, EDGE)
-    mask = (row < rows)[:, None] & (c < C)[None, :]
-    v = fetch(x + place(row, length, x_b, x_l, FLAT)[:, None] + c[None, :], mask).to(tl.float32)
-    y = _activate(v, ACT, x.dtype.element_ty, FTZ)
-    store_tile(y, tile, row, c, mask, data, data_scale, C, LIMIT, FLOOR, FTZ)
-
-
-@triton.jit
-def store_tile(
-    y, tile, row, c, mask, data, data_scale,
-    C: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, FTZ: tl.constexpr,
-):  # fmt: skip
-    """The data and the scale of a tile in a row of tiles; y is zero where mask is false."""
-    amax = tl.maximum(tl.max(tl.max(tl.abs(y), 1), 0), FLOOR)
-    to = data + (row.to(tl.int64) * C)[:, None] + c[None, :]
-    tl.store(to, encode(y, tl.div_rn(LIMIT, amax), data, "int8_block", FTZ), mask=mask)
+    c = tl.program_id(0) * EDGE + tl.arange(0, EDGE)[None, :]
+    real = inside(c, C, C if C % EDGE == 0 else C + 1)
+    # Behind the last row comes the last again: it leaves the largest as it is, and no row has to be masked.
+    at = place(tl.minimum(row, rows - 1), length, x_b, x_l, FLAT)[:, None] + c
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    held = hold(fetch(x + at, real).reshape(EDGE * EDGE))
+    if ACT != "identity":
+        held = packed(_activate(release(held, DTYPE), ACT, DTYPE, FTZ), DTYPE, FTZ)
+    amax = tl.maximum(tl.max(magnitude(peaks(held, DTYPE, NEAR, FTZ)), 0), FLOOR)
+    y = release(held, DTYPE).reshape(EDGE, EDGE)
+    to = data + (row.to(tl.int64) * C)[:, None] + c
+    tl.store(to, encode(y, tl.div_rn(LIMIT, amax), data, "int8_block", FTZ), mask=(row < rows)[:, None] & real)
     tl.store(data_scale + tile * tl.num_programs(0) + tl.program_id(0), tl.div_rn(amax, LIMIT))
 
 
@@ -276,7 +310,7 @@ ROW_CONFIGS = {
     WIDEST: RowConfig(16, 8),
 }
 STORED = 16  # bytes that a thread stores at once
-TILE_WARPS = 8  # 64 elements a thread
+TILE_CONFIG = RowConfig(16, BLOCK, 64)  # of a tile: 32 elements a thread
 
 
 @functools.cache
@@ -357,9 +391,11 @@ def quantize_into(
     limits = {"LIMIT": LIMIT[format], "FLOOR": FLOOR[format]}
     if format == "int8_block":
         check_input(x, 1)
+        config = config or TILE_CONFIG
         _quantize_tiles[(triton.cdiv(width, BLOCK), triton.cdiv(rows, BLOCK))](
             v, data, scale, *row_strides(v), v.shape[1], rows,
-            C=width, EDGE=BLOCK, FLAT=v.shape[0] == 1, ACT=act, FTZ=gpu, **limits, num_warps=TILE_WARPS, num_stages=1,
+            C=width, EDGE=BLOCK, NEAR=8, FLAT=v.shape[0] == 1, ACT=act, FTZ=gpu, **limits,
+            num_warps=config.warps, num_stages=1, **config.limit(x),
         )  # fmt: skip
         return
     check_input(x, width)
