@@ -79,7 +79,7 @@ def test_the_log_is_of_the_runs_that_the_page_tells_of():
             low, high = (100 * bound for bound in share.interval)
             cells.append(f"{100 * share.value:.0f} % ({low:.1f} - {high:.1f})")
         assert f"| {aspect} | {' | '.join(cells)} |" in page
-    for name in ("evaluation", "evaluation-engine", "evaluation-sage"):
+    for name in ("evaluation", "evaluation-engine", "evaluation-sage", "evaluation-all"):
         counts = [f"{shown_right(name, a, False).right}, {shown_right(name, a, True).right}" for a in aspects]
         assert f" | {' | '.join(counts)} |" in page
     psnr = json.loads((FOLDER / "training" / "vae_psnr.json").read_text())
