@@ -130,13 +130,11 @@ def rounded(x, dtype: tl.constexpr, FTZ: tl.constexpr):
 
 
 @triton.jit
-def packed(x, dtype: tl.constexpr, FTZ: tl.constexpr):
+def _packed(x, dtype: tl.constexpr, FTZ: tl.constexpr):
     """x, float32, rounded to dtype, as `hold` holds it. On a GPU two at a time to bfloat16, as in `rounded`."""
     if FTZ and dtype == tl.bfloat16:
         low, high = tl.split(x.reshape(x.shape[0] // 2, 2))
-        held = tl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.int32, True, 1
-        )  # fmt: skip
+        held = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.int32, True, 1)
     else:
         held = hold(x.to(dtype))
     return held
@@ -144,27 +142,20 @@ def packed(x, dtype: tl.constexpr, FTZ: tl.constexpr):
 
 @triton.jit
 def _larger(a, b):
-    """The larger magnitudes of two times two bfloat16, two a register."""
+    """The larger of two times two bfloat16 that are not negative, two a register."""
     return tl.inline_asm_elementwise("max.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
 
 
 @triton.jit
-def peaks(held, dtype: tl.constexpr, NEAR: tl.constexpr, FTZ: tl.constexpr):
-    """The largest magnitudes of NEAR neighbours each, which one thread has, as `magnitude` takes them."""
+def _largest_held(held, dtype: tl.constexpr, FTZ: tl.constexpr):
+    """The largest magnitude of all that `hold` was given; of 8 neighbours, which one thread has, two at a time."""
     if FTZ and dtype == tl.bfloat16:
-        peaks = tl.reduce((held & 0x7FFF7FFF).reshape(2 * held.shape[0] // NEAR, NEAR // 2), 1, _larger)
+        pairs = tl.reduce((held & 0x7FFF7FFF).reshape(held.shape[0] // 4, 4), 1, _larger)
+        peaks = tl.maximum((pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True))
     else:
         x = tl.abs(release(held, dtype))
-        peaks = tl.max(x.reshape(x.shape[0] // NEAR, NEAR), 1)
-    return peaks
-
-
-@triton.jit
-def magnitude(peaks):
-    """Peaks in float32."""
-    if not peaks.dtype.is_floating():
-        peaks = tl.maximum((peaks << 16).to(tl.float32, bitcast=True), (peaks & -65536).to(tl.float32, bitcast=True))
-    return peaks
+        peaks = tl.max(x.reshape(x.shape[0] // 8, 8), 1)
+    return tl.max(peaks, 0)
 
 
 @triton.jit
@@ -265,8 +256,8 @@ def _quantize_tiles(
     x, data, data_scale,
     x_b, x_l,
     length, rows,
-    C: tl.constexpr, EDGE: tl.constexpr, NEAR: tl.constexpr, FLAT: tl.constexpr, ACT: tl.constexpr,
-    LIMIT: tl.constexpr, FLOOR: tl.constexpr, FTZ: tl.constexpr,
+    C: tl.constexpr, EDGE: tl.constexpr, FLAT: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr,
+    FLOOR: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
     """One EDGE x EDGE tile, held two elements a register between its activation and its largest magnitude."""
     tile = tl.program_id(1)
@@ -278,8 +269,8 @@ def _quantize_tiles(
     DTYPE: tl.constexpr = x.dtype.element_ty
     held = hold(fetch(x + at, real).reshape(EDGE * EDGE))
     if ACT != "identity":
-        held = packed(_activate(release(held, DTYPE), ACT, DTYPE, FTZ), DTYPE, FTZ)
-    amax = tl.maximum(tl.max(magnitude(peaks(held, DTYPE, NEAR, FTZ)), 0), FLOOR)
+        held = _packed(_activate(release(held, DTYPE), ACT, DTYPE, FTZ), DTYPE, FTZ)
+    amax = tl.maximum(_largest_held(held, DTYPE, FTZ), FLOOR)
     y = release(held, DTYPE).reshape(EDGE, EDGE)
     to = data + (row.to(tl.int64) * C)[:, None] + c
     tl.store(to, encode(y, tl.div_rn(LIMIT, amax), data, "int8_block", FTZ), mask=(row < rows)[:, None] & real)
@@ -394,8 +385,8 @@ def quantize_into(
         config = config or TILE_CONFIG
         _quantize_tiles[(triton.cdiv(width, BLOCK), triton.cdiv(rows, BLOCK))](
             v, data, scale, *row_strides(v), v.shape[1], rows,
-            C=width, EDGE=BLOCK, NEAR=8, FLAT=v.shape[0] == 1, ACT=act, FTZ=gpu, **limits,
-            num_warps=config.warps, num_stages=1, **config.limit(x),
+            C=width, EDGE=BLOCK, FLAT=v.shape[0] == 1, ACT=act, FTZ=gpu, **limits, num_warps=config.warps,
+            num_stages=1, **config.limit(x),
         )  # fmt: skip
         return
     check_input(x, width)
