@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 FILE = "tuning.json"
 LINEARS, ATTENTIONS = "linears", "attentions"
-SAGE_BLOCKS = (64, 128)  # rows of q and of k that share a scale
 Tuning = dict[str, dict[str, Any]]  # by kind: what a choice is kept under, and the fields of its configuration
 Progress = Callable[[str, float], None]
 
@@ -96,6 +95,8 @@ def _attentions(programs: Mapping[str, Program]) -> Iterator[tuple[str, int, int
         for graph, sub in program.graphs.items():
             for node in sub.graph.nodes if program.count(graph) else ():
                 if is_op(node, ops.sage_attention):
+                    from turbocompile.kernels.attend_triton import SAGE_BLOCKS  # here: not all machines have Triton
+
                     yield arguments(node)["pv"], *SAGE_BLOCKS
                 elif is_op(node, ops.sla_attention) and arguments(node)["pv"] != "none":
                     a = arguments(node)
