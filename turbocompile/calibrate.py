@@ -130,7 +130,7 @@ def calibrate(
 
     options: as for `run_passes`. inputs: tensors that the Program takes. device: where to compute.
     """
-    prepared = before_w8a8(program, options, target)
+    prepared = before_smooth(program, options, target)
     w8a8 = options.get("w8a8", {})
     linears = find_linears(prepared, w8a8, target)
     if not linears:
@@ -177,8 +177,8 @@ def with_smoothing(
     )
 
 
-def before_w8a8(program: Program, options: Mapping[str, Mapping[str, Any]], target: str) -> Program:
-    """The Program as w8a8 finds it, but with attention in floating point: its quantization is judged by itself."""
+def before_smooth(program: Program, options: Mapping[str, Mapping[str, Any]], target: str) -> Program:
+    """The Program as smooth finds it, but with attention in floating point: its quantization is judged by itself."""
     made = program.copy()
     attention = dict(options.get("attention", {}))
     attention |= {"pv": "none", "kind": "native" if attention.get("kind") == "sage" else attention.get("kind", "auto")}
