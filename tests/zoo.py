@@ -436,6 +436,19 @@ class Dit(nn.Module):
         return Counter(adaln=1)
 
 
+class Stack(nn.Module):
+    """Blocks of which each is `make()`, one behind the other, on whatever they take."""
+
+    def __init__(self, make: Callable[[], nn.Module], depth: int = 2) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(make() for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 def example(style: Style, seed: int = 0) -> tuple[Tensor, ...]:
     """Arguments of a call: x, timestep, text."""
     g = torch.Generator().manual_seed(seed)

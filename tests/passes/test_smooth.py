@@ -172,19 +172,6 @@ def test_only_v_is_scaled_in_a_fused_projection():
     assert [isinstance(e, Mul) for e in bias.of] == [False, False, True]
 
 
-class Stacked(nn.Module):
-    """Blocks of which each is `make`, on (batch, tokens, channels)."""
-
-    def __init__(self, make):
-        super().__init__()
-        self.blocks = nn.ModuleList(make() for _ in range(2))
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
 class Read(nn.Module):
     """The normed value is used beside the linear."""
 
@@ -216,7 +203,7 @@ class Read(nn.Module):
 )
 def test_what_else_reads_or_makes_the_input_stops_it(where, reason):
     torch.manual_seed(0)
-    found = folds(Stacked(lambda: Read(where)).eval(), (torch.randn(2, 6, 32),))
+    found = folds(zoo.Stack(lambda: Read(where)).eval(), (torch.randn(2, 6, 32),))
     assert found["linear.weight"] == reason
 
 

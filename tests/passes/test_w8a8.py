@@ -68,17 +68,7 @@ def test_modulation_of_a_batch_of_one_and_per_head_linears_are_no_tokens(rewrite
                 x = x + layer(x.unflatten(-1, (2, 16))).flatten(-2)
             return x
 
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList(PerHead() for _ in range(2))
-
-        def forward(self, x):
-            for block in self.blocks:
-                x = block(x)
-            return x
-
-    done = rewrite(Model(), (torch.randn(1, 6, 32),), until="w8a8", options=options("int8"))
+    done = rewrite(zoo.Stack(PerHead), (torch.randn(1, 6, 32),), until="w8a8", options=options("int8"))
     assert done.results["w8a8"].rewritten == 0
     assert done.results["w8a8"].sites == 16
     assert "does not act on tokens" in done.reasons("w8a8")[0]
