@@ -47,10 +47,10 @@ SWEEP = tuple(
 )  # fmt: skip
 
 BLOCK_SWEEP = (  # two programs a multiprocessor, or three with 80 registers
-    *(BlockConfig(8, 16, 48, 128, lag=lag) for lag in (0, 2, 3, 4, 6, 8)),
-    *(BlockConfig(8, rows, 48, 128, lag=lag) for rows in (8, 32) for lag in (2, 4, 6)),
-    *(BlockConfig(8, 16, elements, registers, lag) for elements, registers in ((24, 128), (24, 80)) for lag in (4, 6)),
-    *(BlockConfig(16, 16, 24, 64, lag) for lag in (2, 4, 6)),
+    *(BlockConfig(16, 48, 64, lag) for lag in (2, 3, 4, 5, 7)),
+    *(BlockConfig(8, 48, 128, lag) for lag in (2, 3, 4, 5)),
+    *(BlockConfig(16, 24, 64, lag) for lag in (3, 4)),
+    *(BlockConfig(8, 24, 80, lag) for lag in (3, 4)),
 )
 
 TILE_SWEEP = tuple(
@@ -193,7 +193,7 @@ def measure(shape: Shape, sets: tuple[Case, ...], beside: Sequence[str], sweep: 
         calls["compiled"] = [partial(function, *c.args) for c in sets]
     if sweep and case.name in [f"{op}_quantize int8_block" for op in ("adaln", "residual_norm", "norm")]:
         for block in BLOCK_SWEEP:
-            name = f"{block.warps} warps, {block.rows} rows, {block.elements} elements, {block.registers} registers"
+            name = f"{block.warps} warps, {block.elements} elements, {block.registers} registers"
             calls[f"{name}, lag {block.lag}"] = [partial(c.kernel, block) for c in sets]
     elif sweep and "int8_block" in case.name:
         for tile in TILE_SWEEP:

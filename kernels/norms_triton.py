@@ -14,13 +14,14 @@ next before it computes one. The variance is of the differences from the mean, b
 and the vectors are read again for every row, from the first-level cache: per token or per batch is then one code, and
 holding them would take the registers that keep loads in flight.
 
-int8_block has one scale for 128 rows, more than a multiprocessor holds, so its kernel reads r twice, the second time
-from the second-level cache. One grid has programs of both kinds, in the order of the row blocks of 128: some take rows,
-write r and each row's mean and root, 8 bytes a row, and count themselves; one a tile comes some row blocks later,
-quantizes its tile if all rows of its row block are counted, and else leaves it to the program that will count the last
-of them. Nobody waits, and any order gives the same bits. The lag is meant to leave nearly no tile behind, with 15 to
-25 MB of r and data in the cache, which has 50. On an H100: 62% of a copy's rate at 1536 channels, 81% behind a
-residual, 56% and 70% at 5120: two programs a multiprocessor do not hide what they wait for.
+int8_block has one scale for 128 rows, more than a multiprocessor holds, so its kernel reads x (and y) twice, the second
+time from the second-level cache. One grid has programs of two kinds, in the order of the row blocks of 128: some take
+rows and write each row's mean and root, one word; one a tile comes some row blocks later, reads its tile at once, waits
+for the words of its rows, writes r and quantizes. A word is 0 until it is written, in one piece, so nothing else has to
+be ordered: no fence, no atomic operation, and what is waited for is there already if the lag is long enough, while the
+rows between are still in the cache: 15 to 25 MB of 50. A tile waits for programs with smaller ids alone, which start
+before it, as single-pass scans rely on, too; were that ever untrue, the launch ends in an error after some seconds.
+On an H100: 81% to 88% of a copy's rate at 1536 and 5120 channels.
 
 Bytes an element, 16-bit tensors, and milliseconds at the 3.0 TB/s of a copy:
 
@@ -51,12 +52,15 @@ from turbocompile.kernels.quantize_triton import (
     RowConfig,
     check_input,
     encode,
+    encode_held,
     fetch,
     hold,
     inside,
     largest,
+    largest_held,
     neighbours,
     only_before,
+    packed,
     pieces,
     place,
     release,
@@ -68,6 +72,14 @@ from turbocompile.kernels.quantize_triton import (
 )
 
 _Optional = torch.Tensor | None
+NEAR = tl.constexpr(8)  # neighbours in a thread of a tile: 16 would have each read twice as much of scale and shift
+# 2^26 naps of 0.1 us and a read, longer than any program runs: what never comes is an error, and no standstill
+WAIT = tl.constexpr(
+    "{ .reg .pred there; .reg .b32 low, high, naps; mov.b64 $0, $1; mov.b32 naps, 0; "
+    "again: mov.b64 {low, high}, $0; setp.ne.s32 there, high, 0; @there bra done; "
+    "nanosleep.u32 100; add.u32 naps, naps, 1; setp.gt.u32 there, naps, 0x4000000; @there trap; "
+    "ld.relaxed.gpu.global.b64 $0, [$2]; bra again; done: }"
+)
 
 
 @triton.jit
@@ -210,177 +222,220 @@ def _norm_rows(
 
 
 @triton.jit
-def _ahead(at, c, real, C: tl.constexpr, K: tl.constexpr, AGAIN: tl.constexpr):
-    """Rows in K pieces as they wait for their turn. AGAIN: they are read once more, from the second-level cache."""
-    pieces = ()
-    SPAN: tl.constexpr = c.shape[1]
-    for k in tl.static_range(K):
-        mask = real & inside(c + k * SPAN, C, (k + 1) * SPAN)
-        if AGAIN:
-            piece = tl.load(at + (c + k * SPAN), mask=mask, other=0.0)
-        else:
-            piece = fetch(at + (c + k * SPAN), mask)
-        pieces = pieces + (hold(piece.reshape(piece.shape[0] * SPAN)),)  # type: ignore[assignment]
-    return pieces
+def _again(held, FTZ: tl.constexpr):
+    """held, which is to be unpacked once more. Otherwise what it is unpacked to stays, in twice as many registers."""
+    if FTZ and held.dtype == tl.int32:
+        held = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [held], tl.int32, False, 1)
+    return held
 
 
 @triton.jit
-def _moments(
-    x, y, gate, residual, moments,
-    x_b, x_l, y_b, y_l, gate_b, gate_l,
-    start, stop, length, eps,
-    C: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr,
-    SHARED: tl.constexpr, RMS: tl.constexpr, FTZ: tl.constexpr,
+def _rows(p, first, row, length, b_stride, l_stride, C: tl.constexpr, FLAT: tl.constexpr, DENSE: tl.constexpr):
+    """Where rows first + row (N) of a (B, L, C) tensor begin, (N, 1); None where p is None. FLAT: B is 1. DENSE: rows
+    lie one behind the other, at distances that are constants.
+    """
+    if p is None:
+        at = None
+    elif DENSE:
+        at = p + first.to(tl.int64) * C + (row * C)[:, None]
+    else:
+        at = p + place(first + row, length, b_stride, l_stride, FLAT)[:, None]
+    return at
+
+
+@triton.jit
+def _summed(
+    r, v, gate, c, mask, first, row, length, gate_b, gate_l,
+    DTYPE: tl.constexpr, C: tl.constexpr, FLAT: tl.constexpr, SHARED: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """r, the means and the roots of rows start to stop, ROWS at once while the next are on their way.
+    """Some columns of x + gate * y of some rows. SHARED: one gate for all."""
+    if SHARED:
+        gate_at = _at(gate, c)
+    else:
+        gate_at = _at(_rows(gate, first, row, length, gate_b, gate_l, C, FLAT, False), c)
+    return _add(r, v, gate_at, mask, DTYPE, FTZ)
+
+
+@triton.jit
+def _words(
+    x, y, gate, words,
+    x_b, x_l, y_b, y_l, gate_b, gate_l,
+    first, length, rows, eps,
+    C: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, FLAT: tl.constexpr, DENSE: tl.constexpr,
+    SHARED_GATE: tl.constexpr, RMS: tl.constexpr, FTZ: tl.constexpr,
+):  # fmt: skip
+    """The words of ROWS rows. Behind the last row comes the last again.
 
     A row is K pieces of SPAN, which lie alike in the threads: they are added up there before one sum across them.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     c = tl.arange(0, SPAN)[None, :]
-    row = start + tl.arange(0, ROWS)
-    real = (row < stop)[:, None]
-    x_next = _ahead(x + place(row, length, x_b, x_l, FLAT)[:, None], c, real, C, K, residual is None)
+    row = tl.minimum(tl.arange(0, ROWS), rows - 1 - first)
+    at = _rows(x, first, row, length, x_b, x_l, C, FLAT, DENSE) + c
+    rs = ()
+    for k in tl.static_range(K):
+        piece = tl.load(at + k * SPAN, mask=inside(c + k * SPAN, C, (k + 1) * SPAN), other=0.0)
+        rs = rs + (hold(piece.reshape(ROWS * SPAN)),)  # type: ignore[assignment]
     if y is not None:
-        y_next = _ahead(y + place(row, length, y_b, y_l, FLAT)[:, None], c, real, C, K, False)
-    for _ in range(start, stop, ROWS):
-        r = ()
+        at = _rows(y, first, row, length, y_b, y_l, C, FLAT, DENSE) + c
+        ys = ()
         for k in tl.static_range(K):
-            piece = release(x_next[k], DTYPE).reshape(ROWS, SPAN)
-            if y is not None:
-                m = inside(c + k * SPAN, C, (k + 1) * SPAN)
-                gate_at = _at(gate, c + k * SPAN)
-                if not SHARED:
-                    m = m & real
-                    gate_at = _at(gate_at, place(row, length, gate_b, gate_l, FLAT)[:, None])
-                piece = _add(piece, release(y_next[k], y.dtype.element_ty).reshape(ROWS, SPAN), gate_at, m, DTYPE, FTZ)
-            r = r + (piece,)  # type: ignore[assignment]
-        now = row
-        here = real
-        row += ROWS
-        real = (row < stop)[:, None]
-        x_next = _ahead(x + place(row, length, x_b, x_l, FLAT)[:, None], c, real, C, K, residual is None)
-        if y is not None:
-            y_next = _ahead(y + place(row, length, y_b, y_l, FLAT)[:, None], c, real, C, K, False)
-        mean = tl.zeros((ROWS,), tl.float32)
-        total = tl.zeros((ROWS, SPAN), tl.float32)
+            piece = tl.load(at + k * SPAN, mask=inside(c + k * SPAN, C, (k + 1) * SPAN), other=0.0)
+            ys = ys + (hold(piece.reshape(ROWS * SPAN)),)  # type: ignore[assignment]
+        sums = ()
         for k in tl.static_range(K):
-            total += r[k]
-            if residual is not None:
-                to = residual + (now.to(tl.int64) * C)[:, None] + (c + k * SPAN)
-                tl.store(to, r[k].to(DTYPE), mask=here & inside(c + k * SPAN, C, (k + 1) * SPAN))
+            r = _summed(
+                release(rs[k], DTYPE).reshape(ROWS, SPAN), release(ys[k], y.dtype.element_ty).reshape(ROWS, SPAN),
+                gate, c + k * SPAN, inside(c + k * SPAN, C, (k + 1) * SPAN), first, row, length, gate_b, gate_l,
+                DTYPE, C, FLAT, SHARED_GATE, FTZ,
+            )  # fmt: skip
+            sums = sums + (packed(r.reshape(ROWS * SPAN), DTYPE, FTZ),)  # type: ignore[assignment]
+        rs = sums
+    mean = tl.zeros((ROWS,), tl.float32)
+    if not RMS:
+        total = release(_again(rs[0], FTZ), DTYPE).reshape(ROWS, SPAN)
+        for k in tl.static_range(1, K):
+            total += release(_again(rs[k], FTZ), DTYPE).reshape(ROWS, SPAN)
+        # a product with 1 / C would leave constant rows a difference
+        mean = tl.div_rn(tl.sum(total, 1), C * 1.0)
+    total = tl.zeros((ROWS, SPAN), tl.float32)
+    for k in tl.static_range(K):
+        piece = release(_again(rs[k], FTZ), DTYPE).reshape(ROWS, SPAN)
         if not RMS:
-            # a product with 1 / C would leave constant rows a difference
-            mean = tl.div_rn(tl.sum(total, 1), C * 1.0)
-            tl.store(moments + 2 * now, mean, mask=now < stop)
-        total = tl.zeros((ROWS, SPAN), tl.float32)
-        for k in tl.static_range(K):
-            piece = r[k]
-            if not RMS:
-                piece = tl.where(inside(c + k * SPAN, C, (k + 1) * SPAN), piece - mean[:, None], 0.0)
-            total += piece * piece
-        root = tl.rsqrt(tl.div_rn(tl.sum(total, 1), C * 1.0) + eps)
-        tl.store(moments + 2 * now + 1, root, mask=now < stop)
+            piece = tl.where(inside(c + k * SPAN, C, (k + 1) * SPAN), piece - mean[:, None], 0.0)
+        total += piece * piece
+    root = tl.rsqrt(tl.div_rn(tl.sum(total, 1), C * 1.0) + eps)
+    high = root.to(tl.int32, bitcast=True) + 1  # never 0: a root is not negative
+    word = high.to(tl.int64) << 32 | mean.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    tl.store(words + first + row, word)
+
+
+@triton.jit
+def _glance(at, FTZ: tl.constexpr):
+    """Words that another multiprocessor may have written. (Said to have no effect, or each layout that the compiler
+    tried would read them.)
+    """
+    if FTZ:
+        word = tl.inline_asm_elementwise(
+            "ld.relaxed.gpu.global.b64 $0, [$1];", "=l,l", [at.to(tl.int64)], tl.int64, True, 1
+        )
+    else:
+        word = tl.load(at)
+    return word
+
+
+@triton.jit
+def _wait(word, at, FTZ: tl.constexpr):
+    """word, or what is at `at` once it is not 0. The interpreter runs one program after the other: it is there."""
+    if FTZ:
+        word = tl.inline_asm_elementwise(WAIT, "=&l,l,l", [word, at.to(tl.int64)], tl.int64, True, 1)
+    return word
 
 
 @triton.jit
 def _norm_tile(
-    r, moments, scale, shift, weight, bias, data, data_scale,
-    r_b, r_l, scale_b, scale_l, shift_b, shift_l,
+    x, y, gate, scale, shift, weight, bias, residual, words, data, data_scale,
+    x_b, x_l, y_b, y_l, gate_b, gate_l, scale_b, scale_l, shift_b, shift_l,
     block, tile, length, rows,
-    C: tl.constexpr, EDGE: tl.constexpr, FLAT: tl.constexpr, SHARED: tl.constexpr, RMS: tl.constexpr,
+    C: tl.constexpr, EDGE: tl.constexpr, WHOLE: tl.constexpr, FLAT: tl.constexpr, DENSE: tl.constexpr,
+    SHARED_GATE: tl.constexpr, SHARED: tl.constexpr, RMS: tl.constexpr,
     LIMIT: tl.constexpr, FLOOR: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """One EDGE x EDGE tile of a row block, of which the rows' means and roots are known. SHARED: scale and shift are
-    the same in all rows. Other multiprocessors wrote what it reads, so it reads past the first-level cache.
+    """One EDGE x EDGE tile of a row block. WHOLE: none of its rows is behind the last, for which the last is taken
+    again: it leaves the largest as it is. SHARED: scale and shift are the same in all rows.
     """
-    c = tile * EDGE + tl.arange(0, EDGE)[None, :]
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    first = block * EDGE
+    member = tl.arange(0, EDGE)
+    if WHOLE:
+        row = member
+        real = tl.full((EDGE, 1), 1, tl.int32) > 0
+    else:
+        row = tl.minimum(member, rows - 1 - first)
+        real = (member < rows - first)[:, None]
+    c = tl.max_contiguous(tile * EDGE + tl.arange(0, EDGE), NEAR)[None, :]
     m = inside(c, C, C if C % EDGE == 0 else C + 1)
-    row = block * EDGE + tl.arange(0, EDGE)
-    there = tl.minimum(row, rows - 1)  # the last row again leaves the largest as it is: no element has to be masked
-    v = tl.load(r + place(there, length, r_b, r_l, FLAT)[:, None] + c, mask=m, other=0.0, cache_modifier=".cg")
-    n = v.to(tl.float32)
+    held = hold(fetch(_rows(x, first, row, length, x_b, x_l, C, FLAT, DENSE) + c, m).reshape(EDGE * EDGE))
+    at = words + first + row
+    word = _glance(at, FTZ)
+    to = first.to(tl.int64) * C + (member * C)[:, None] + c
+    if y is not None:
+        v = hold(fetch(_rows(y, first, row, length, y_b, y_l, C, FLAT, DENSE) + c, m).reshape(EDGE * EDGE))
+        r = _summed(
+            release(held, DTYPE).reshape(EDGE, EDGE), release(v, y.dtype.element_ty).reshape(EDGE, EDGE),
+            gate, c, m, first, row, length, gate_b, gate_l, DTYPE, C, FLAT, SHARED_GATE, FTZ,
+        )  # fmt: skip
+        tl.store(residual + to, r.to(DTYPE), mask=real & m)
+        held = packed(r.reshape(EDGE * EDGE), DTYPE, FTZ)
+    word = _wait(word, at, FTZ)
+    n = release(_again(held, FTZ), DTYPE).reshape(EDGE, EDGE)
     if not RMS:
-        n = n - tl.load(moments + 2 * there, cache_modifier=".cg")[:, None]
-    n = n * tl.load(moments + 2 * there + 1, cache_modifier=".cg")[:, None]
+        n = n - word.to(tl.int32).to(tl.float32, bitcast=True)[:, None]
+    n = n * ((word >> 32).to(tl.int32) - 1).to(tl.float32, bitcast=True)[:, None]
     scale_at = _at(scale, c)
     shift_at = _at(shift, c)
     if not SHARED:
-        scale_at = _at(scale_at, place(there, length, scale_b, scale_l, FLAT)[:, None])
-        shift_at = _at(shift_at, place(there, length, shift_b, shift_l, FLAT)[:, None])
+        scale_at = _at(_rows(scale, first, row, length, scale_b, scale_l, C, FLAT, False), c)
+        shift_at = _at(_rows(shift, first, row, length, shift_b, shift_l, C, FLAT, False), c)
     n = _affine(n, _at(weight, c), _at(bias, c), scale_at, shift_at, m, m)
-    n = tl.where(m, rounded(n, r.dtype.element_ty, FTZ), 0.0)
-    amax = tl.maximum(tl.max(tl.max(tl.abs(n), 1), 0), FLOOR)
-    to = data + (row.to(tl.int64) * C)[:, None] + c
-    coded = encode(n, tl.div_rn(LIMIT, amax), data, "int8_block", FTZ)
-    tl.store(to, coded, mask=(row < rows)[:, None] & m)
-    tl.store(data_scale + block * tl.cdiv(C, EDGE) + tile, tl.div_rn(amax, LIMIT))
+    if C % EDGE != 0:
+        n = tl.where(m, n, 0.0)
+    held = packed(n.reshape(EDGE * EDGE), DTYPE, FTZ)
+    amax = tl.maximum(largest_held(held, DTYPE, FTZ), FLOOR)
+    coded = encode_held(held, amax, data, DTYPE, LIMIT, FTZ).reshape(EDGE, EDGE)
+    tl.store(data + to, coded, mask=real & m)
+    tl.store(data_scale + block * tl.cdiv(C, EDGE) + tile, amax * (1 / LIMIT))  # exact: LIMIT is 128
 
 
-@triton.jit(do_not_specialize=["length", "rows", "per", "lag"])
+@triton.jit(do_not_specialize=["length", "rows", "lag"])
 def _norm_blocks(
-    x, y, gate, scale, shift, weight, bias, residual, moments, count, data, data_scale,
+    x, y, gate, scale, shift, weight, bias, residual, words, data, data_scale,
     x_b, x_l, y_b, y_l, gate_b, gate_l, scale_b, scale_l, shift_b, shift_l,
-    length, rows, per, lag, eps,
+    length, rows, lag, eps,
     C: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, EDGE: tl.constexpr,
-    FLAT: tl.constexpr, SHARED_GATE: tl.constexpr, SHARED: tl.constexpr, RMS: tl.constexpr,
+    FLAT: tl.constexpr, DENSE: tl.constexpr, SHARED_GATE: tl.constexpr, SHARED: tl.constexpr, RMS: tl.constexpr,
     LIMIT: tl.constexpr, FLOOR: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """A program over `per` rows of a row block, or over a tile of the row block that came `lag` before.
+    """A program over ROWS rows of a row block, or over a tile of the row block that came `lag` (1 at least) before.
 
-    count: zeros, one a row block: 2^16 times its rows' programs that are done, and the tiles' programs that have come.
+    words: zeros, one a row: its mean's float32 bits, and above them 1 + its root's.
     """
     TILES: tl.constexpr = (C + EDGE - 1) // EDGE
-    parts = tl.cdiv(EDGE, per)
+    PARTS: tl.constexpr = EDGE // ROWS
     steps = tl.cdiv(rows, EDGE) - lag  # that have both kinds: before them rows alone, behind them tiles alone
     turn = tl.program_id(0)
-    if turn < lag * parts:
-        member = TILES + turn % parts
-        block = turn // parts
-    elif turn < lag * parts + steps * (TILES + parts):
-        turn -= lag * parts
-        member = turn % (TILES + parts)
-        block = turn // (TILES + parts)
+    if turn < lag * PARTS:
+        member = TILES + turn % PARTS
+        block = turn // PARTS
+    elif turn < lag * PARTS + steps * (TILES + PARTS):
+        turn -= lag * PARTS
+        member = turn % (TILES + PARTS)
+        block = turn // (TILES + PARTS)
         if member >= TILES:
             block += lag
     else:
-        turn -= lag * parts + steps * (TILES + parts)
+        turn -= lag * PARTS + steps * (TILES + PARTS)
         member = turn % TILES
         block = steps + turn // TILES
-    end = tl.minimum((block + 1) * EDGE, rows)
-    complete = tl.cdiv(end - block * EDGE, per)
-    if member < TILES:
-        seen = tl.atomic_add(count + block, 1, sem="acquire", scope="gpu")
-        first = seen & 0xFFFF
-        stop = first
-        if seen >> 16 == complete:
-            stop += 1
+    if member >= TILES:
+        first = block * EDGE + (member - TILES) * ROWS
+        if first < rows:
+            _words(
+                x, y, gate, words, x_b, x_l, y_b, y_l, gate_b, gate_l, first, length, rows, eps,
+                C, K, SPAN, ROWS, FLAT, DENSE, SHARED_GATE, RMS, FTZ,
+            )  # fmt: skip
+    elif (block + 1) * EDGE <= rows:
+        _norm_tile(
+            x, y, gate, scale, shift, weight, bias, residual, words, data, data_scale,
+            x_b, x_l, y_b, y_l, gate_b, gate_l, scale_b, scale_l, shift_b, shift_l, block, member, length, rows,
+            C, EDGE, True, FLAT, DENSE, SHARED_GATE, SHARED, RMS, LIMIT, FLOOR, FTZ,
+        )  # fmt: skip
     else:
-        first = 0
-        stop = 0
-        start = block * EDGE + (member - TILES) * per
-        if start < end:
-            _moments(
-                x, y, gate, residual, moments, x_b, x_l, y_b, y_l, gate_b, gate_l,
-                start, tl.minimum(start + per, end), length, eps, C, K, SPAN, ROWS, FLAT, SHARED_GATE, RMS, FTZ,
-            )  # fmt: skip
-            tl.debug_barrier()  # all threads have stored before one releases
-            seen = tl.atomic_add(count + block, 1 << 16, sem="acq_rel", scope="gpu")
-            if (seen >> 16) + 1 == complete:
-                stop = seen & 0xFFFF
-    for tile in range(first, stop):
-        if residual is not None:
-            _norm_tile(
-                residual, moments, scale, shift, weight, bias, data, data_scale,
-                length.to(tl.int64) * C, C, scale_b, scale_l, shift_b, shift_l,
-                block, tile, length, rows, C, EDGE, FLAT, SHARED, RMS, LIMIT, FLOOR, FTZ,
-            )  # fmt: skip
-        else:
-            _norm_tile(
-                x, moments, scale, shift, weight, bias, data, data_scale,
-                x_b, x_l, scale_b, scale_l, shift_b, shift_l,
-                block, tile, length, rows, C, EDGE, FLAT, SHARED, RMS, LIMIT, FLOOR, FTZ,
-            )  # fmt: skip
+        _norm_tile(
+            x, y, gate, scale, shift, weight, bias, residual, words, data, data_scale,
+            x_b, x_l, y_b, y_l, gate_b, gate_l, scale_b, scale_l, shift_b, shift_l, block, member, length, rows,
+            C, EDGE, False, FLAT, DENSE, SHARED_GATE, SHARED, RMS, LIMIT, FLOOR, FTZ,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -415,33 +470,30 @@ class BlockConfig:
     """How the kernel over row blocks is launched."""
 
     warps: int
-    rows: int  # of a row block's 128 that a program takes
     elements: int  # of rows a thread computes at once
     registers: int | None = None  # a thread may use at most; float32 x needs more
-    lag: int = 4  # programs a multiprocessor takes between a row block's rows and its tiles: two run at a time
+    lag: float = 3  # programs a multiprocessor takes between a row block's rows and its tiles: two run at a time
 
     def pieces(self, width: int) -> dict[str, int]:
         """Rows of `width` as a program takes them: ROWS at once, each in K pieces of SPAN, 8 neighbours in a thread."""
         span = triton.next_power_of_2(triton.cdiv(width, max(1, self.elements // 8)))
         span = min(max(span, min(256, triton.next_power_of_2(width))), 256 * self.warps)
-        return {"K": triton.cdiv(width, span), "SPAN": span, "ROWS": max(1, min(self.rows, 256 * self.warps // span))}
+        return {"K": triton.cdiv(width, span), "SPAN": span, "ROWS": min(BLOCK, 256 * self.warps // span)}
 
-    def blocks_between(self, rows: int, width: int, device: torch.device) -> int:
-        """How many row blocks of `rows` x `width` the tiles are behind the rows."""
-        programs = triton.cdiv(BLOCK, self.rows) + triton.cdiv(width, BLOCK)  # a row block
-        return min(triton.cdiv(self.lag * processors(device), programs), triton.cdiv(rows, BLOCK))
+    def blocks_between(self, rows: int, programs: int, device: torch.device) -> int:
+        """How many row blocks, of so many programs each, the tiles are behind the rows: 1 at least."""
+        return min(int(self.lag * processors(device)) // programs + 1, triton.cdiv(rows, BLOCK))
 
     def limit(self, x: torch.Tensor) -> dict[str, int]:
         """The limit as a launch takes it."""
         return {} if self.registers is None or x.element_size() > 2 else {"maxnreg": self.registers}
 
 
-# The declared set, by the widest row: without a sum, and with one. 128 registers a thread are two programs of 8 warps a
-# multiprocessor. Rows and lag are the fastest of 18 on an H100.
+# The declared set, by the widest row: without a sum, and with one, which at 5120 channels does not fit 64 registers.
+# Two programs run on a multiprocessor at a time.
 BLOCK_CONFIGS = {
-    2048: (BlockConfig(8, 32, 48, 128), BlockConfig(8, 16, 48, 128, lag=6)),
-    8192: (BlockConfig(8, 8, 48, 128, lag=6), BlockConfig(8, 8, 48, 128, lag=6)),
-    WIDEST: (BlockConfig(16, 16, 48), BlockConfig(16, 16, 48)),
+    8192: (BlockConfig(16, 48, 64, lag=4), BlockConfig(8, 48, 128)),
+    WIDEST: (BlockConfig(16, 48), BlockConfig(16, 48)),
 }
 
 
@@ -478,13 +530,14 @@ def norm_into(
         config = config or block_config(width, sum is not None)
         if isinstance(config, RowConfig):
             raise ValueError("a norm with int8_block takes a BlockConfig")
-        blocks, programs = triton.cdiv(rows, BLOCK), triton.cdiv(width, BLOCK) + triton.cdiv(BLOCK, config.rows)
-        moments = torch.empty((rows, 2), dtype=torch.float32, device=x.device)
-        count = torch.zeros(blocks, dtype=torch.int32, device=x.device)  # this call's own: others may run beside it
-        _norm_blocks[(blocks * programs,)](
-            v, *wide, *narrow, residual, moments, count, out, out_scale, *row_strides(v), *strides,
-            v.shape[1], rows, config.rows, config.blocks_between(rows, width, x.device), norm.eps,
-            C=width, **config.pieces(width), EDGE=BLOCK, FLAT=v.shape[0] == 1, SHARED_GATE=not any(strides[2:4]),
+        taken = config.pieces(width)
+        programs = triton.cdiv(width, BLOCK) + BLOCK // taken["ROWS"]  # a row block
+        words = torch.zeros(rows, dtype=torch.int64, device=x.device)  # this call's own: others may run beside it
+        _norm_blocks[(triton.cdiv(rows, BLOCK) * programs,)](
+            v, *wide, *narrow, residual, words, out, out_scale, *row_strides(v), *strides,
+            v.shape[1], rows, config.blocks_between(rows, programs, x.device), norm.eps,
+            C=width, **taken, EDGE=BLOCK, FLAT=v.shape[0] == 1,
+            DENSE=all(t is None or t.is_contiguous() for t in (v, wide[0])), SHARED_GATE=not any(strides[2:4]),
             SHARED=not any(strides[4:]), RMS=norm.kind == "rms", **limits,
             num_warps=config.warps, num_stages=1, **config.limit(x),
         )  # fmt: skip

@@ -39,6 +39,7 @@ ERFC_P = tl.constexpr(0.3275911 * 0.7071067811865476)  # of x = sqrt(2) z, as al
 ERFC_1, ERFC_2, ERFC_3 = tl.constexpr(0.254829592), tl.constexpr(-0.284496736), tl.constexpr(1.421413741)
 ERFC_4, ERFC_5 = tl.constexpr(-1.453152027), tl.constexpr(1.061405429)
 MINUS_HALF_LOG2E = tl.constexpr(-0.7213475204444817)
+CUT = tl.constexpr(127.25 / 128)  # of amax, near which bfloat16s are 1/2 to 1 apart in units of amax / 128
 
 
 @triton.jit
@@ -130,7 +131,7 @@ def rounded(x, dtype: tl.constexpr, FTZ: tl.constexpr):
 
 
 @triton.jit
-def _packed(x, dtype: tl.constexpr, FTZ: tl.constexpr):
+def packed(x, dtype: tl.constexpr, FTZ: tl.constexpr):
     """x, float32, rounded to dtype, as `hold` holds it. On a GPU two at a time to bfloat16, as in `rounded`."""
     if FTZ and dtype == tl.bfloat16:
         low, high = tl.split(x.reshape(x.shape[0] // 2, 2))
@@ -147,15 +148,33 @@ def _larger(a, b):
 
 
 @triton.jit
-def _largest_held(held, dtype: tl.constexpr, FTZ: tl.constexpr):
-    """The largest magnitude of all that `hold` was given; of 8 neighbours, which one thread has, two at a time."""
+def largest_held(held, dtype: tl.constexpr, FTZ: tl.constexpr):
+    """The largest magnitude of all that `hold` was given; of bfloat16 on a GPU two at a time."""
     if FTZ and dtype == tl.bfloat16:
-        pairs = tl.reduce((held & 0x7FFF7FFF).reshape(held.shape[0] // 4, 4), 1, _larger)
-        peaks = tl.maximum((pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True))
+        pair = tl.reduce(held & 0x7FFF7FFF, 0, _larger)
+        most = tl.maximum((pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True))
     else:
-        x = tl.abs(release(held, dtype))
-        peaks = tl.max(x.reshape(x.shape[0] // 8, 8), 1)
-    return tl.max(peaks, 0)
+        most = tl.max(tl.abs(release(held, dtype)), 0)
+    return most
+
+
+@triton.jit
+def encode_held(held, amax, data, dtype: tl.constexpr, LIMIT: tl.constexpr, FTZ: tl.constexpr):
+    """What `hold` was given, magnitudes up to amax, as elements of data of format int8_block.
+
+    On a GPU it is two bfloat16 at a time that are cut, before they are scaled: what rounds to 128, amax and its
+    predecessor at most, becomes the largest that rounds to 127, and nothing else that does not round to it changes.
+    """
+    factor = tl.div_rn(LIMIT, amax)
+    if FTZ and dtype == tl.bfloat16:
+        most = ((amax * CUT).to(tl.int32, bitcast=True) >> 16) * 0x10001
+        held = tl.inline_asm_elementwise("min.bf16x2 $0, $1, $2;", "=r,r,r", [held, most], tl.int32, True, 1)
+        coded = (
+            (_product(release(held, dtype), factor, FTZ) + ROUND).to(tl.int32, bitcast=True).to(data.dtype.element_ty)
+        )
+    else:
+        coded = encode(release(held, dtype), factor, data, "int8_block", FTZ)
+    return coded
 
 
 @triton.jit
@@ -269,11 +288,11 @@ def _quantize_tiles(
     DTYPE: tl.constexpr = x.dtype.element_ty
     held = hold(fetch(x + at, real).reshape(EDGE * EDGE))
     if ACT != "identity":
-        held = _packed(_activate(release(held, DTYPE), ACT, DTYPE, FTZ), DTYPE, FTZ)
-    amax = tl.maximum(_largest_held(held, DTYPE, FTZ), FLOOR)
-    y = release(held, DTYPE).reshape(EDGE, EDGE)
+        held = packed(_activate(release(held, DTYPE), ACT, DTYPE, FTZ), DTYPE, FTZ)
+    amax = tl.maximum(largest_held(held, DTYPE, FTZ), FLOOR)
     to = data + (row.to(tl.int64) * C)[:, None] + c
-    tl.store(to, encode(y, tl.div_rn(LIMIT, amax), data, "int8_block", FTZ), mask=(row < rows)[:, None] & real)
+    coded = encode_held(held, amax, data, DTYPE, LIMIT, FTZ).reshape(EDGE, EDGE)
+    tl.store(to, coded, mask=(row < rows)[:, None] & real)
     tl.store(data_scale + tile * tl.num_programs(0) + tl.program_id(0), tl.div_rn(amax, LIMIT))
 
 

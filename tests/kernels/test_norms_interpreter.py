@@ -30,10 +30,10 @@ def config():
 
 @pytest.fixture
 def block_config():
-    """Sixteen rows a program, so that row blocks have several, and tiles one row block or two behind."""
+    """Eight rows a program, so that row blocks have several, and tiles two row blocks behind."""
     from turbocompile.kernels.norms_triton import BlockConfig
 
-    return BlockConfig(warps=8, rows=16, elements=48, lag=10)
+    return BlockConfig(warps=8, elements=48, lag=20)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the process that interprets Triton")
@@ -237,21 +237,12 @@ def test_norms_quantized(normal, unit, config, block_config, dtype, tokens, form
 
 
 @inside
-@pytest.mark.parametrize("order", ["as launched", "reversed", "shuffled"])
-@pytest.mark.parametrize(("rows", "lag"), [(16, 0), (32, 5), (128, 2)])
-def test_row_blocks_are_quantized_once_in_any_order(normal, same, monkeypatch, order, rows, lag):
-    """As multiprocessors may take programs: a tile whose rows are not done is left to the last program over them."""
-    from triton.runtime.interpreter import interpreter_builder
+@pytest.mark.parametrize(("warps", "lag"), [(4, 0), (8, 20), (16, 1000)])
+def test_a_tile_comes_behind_its_rows(normal, same, warps, lag):
+    """By one row block, by two, and behind all rows; before them it would find zeros, and say NaN."""
     from turbocompile.kernels.norms_triton import BlockConfig, Norm, Sum, norm_into
 
-    place = interpreter_builder.set_grid_idx
-
-    def moved(x, *rest):
-        programs = interpreter_builder.grid_dim[0]
-        step = next(n for n in (7919, 104729) if programs % n) if order == "shuffled" else 1
-        place(programs - 1 - x if order == "reversed" else x * step % programs, *rest)
-
-    monkeypatch.setattr(interpreter_builder, "set_grid_idx", moved)
+    config = BlockConfig(warps, 48, lag=lag)
     gate, scale, shift = normal(2, 1, 300), normal(2, 1, 300), normal(300)
     for tokens in (1, 64, 193):  # 2 to 386 rows: a row block in part, one, and three with a part
         x, y = (normal(2, tokens + 3, 307, dtype=F16)[:, :tokens, 4:304] for _ in "xy")
@@ -259,13 +250,23 @@ def test_row_blocks_are_quantized_once_in_any_order(normal, same, monkeypatch, o
         residual = torch.full_like(x, float("nan"), memory_format=torch.contiguous_format)
         data, unit = (torch.full_like(t, 99) for t in expected[1:])
         norm = Norm("layer", 1e-6, scale=scale, shift=shift)
-        norm_into(x, norm, "int8_block", data, unit, Sum(y, gate, residual), BlockConfig(8, rows, 48, lag=lag))
+        norm_into(x, norm, "int8_block", data, unit, Sum(y, gate, residual), config)
         assert torch.equal(residual, expected[0])
         assert ((unit - expected[2]).abs() <= 2.0**-10 * expected[2]).all()
         assert ((data.int() - expected[1]).abs() <= 1).all()
         again, other = torch.full_like(data, 99), torch.full_like(unit, 99)
-        norm_into(residual, norm, "int8_block", again, other, config=BlockConfig(8, 64, 48, lag=1))
+        norm_into(residual, norm, "int8_block", again, other, config=BlockConfig(8, 48, lag=1))
         same((again, other), (data, unit))
+
+
+@inside
+def test_tiles_are_at_least_a_row_block_behind(normal):
+    from turbocompile.kernels.norms_triton import BlockConfig
+
+    device = torch.device("cpu")
+    for lag, programs in ((0, 20), (0.5, 1), (3, 100)):
+        assert BlockConfig(8, 48, lag=lag).blocks_between(1000, programs, device) >= 1
+    assert BlockConfig(8, 48, lag=1000).blocks_between(1000, 20, device) == 8  # there are no more
 
 
 @inside
