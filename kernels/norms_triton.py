@@ -383,7 +383,7 @@ def _norm_tile(
     held = packed(n.reshape(EDGE * EDGE), DTYPE, FTZ)
     amax = tl.maximum(largest_held(held, DTYPE, FTZ), FLOOR)
     coded = encode_held(held, amax, data, DTYPE, LIMIT, FTZ).reshape(EDGE, EDGE)
-    tl.store(data + to, coded, mask=real & m)
+    tl.store(data + to, coded, mask=real & m, eviction_policy="evict_first")  # what is read again stays
     tl.store(data_scale + block * tl.cdiv(C, EDGE) + tile, amax * (1 / LIMIT))  # exact: LIMIT is 128
 
 
@@ -492,7 +492,8 @@ class BlockConfig:
 # The declared set, by the widest row: without a sum, and with one, which at 5120 channels does not fit 64 registers.
 # Two programs run on a multiprocessor at a time.
 BLOCK_CONFIGS = {
-    8192: (BlockConfig(16, 48, 64, lag=4), BlockConfig(8, 48, 128)),
+    2048: (BlockConfig(16, 48, 64, lag=3), BlockConfig(8, 48, 128, lag=2)),
+    8192: (BlockConfig(16, 48, 64, lag=4), BlockConfig(8, 48, 128, lag=2)),
     WIDEST: (BlockConfig(16, 48), BlockConfig(16, 48)),
 }
 
