@@ -28,14 +28,17 @@ import torch.nn.functional as F
 from timing import replayed, versions
 from turbocompile.kernels import adaln, gelu_quantize, norm_quantize, qk_norm_rope, quantize, residual_norm
 from turbocompile.kernels import norms_triton as norms
+from turbocompile.kernels import prepare_triton as preparing
 from turbocompile.kernels import quantize_triton as quantizing
 from turbocompile.kernels.norms_triton import BlockConfig
 from turbocompile.kernels.quantize_triton import RowConfig
 from turbocompile.kernels.rotary_triton import launch_qk_norm_rope
+from turbocompile.kernels.sage_attention import e4m3, quantize_rows
 
 EPS = 1e-6
 HEAD_DIM = 128
 BF16 = 2  # bytes
+BLOCK_K = 128  # keys that share a scale
 BESIDE = ("torch", "compiled")
 SETS = 2  # of tensors, between which calls alternate
 SWEEP = tuple(
@@ -144,7 +147,7 @@ def cases(shape: Shape) -> list[Case]:
 
     def case(name: str, moved: int, launch: Callable[..., object], torch_: Call, reference: Callable[..., object],
              *args: object) -> Case:  # fmt: skip
-        elements = (wide if wide is args[0] else x).numel()
+        elements = (wide if wide is args[0] else x).numel()  # of "sage" k's, and as many of v
         return Case(name, moved, elements, partial(launch, *args), torch_, reference, args)
 
     found = [
@@ -168,7 +171,28 @@ def cases(shape: Shape) -> list[Case]:
             case(f"gelu_quantize {f}", BF16 + 1, quantizing.launch_gelu_quantize, then("tanh", f),
                  gelu_quantize.reference, wide, "tanh", f),
         ]  # fmt: skip
+    k, v = (t.unflatten(-1, (heads, HEAD_DIM)) for t in (x, y))
+    k_mean, v_scale = k.float().mean(1)[0], v.float().abs().amax(1)[0] / 448
+    blocks = (k, v, k_mean, v_scale, BLOCK_K)
+    for name, pool in (("sage's blocks", False), ("sla's blocks", True)):
+        launch = partial(preparing.quantize_blocks, pv="fp8", permute=True, pool=pool)
+        found.append(case(name, 2 * BF16 + 2, launch, partial(blocked, *blocks), blocked, *blocks))
+    sums = partial(preparing.summarize, feature_map=None)
+    found.append(case("sage's sums", 2 * BF16, sums, partial(summed_up, k, v), summed_up, k, v))
     return found
+
+
+def summed_up(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What Sage needs of all tokens before it can quantize."""
+    return k.float().mean(1), v.float().abs().amax(1)
+
+
+def blocked(
+    k: torch.Tensor, v: torch.Tensor, k_mean: torch.Tensor, v_scale: torch.Tensor, rows: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What Sage multiplies, by heads."""
+    keys, scale = quantize_rows((k.float() - k_mean).transpose(1, 2), rows)
+    return keys.to(torch.int8), scale, e4m3((v.float() / v_scale).transpose(1, 2))
 
 
 def copying(elements: int) -> Call:

@@ -250,6 +250,35 @@ def summarize(k: torch.Tensor, v: torch.Tensor, feature_map: str | None) -> tupl
     return columns, state
 
 
+def quantize_blocks(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_mean: torch.Tensor,
+    v_scale: torch.Tensor,
+    block_k: int,
+    *,
+    pv: str,
+    permute: bool = False,
+    pool: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The second pass over k and v (B, L, H, D): k8, k_scale, v8 and, with pool, pooled, as in Prepared.
+
+    k_mean and v_scale (BH, d) float32 are of the first. permute, pool: as in `prepare`.
+    """
+    batch, length, heads, head_dim = k.shape
+    d, bh, n, dev, fp8 = padded(head_dim), batch * heads, triton.cdiv(length, block_k), k.device, pv == "fp8"
+    k8 = torch.empty((bh, n, block_k, d), dtype=torch.int8, device=dev)
+    k_scale = torch.empty((bh, n), dtype=torch.float32, device=dev)
+    v_shape = (bh, n, d, block_k) if fp8 else (bh, n, block_k, d)
+    v8 = torch.empty(v_shape, dtype=torch.float8_e4m3fn if fp8 else torch.float16, device=dev)
+    pooled = torch.empty((bh, n, d) if pool else (1,), dtype=k.dtype, device=dev)
+    _quantize_kv[(n, bh)](
+        k, v, k_mean, v_scale, k8, k_scale, v8, pooled, *strides(k), *strides(v), length, heads,
+        HEAD=head_dim, D=d, BLOCK=block_k, POOL=pool, PERMUTE=permute and fp8, FP8=fp8, num_warps=8, num_stages=1,
+    )  # fmt: skip
+    return k8, k_scale, v8, pooled if pool else None
+
+
 def prepare(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -267,26 +296,18 @@ def prepare(
     weight (D, D): also the linear branch's phi_sum and folded.
     """
     batch, length, heads, head_dim = k.shape
-    d, bh, n, dev = padded(head_dim), batch * heads, triton.cdiv(length, block_k), k.device
+    d, bh, dev = padded(head_dim), batch * heads, k.device
     linear, fp8 = weight is not None, pv == "fp8"
     columns, state = summarize(k, v, feature_map if linear else None)
     k_mean, v_scale, phi_sum = (torch.empty((bh, d), dtype=torch.float32, device=dev) for _ in range(3))
     folded = torch.empty((bh, d, d) if linear else (1,), dtype=k.dtype, device=dev)
-    k8 = torch.empty((bh, n, block_k, d), dtype=torch.int8, device=dev)
-    k_scale = torch.empty((bh, n), dtype=torch.float32, device=dev)
-    v_shape = (bh, n, d, block_k) if fp8 else (bh, n, block_k, d)
-    v8 = torch.empty(v_shape, dtype=torch.float8_e4m3fn if fp8 else torch.float16, device=dev)
-    pooled = torch.empty((bh, n, d) if pool else (1,), dtype=k.dtype, device=dev)
     w = weight if weight is not None else k_mean
     _finish[(bh, d // 32 if linear else 1)](
         columns, state, w, w.stride(0), w.stride(1), k_mean, v_scale, phi_sum, folded, length, columns.shape[1],
         HEAD=head_dim, D=d, SLICE=32, LINEAR=linear, FP8=fp8, num_warps=8, num_stages=2,
     )  # fmt: skip
-    _quantize_kv[(n, bh)](
-        k, v, k_mean, v_scale, k8, k_scale, v8, pooled, *strides(k), *strides(v), length, heads,
-        HEAD=head_dim, D=d, BLOCK=block_k, POOL=pool, PERMUTE=permute and fp8, FP8=fp8, num_warps=8, num_stages=1,
-    )  # fmt: skip
+    k8, k_scale, v8, pooled = quantize_blocks(k, v, k_mean, v_scale, block_k, pv=pv, permute=permute, pool=pool)
     return Prepared(
-        k8, k_scale, v8, v_scale, pooled if pool else None, phi_sum if linear else None, folded if linear else None,
-        block_k, permute and fp8,
+        k8, k_scale, v8, v_scale, pooled, phi_sum if linear else None, folded if linear else None, block_k,
+        permute and fp8,
     )  # fmt: skip
