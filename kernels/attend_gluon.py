@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from turbocompile.kernels._common import FUSED
 
 
 @gluon.constexpr_function
@@ -286,5 +287,5 @@ def launch(
         TensorDescriptor.from_tensor(v_flat, [d, block_k], gl.NVMMASharedLayout(block_k, 8, 2)),
         k_scale, v_scale, lists,
         TensorDescriptor.from_tensor(folded, [d, d], gl.NVMMASharedLayout(128, 16, 2)), *tail,
-        BM=64, STAGES=stages, SHARE=share, **flags, num_warps=4, **registers,
+        BM=64, STAGES=stages, SHARE=share, **flags, **FUSED, num_warps=4, **registers,
     )  # fmt: skip

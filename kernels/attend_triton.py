@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from turbocompile.kernels._common import check
+from turbocompile.kernels._common import FUSED, check
 from turbocompile.kernels.prepare_triton import LOG2E, ROUND, Prepared, _exp2, _features, _product, prepare, strides
 
 try:
@@ -267,7 +267,7 @@ def attend(
         TensorDescriptor.from_tensor(v_flat, list(kv.v8.shape[-2:])), kv.k_scale, kv.v_scale,
         lists, kv.folded if kv.folded is not None else q, *tail,
         BM=bm, FP8=kv.v8.dtype != torch.float16, FTZ=q.is_cuda, **flags,
-        num_warps=config.warps, num_stages=config.stages, **registers,
+        **FUSED, num_warps=config.warps, num_stages=config.stages, **registers,
     )  # fmt: skip
     return out
 

@@ -43,7 +43,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 from turbocompile.kernels import w8a8_linear
-from turbocompile.kernels._common import check
+from turbocompile.kernels._common import FUSED, check
 from turbocompile.kernels.quantize import BLOCK
 
 from turbocompile.errors import UnsupportedError
@@ -398,7 +398,7 @@ def launch_linear(
         INTEGER=format != "fp8", PROMOTE=config.promote, BIAS=bias is not None, GELU=gelu,
         RESIDUAL=residual is not None, GATE=gates is not None, ADDED=card.capability == (8, 0), DESCRIPTOR=descriptor,
         PARTS=parts, FLATTEN=config.flatten,
-        num_warps=config.warps, num_stages=config.stages, **limit,
+        **FUSED, num_warps=config.warps, num_stages=config.stages, **limit,
     )  # fmt: skip
     return out
 

@@ -44,7 +44,7 @@ from typing import TypeAlias
 import torch
 import triton
 import triton.language as tl
-from turbocompile.kernels._common import WIDEST, check, check_broadcast, check_channels, choose
+from turbocompile.kernels._common import FUSED, WIDEST, check, check_broadcast, check_channels, choose
 from turbocompile.kernels.norm_quantize import NORMS
 from turbocompile.kernels.prepare_triton import _product, processors
 from turbocompile.kernels.quantize import BLOCK, FLOOR, LIMIT, empty_quantized
@@ -540,7 +540,7 @@ def norm_into(
             C=width, **taken, EDGE=BLOCK, FLAT=v.shape[0] == 1,
             DENSE=all(t is None or t.is_contiguous() for t in (v, wide[0])), SHARED_GATE=not any(strides[2:4]),
             SHARED=not any(strides[4:]), RMS=norm.kind == "rms", **limits,
-            num_warps=config.warps, num_stages=1, **config.limit(x),
+            **FUSED, num_warps=config.warps, num_stages=1, **config.limit(x),
         )  # fmt: skip
         return
     w0, w1 = pieces(max(width, 2))
@@ -552,7 +552,7 @@ def norm_into(
     _norm_rows[(triton.cdiv(v.shape[1], launch.rows), v.shape[0])](
         v, *wide, *narrow, residual, out, out_scale, *row_strides(v), *strides, v.shape[1], launch.rows, norm.eps,
         C=width, W0=w0, W1=w1, NEAR=neighbours((w0, w1), launch.warps, launch.near), RMS=norm.kind == "rms",
-        OUT=form, **limits, num_warps=launch.warps, num_stages=1, **limit,
+        OUT=form, **limits, **FUSED, num_warps=launch.warps, num_stages=1, **limit,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from turbocompile.kernels._common import FUSED
 
 LOG2E = tl.constexpr(1.4426950408889634)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to |x| < 2^22 it rounds half to even; the bits end in the integer
@@ -245,7 +246,7 @@ def summarize(k: torch.Tensor, v: torch.Tensor, feature_map: str | None) -> tupl
     _summaries[(splits, bh)](
         k, v, columns, state, *strides(k), *strides(v), length, heads, per,
         HEAD=head_dim, D=d, ROWS=rows, LINEAR=feature_map is not None, MAP=feature_map or "softmax", FTZ=k.is_cuda,
-        num_warps=8, num_stages=3, **({"maxnreg": 128} if k.is_cuda else {}),
+        **FUSED, num_warps=8, num_stages=3, **({"maxnreg": 128} if k.is_cuda else {}),
     )  # fmt: skip
     return columns, state
 
@@ -274,7 +275,8 @@ def quantize_blocks(
     pooled = torch.empty((bh, n, d) if pool else (1,), dtype=k.dtype, device=dev)
     _quantize_kv[(n, bh)](
         k, v, k_mean, v_scale, k8, k_scale, v8, pooled, *strides(k), *strides(v), length, heads,
-        HEAD=head_dim, D=d, BLOCK=block_k, POOL=pool, PERMUTE=permute and fp8, FP8=fp8, num_warps=8, num_stages=1,
+        HEAD=head_dim, D=d, BLOCK=block_k, POOL=pool, PERMUTE=permute and fp8, FP8=fp8,
+        **FUSED, num_warps=8, num_stages=1,
     )  # fmt: skip
     return k8, k_scale, v8, pooled if pool else None
 
@@ -304,7 +306,7 @@ def prepare(
     w = weight if weight is not None else k_mean
     _finish[(bh, d // 32 if linear else 1)](
         columns, state, w, w.stride(0), w.stride(1), k_mean, v_scale, phi_sum, folded, length, columns.shape[1],
-        HEAD=head_dim, D=d, SLICE=32, LINEAR=linear, FP8=fp8, num_warps=8, num_stages=2,
+        HEAD=head_dim, D=d, SLICE=32, LINEAR=linear, FP8=fp8, **FUSED, num_warps=8, num_stages=2,
     )  # fmt: skip
     k8, k_scale, v8, pooled = quantize_blocks(k, v, k_mean, v_scale, block_k, pv=pv, permute=permute, pool=pool)
     return Prepared(

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 import triton.language as tl
-from turbocompile.kernels._common import ROW_DTYPES, WIDEST, check, choose
+from turbocompile.kernels._common import FUSED, ROW_DTYPES, WIDEST, check, choose
 from turbocompile.kernels.prepare_triton import ROUND, _exp2, _product, processors
 from turbocompile.kernels.quantize import BLOCK, FLOOR, LIMIT, empty_quantized
 
@@ -404,7 +404,7 @@ def quantize_into(
         config = config or TILE_CONFIG
         _quantize_tiles[(triton.cdiv(width, BLOCK), triton.cdiv(rows, BLOCK))](
             v, data, scale, *row_strides(v), v.shape[1], rows,
-            C=width, EDGE=BLOCK, FLAT=v.shape[0] == 1, ACT=act, FTZ=gpu, **limits, num_warps=config.warps,
+            C=width, EDGE=BLOCK, FLAT=v.shape[0] == 1, ACT=act, FTZ=gpu, **limits, **FUSED, num_warps=config.warps,
             num_stages=1, **config.limit(x),
         )  # fmt: skip
         return
@@ -415,7 +415,7 @@ def quantize_into(
     _quantize_rows[(triton.cdiv(v.shape[1], config.rows), v.shape[0])](
         v, data, scale, *row_strides(v), v.shape[1], config.rows,
         C=width, W0=w0, W1=w1, W2=w2, NEAR=neighbours(widths, config.warps, STORED), ACT=act, FORMAT=format, FTZ=gpu,
-        **limits, num_warps=config.warps, num_stages=1,
+        **limits, **FUSED, num_warps=config.warps, num_stages=1,
     )  # fmt: skip
 
 

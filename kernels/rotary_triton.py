@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from turbocompile.kernels._common import WIDEST
+from turbocompile.kernels._common import FUSED, WIDEST
 from turbocompile.kernels.qk_norm_rope import AXES, _check
 from turbocompile.kernels.quantize_triton import (
     RowConfig,
@@ -212,6 +212,6 @@ def launch_qk_norm_rope(
         *row_strides(v), v.shape[1], config.rows, counts[1], counts[2], eps,
         H=num_heads, D=dim, HALF=half, H0=h0, H1=h1, P=p, D0=columns[0], D1=columns[1], D2=columns[2],
         PER_HEAD=per_head, TURN=bool(cos), INTERLEAVED=interleaved and bool(cos),
-        num_warps=config.warps, num_stages=1,
+        **FUSED, num_warps=config.warps, num_stages=1,
     )  # fmt: skip
     return out

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from turbocompile.kernels._common import FUSED
 from turbocompile.kernels.attend_triton import LARGE_SHARED, shared_memory
 from turbocompile.kernels.prepare_triton import LOG2E, TINY, _exp2, _features, padded, splits_of, strides, summarize
 from turbocompile.kernels.sla_triton import select_blocks
@@ -331,7 +332,7 @@ def default_train_config(device: torch.device) -> TrainConfig:
 
 
 def _launch(pair: tuple[int, int]) -> dict[str, int]:
-    return {"num_warps": pair[0], "num_stages": pair[1]}
+    return {"num_warps": pair[0], "num_stages": pair[1], **FUSED}
 
 
 def _state(
@@ -353,7 +354,17 @@ def _state(
     if lut is None:
         pooled = torch.empty((bh, n, d), dtype=q.dtype, device=q.device)
         _pool[(n, bh)](
-            k, k_mean, pooled, *strides(k), length, heads, HEAD=head_dim, D=d, BLOCK=blocks.block_k, num_warps=4
+            k,
+            k_mean,
+            pooled,
+            *strides(k),
+            length,
+            heads,
+            HEAD=head_dim,
+            D=d,
+            BLOCK=blocks.block_k,
+            **FUSED,
+            num_warps=4,
         )
         lut = select_blocks(q, pooled, blocks.count, blocks.block_q)
     return _State(lut, folded, phi_sum, k_mean, products, weight)
@@ -425,7 +436,7 @@ def _linear_backward(
     _linear_q[(splits, bh)](
         q, out, grad, state.folded, state.phi_sum, proj_bias, dq, delta, cross, columns,
         *strides(q), *strides(out), *strides(grad), *strides(dq), length, heads, per,
-        HEAD=head_dim, D=d, ROWS=rows, MAP=feature_map, FTZ=q.is_cuda, num_warps=8, num_stages=1,
+        HEAD=head_dim, D=d, ROWS=rows, MAP=feature_map, FTZ=q.is_cuda, **FUSED, num_warps=8, num_stages=1,
     )  # fmt: skip
     return dq, delta, cross.sum(1) / state.phi_sum.clamp(min=TINY.value)[:, :, None], columns.sum(1)
 
@@ -474,7 +485,7 @@ def _grads_of_keys(
     keep = torch.zeros((bh, m, n), dtype=torch.int8, device=dev).scatter_(2, state.lut.long(), 1)
     back = torch.empty((bh, n, m), dtype=torch.int32, device=dev)
     counts = torch.empty((bh, n), dtype=torch.int32, device=dev)
-    _invert[(n, bh)](keep, back, counts, m, n, WIDTH=max(64, triton.next_power_of_2(m)), num_warps=4)
+    _invert[(n, bh)](keep, back, counts, m, n, WIDTH=max(64, triton.next_power_of_2(m)), **FUSED, num_warps=4)
     unit = dproducts.abs().amax((1, 2)).clamp(min=TINY.value)  # dKV shrinks with the length: fp16 would lose it
     dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=dev) for _ in range(2))
     wide = max(blocks.block_q, blocks.block_k) > 64

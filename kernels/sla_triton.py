@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from turbocompile.kernels._common import FUSED
 from turbocompile.kernels.attend_triton import AttendConfig, attend, chosen_config, product_format
 from turbocompile.kernels.prepare_triton import prepare, strides
 
@@ -89,12 +90,12 @@ def select_blocks(q: torch.Tensor, pooled: torch.Tensor, count: int, block_q: in
     lut = torch.empty((bh, m, count), dtype=torch.int32, device=q.device)
     _scores[(triton.cdiv(m, 16), bh)](
         q, pooled, scores, *strides(q), length, heads, m, n,
-        HEAD=head_dim, D=d, BLOCK_Q=block_q, ROWS=16, STEP=4, CHUNK=64, num_warps=8, num_stages=2,
+        HEAD=head_dim, D=d, BLOCK_Q=block_q, ROWS=16, STEP=4, CHUNK=64, **FUSED, num_warps=8, num_stages=2,
     )  # fmt: skip
     width = max(64, triton.next_power_of_2(n))
     rows = max(1, 1024 // width)
     _choose[(triton.cdiv(bh * m, rows),)](
-        scores, lut, bh * m, n, count, ROWS=rows, WIDTH=width, num_warps=max(1, width // 2048), num_stages=1
+        scores, lut, bh * m, n, count, ROWS=rows, WIDTH=width, **FUSED, num_warps=max(1, width // 2048), num_stages=1
     )
     return lut
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +50,21 @@ def test_every_op_has_a_decomposition():
 def test_every_op_but_the_plain_rotation_has_a_kernel():
     registered = torch._C._dispatch_has_kernel_for_dispatch_key
     assert {n for n in kernels.OPS if not registered(f"turbocompile::{n}", "CUDA")} == {"rope"}
+
+
+def test_every_launch_says_that_products_and_sums_fuse():
+    """Or a user's first call warns of it, from Triton 3.9 on, and from 3.10 on takes more instructions."""
+    said = 0
+    for file in sorted(Path(_common.__file__).parent.glob("*_*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):  # kernel[grid](...)
+                unpacked = [ast.unparse(k.value) for k in node.keywords if k.arg is None]
+                assert any(u == "FUSED" or u.startswith("_launch(") for u in unpacked), f"{file.name}:{node.lineno}"
+                said += 1
+    assert said >= 18
+    from turbocompile.kernels.sla_train_triton import _launch
+
+    assert _launch((4, 2)) == {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 
 
 @pytest.mark.parametrize(
