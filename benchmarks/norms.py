@@ -147,7 +147,7 @@ def cases(shape: Shape) -> list[Case]:
 
     def case(name: str, moved: int, launch: Callable[..., object], torch_: Call, reference: Callable[..., object],
              *args: object) -> Case:  # fmt: skip
-        elements = (wide if wide is args[0] else x).numel()  # of "sage" k's, and as many of v
+        elements = (wide if wide is args[0] else x).numel()  # of Sage's passes: of k, and v has as many
         return Case(name, moved, elements, partial(launch, *args), torch_, reference, args)
 
     found = [

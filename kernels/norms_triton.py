@@ -257,6 +257,17 @@ def _summed(
 
 
 @triton.jit
+def _pieces(at, c, C: tl.constexpr, K: tl.constexpr):
+    """Rows in K pieces of columns c (1, SPAN), as they wait for their turn."""
+    SPAN: tl.constexpr = c.shape[1]
+    pieces = ()
+    for k in tl.static_range(K):
+        piece = tl.load(at + k * SPAN, mask=inside(c + k * SPAN, C, (k + 1) * SPAN), other=0.0)
+        pieces = pieces + (hold(piece.reshape(piece.shape[0] * SPAN)),)  # type: ignore[assignment]
+    return pieces
+
+
+@triton.jit
 def _words(
     x, y, gate, words,
     x_b, x_l, y_b, y_l, gate_b, gate_l,
@@ -272,16 +283,10 @@ def _words(
     c = tl.arange(0, SPAN)[None, :]
     row = tl.minimum(tl.arange(0, ROWS), rows - 1 - first)
     at = _rows(x, first, row, length, x_b, x_l, C, FLAT, DENSE) + c
-    rs = ()
-    for k in tl.static_range(K):
-        piece = tl.load(at + k * SPAN, mask=inside(c + k * SPAN, C, (k + 1) * SPAN), other=0.0)
-        rs = rs + (hold(piece.reshape(ROWS * SPAN)),)  # type: ignore[assignment]
+    rs = _pieces(at, c, C, K)
     if y is not None:
         at = _rows(y, first, row, length, y_b, y_l, C, FLAT, DENSE) + c
-        ys = ()
-        for k in tl.static_range(K):
-            piece = tl.load(at + k * SPAN, mask=inside(c + k * SPAN, C, (k + 1) * SPAN), other=0.0)
-            ys = ys + (hold(piece.reshape(ROWS * SPAN)),)  # type: ignore[assignment]
+        ys = _pieces(at, c, C, K)
         sums = ()
         for k in tl.static_range(K):
             r = _summed(

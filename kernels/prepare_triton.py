@@ -259,8 +259,8 @@ def quantize_blocks(
     block_k: int,
     *,
     pv: str,
-    permute: bool = False,
-    pool: bool = False,
+    permute: bool,
+    pool: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The second pass over k and v (B, L, H, D): k8, k_scale, v8 and, with pool, pooled, as in Prepared.
 

@@ -169,9 +169,7 @@ def encode_held(held, amax, data, dtype: tl.constexpr, LIMIT: tl.constexpr, FTZ:
     if FTZ and dtype == tl.bfloat16:
         most = ((amax * CUT).to(tl.int32, bitcast=True) >> 16) * 0x10001
         held = tl.inline_asm_elementwise("min.bf16x2 $0, $1, $2;", "=r,r,r", [held, most], tl.int32, True, 1)
-        coded = (
-            (_product(release(held, dtype), factor, FTZ) + ROUND).to(tl.int32, bitcast=True).to(data.dtype.element_ty)
-        )
+        coded = encode(release(held, dtype), factor, data, "int8", FTZ)
     else:
         coded = encode(release(held, dtype), factor, data, "int8_block", FTZ)
     return coded

@@ -354,18 +354,9 @@ def _state(
     if lut is None:
         pooled = torch.empty((bh, n, d), dtype=q.dtype, device=q.device)
         _pool[(n, bh)](
-            k,
-            k_mean,
-            pooled,
-            *strides(k),
-            length,
-            heads,
-            HEAD=head_dim,
-            D=d,
-            BLOCK=blocks.block_k,
-            **FUSED,
-            num_warps=4,
-        )
+            k, k_mean, pooled, *strides(k), length, heads, HEAD=head_dim, D=d, BLOCK=blocks.block_k,
+            **FUSED, num_warps=4,
+        )  # fmt: skip
         lut = select_blocks(q, pooled, blocks.count, blocks.block_q)
     return _State(lut, folded, phi_sum, k_mean, products, weight)
 
