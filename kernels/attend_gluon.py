@@ -127,6 +127,13 @@ def _attend_hopper(
     amax = gl.maximum(gl.max(gl.max(gl.abs(x), 1), 0), 1e-7)
     q8 = (x * (127.0 / amax) + 12582912.0).to(gl.int32, bitcast=True).to(gl.int8)
     unit = amax / 127.0 * scale * 1.4426950408889634
+    # Scores of blocks whose next integer is 2^4 times as large are scaled down, all of the tile alike: see `_power` below.
+    some: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    t = gl.arange(0, 128, some)
+    largest = gl.zeros([128], gl.float32, some)
+    for start in range(0, num_k, 128):
+        largest = gl.maximum(largest, gl.load(k_scale + first + start + t, mask=start + t < num_k, other=0.0))
+    unit = unit * gl.minimum(1.0, 4.0 / (gl.max(largest, 0) * unit))
     q_tile = gl.allocate_shared_memory(gl.int8, [BM, D], q8_layout, q8)
     fence_async_shared()
     gl.thread_barrier()
@@ -135,6 +142,7 @@ def _attend_hopper(
     nothing = gl.zeros([BM, D], gl.float32, o_layout)
     acc = gl.zeros([BM, D], gl.float32, o_layout)
     high = gl.full([BM], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+    level = gl.full([BM], float("inf"), gl.float32, gl.SliceLayout(1, s_layout))
     norm = gl.zeros([BM], gl.float32, gl.SliceLayout(1, s_layout))
     col = gl.arange(0, BN, gl.SliceLayout(0, s_layout))
     if CAUSAL:
@@ -178,19 +186,14 @@ def _attend_hopper(
         top = gl.max(s, 1)
         peak = _product(top.to(gl.float32), c)
         new = gl.maximum(high, peak)
-        alpha = _power(high - new)
-        # adding 1.5 * 2^23's bits makes the float of an integer under 2^22 (|s - top| <= 2 * 127^2 * 128)
-        f = (s + (0x4B400000 - top)[:, None]).to(gl.float32, bitcast=True)
-        shift = peak - new + 8.807
-        if not SPARSE:
-            # 12582912 leaves with the shift: one addition less an element, the exponent off by at most c / 2. Dense
-            # gains 3 to 5%; lists of blocks lose as much to the second copy of the code.
-            if c < 0.0078125:
-                p = _power(f * c + (shift - 12582912.0 * c)[:, None])
-            else:
-                p = _power((f - 12582912.0) * c + shift[:, None])
-        else:
-            p = _power((f - 12582912.0) * c + shift[:, None])
+        # With 1.5 * 2^23's bits the bits of an integer s under 2^22 are those of the float m = 12582912 + s, and
+        # 2^(m c + offset) is one instruction less an element than 2^((s - top) c + ...). `offset` holds 12582912 c and is
+        # off by up to 0.75 c; `level`, what it leaves beside s c, is found exactly, and blocks are weighed by that.
+        offset = gl.fma(c, -12582912.0, (8.807 - 0.75 * c) - new)
+        level_now = gl.fma(c, 12582912.0, offset)
+        alpha = _power(level_now - level)
+        level = level_now
+        p = _power(gl.fma((s + 0x4B400000).to(gl.float32, bitcast=True), c, offset[:, None]))
         # a small c brings masked scores near the real ones, so their weights are taken out
         if CAUSAL:  # noqa: SIM102
             if (index + 1) * BN > edge:
@@ -198,7 +201,8 @@ def _attend_hopper(
         norm = norm * alpha + gl.sum(p, 1)
         if RAGGED and not CAUSAL:  # noqa: SIM102
             if index == num_k - 1:  # V is zero past the end: only the sum has to give them back
-                norm -= _power((-2100000 - top).to(gl.float32) * c + shift) * (num_k * BN - keys)
+                past = _power(gl.fma(c, 12582912.0 - 2100000.0, offset))
+                norm -= past * (num_k * BN - keys)
         high = new
         # of 16 columns a thread owns {2t, 2t+1, 2t+8, 2t+9}: V's tokens are stored in that order
         p8 = p.to(gl.float8e4nv).reshape([BM, BN // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([BM, BN])
