@@ -58,8 +58,8 @@ def _scores(
 def _choose(scores, lut, lines, num_k, topk, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """The topk largest of each line of scores, as ascending indices; of equal ones the lower index.
 
-    The k-th largest is found bit by bit: 32 counts over registers. One warp holds whole lines, so a count needs no
-    barrier.
+    The k-th largest is found bit by bit, by counts over registers: 32 at most, but some 20 bits tell it from the next.
+    One warp holds whole lines, so a count needs no barrier.
     """
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     n = tl.arange(0, WIDTH)
@@ -69,11 +69,16 @@ def _choose(scores, lut, lines, num_k, topk, ROWS: tl.constexpr, WIDTH: tl.const
     key = tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)  # unsigned order = order of the floats
     key = tl.where((n < num_k)[None, :], key, 0)
     bound = tl.zeros([ROWS], tl.uint32)
+    count = tl.full([ROWS], WIDTH, tl.int32)  # of keys that are at least the bound
     bit = tl.full([ROWS], 0x80000000, tl.uint32)
-    for _ in range(32):
+    turns = 0
+    while turns < 32 and tl.max((count != topk).to(tl.int32), 0) != 0:
         trial = bound | bit
         bit = bit >> 1
-        bound = tl.where(tl.sum((key >= trial[:, None]).to(tl.int32), 1) >= topk, trial, bound)
+        kept = tl.sum((key >= trial[:, None]).to(tl.int32), 1)
+        bound = tl.where(kept >= topk, trial, bound)
+        count = tl.where(kept >= topk, kept, count)
+        turns += 1
     above = (key > bound[:, None]).to(tl.int32)
     equal = (key == bound[:, None]).to(tl.int32)
     need = topk - tl.sum(above, 1)

@@ -151,6 +151,24 @@ def test_sage_is_finite_on_zeros_and_large_values(make, pv, dtype):
         assert (y[..., 3] == 0).all()
 
 
+@pytest.mark.parametrize("factor", [3.0, 30.0, 1e3])
+def test_scores_of_any_size_find_the_largest(make, factor):
+    """Blocks of keys of very different sizes: what is in a block's scale must not reach the others' weights."""
+    q, k, v = (make(1, 1500, 2, 128) for _ in "qkv")
+    k[:, 500:900] *= 0.05  # whole blocks, whose integers are far apart from the others'
+    q, k = q * factor, k * factor
+    scores = q.double().transpose(1, 2) @ k.double().transpose(1, 2).transpose(-1, -2) * 128**-0.5
+    top = scores.topk(2).values
+    # INT8 of q and k is off by 2^-8 of their largest (4.5 sigma, say) at most, uniformly: 6 sigma of a score's error
+    error = 6 * 2 * (2**-8 * 4.5 / 3**0.5) * factor**2
+    clear = top[..., 0] - top[..., 1] > error + 30  # the largest alone has a weight, whatever INT8 makes of it
+    assert factor < 30 or clear.float().mean() > 0.1
+    y = ops.sage_attention(q, k, v, 128**-0.5, False, "fp8").transpose(1, 2)
+    chosen = v.transpose(1, 2).gather(2, scores.argmax(-1, keepdim=True).expand(-1, -1, -1, 128))
+    unit = 2.0**-4 * v.float().abs().amax(1)[:, :, None]  # e4m3's rounding of v and of its weight
+    assert ((y.float() - chosen.float()).abs() <= unit)[clear].all()
+
+
 def test_operands_of_any_strides(make):
     q, k, v = fused(make, 2, 500, 2, 64)
     y = ops.sage_attention(q.contiguous(), k.contiguous(), v.contiguous(), 0.125, False, "fp8")
