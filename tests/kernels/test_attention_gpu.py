@@ -165,7 +165,7 @@ def test_scores_of_any_size_find_the_largest(make, factor):
     assert factor < 30 or clear.float().mean() > 0.1
     y = ops.sage_attention(q, k, v, 128**-0.5, False, "fp8").transpose(1, 2)
     chosen = v.transpose(1, 2).gather(2, scores.argmax(-1, keepdim=True).expand(-1, -1, -1, 128))
-    unit = 2.0**-4 * v.float().abs().amax(1)[:, :, None]  # e4m3's rounding of v and of its weight
+    unit = 2.0**-3 * v.float().abs().amax(1)[:, :, None]  # e4m3's rounding of v and of its weight, 2^-4 each
     assert ((y.float() - chosen.float()).abs() <= unit)[clear].all()
 
 
