@@ -87,22 +87,32 @@ def _choose(scores, lut, lines, num_k, topk, ROWS: tl.constexpr, WIDTH: tl.const
     tl.store(lut + r[:, None] * topk + place, tl.broadcast_to(n[None, :], [ROWS, WIDTH]), mask=(chosen != 0) & live)
 
 
+def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Of each line of scores (lines, N) float32 the places of the count largest, ascending: (lines, count) int32.
+
+    Of equal scores the first are taken.
+    """
+    lines, n = scores.shape
+    found = torch.empty((lines, count), dtype=torch.int32, device=scores.device)
+    width = max(64, triton.next_power_of_2(n))
+    rows = max(1, 1024 // width)
+    _choose[(triton.cdiv(lines, rows),)](
+        scores, found, lines, n, count, ROWS=rows, WIDTH=width,
+        **FUSED, num_warps=max(1, width // 2048), num_stages=1,
+    )  # fmt: skip
+    return found
+
+
 def select_blocks(q: torch.Tensor, pooled: torch.Tensor, count: int, block_q: int) -> torch.Tensor:
     """q (B, L, H, D), pooled keys (B H, N, d) -> lut (B H, ceil(L / block_q), count) int32, ascending."""
     batch, length, heads, head_dim = q.shape
     bh, m, n, d = batch * heads, triton.cdiv(length, block_q), pooled.shape[1], pooled.shape[2]
     scores = torch.empty((bh, m, n), dtype=torch.float32, device=q.device)
-    lut = torch.empty((bh, m, count), dtype=torch.int32, device=q.device)
     _scores[(triton.cdiv(m, 16), bh)](
         q, pooled, scores, *strides(q), length, heads, m, n,
         HEAD=head_dim, D=d, BLOCK_Q=block_q, ROWS=16, STEP=4, CHUNK=64, **FUSED, num_warps=8, num_stages=2,
     )  # fmt: skip
-    width = max(64, triton.next_power_of_2(n))
-    rows = max(1, 1024 // width)
-    _choose[(triton.cdiv(bh * m, rows),)](
-        scores, lut, bh * m, n, count, ROWS=rows, WIDTH=width, **FUSED, num_warps=max(1, width // 2048), num_stages=1
-    )
-    return lut
+    return largest(scores.view(bh * m, n), count).view(bh, m, count)
 
 
 def sla_forward(

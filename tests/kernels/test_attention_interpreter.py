@@ -63,6 +63,25 @@ def test_values_beyond_float16_and_rows_of_zeros(normal):
 
 
 @inside
+@pytest.mark.parametrize(("lines", "n", "count"), [(5, 7, 3), (17, 64, 1), (3, 64, 64), (6, 200, 20), (2, 600, 60)])
+@pytest.mark.parametrize("kind", ["random", "close", "tied", "far"])
+def test_the_largest_are_found_and_of_equal_ones_the_first(normal, lines, n, count, kind):
+    from turbocompile.kernels.sla_triton import largest
+
+    scores = normal(lines, n)
+    if kind == "close":  # told apart by their last bits alone
+        scores = 1 + scores.argsort(-1) * 2.0**-23
+    elif kind == "tied":
+        scores = (2 * scores).round() + 0.0  # that -0 is 0
+    elif kind == "far":
+        scores = scores.sign() * 10 ** (12 * scores)
+        scores[0], scores[-1, :2] = 0, float("inf")
+    scores = scores.float()
+    expected = scores.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(-1).values
+    assert torch.equal(largest(scores, count), expected.int())
+
+
+@inside
 @pytest.mark.parametrize(
     ("feature_map", "batch", "tokens", "dim", "blocks"),
     [("softmax", 1, 150, 64, (64, 64)), ("elu", 2, 140, 48, (128, 64)), ("relu", 1, 200, 96, (64, 128))],
