@@ -33,6 +33,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from turbocompile.kernels._common import FUSED
 
+# Three names that Triton changed after 3.6: in 3.7, in 3.8 and in 3.9.
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
 
 @gluon.constexpr_function
 def _mma(warps, n, k):
@@ -66,8 +71,8 @@ def _product(x, y):
 def _fetch(k_tiles, v_tiles, k_ring, v_ring, full, at, BN: gl.constexpr, D: gl.constexpr, live):
     """Key block `at` and its values into one place of the ring; `full` completes when both are there."""
     mbarrier.expect(full, 2 * BN * D, pred=live)
-    tma.async_copy_global_to_shared(k_tiles, [at * BN, 0], full, k_ring, pred=live)
-    tma.async_copy_global_to_shared(v_tiles, [at * D, 0], full, v_ring, pred=live)
+    _copy(k_tiles, [at * BN, 0], full, k_ring, pred=live)
+    _copy(v_tiles, [at * D, 0], full, v_ring, pred=live)
 
 
 @gluon.jit
@@ -113,9 +118,12 @@ def _attend_hopper(
         mbarrier.init(full.index(i), count=1)
     mbarrier.init(g_full, count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    _barrier()
     if LINEAR and REUSE:
-        g_tile = k_ring._reinterpret(g_tiles.dtype, [D, D], g_tiles.layout)
+        if _REINTERPRET:
+            g_tile = k_ring.reinterpret(g_tiles.dtype, [D, D], g_tiles.layout)
+        else:
+            g_tile = k_ring._reinterpret(g_tiles.dtype, [D, D], g_tiles.layout)
 
     line = lut + (head * (gl.num_programs(0) // SHARE) + tile // SHARE).to(gl.int64) * topk
     if SPARSE:
@@ -146,7 +154,7 @@ def _attend_hopper(
     unit = unit * gl.minimum(1.0, 0.125 / (gl.max(largest, 0) * unit))
     q_tile = gl.allocate_shared_memory(gl.int8, [BM, D], q8_layout, q8)
     fence_async_shared()
-    gl.thread_barrier()
+    _barrier()
 
     zero = gl.zeros([BM, BN], gl.int32, s_layout)
     nothing = gl.zeros([BM, D], gl.float32, o_layout)
@@ -174,18 +182,18 @@ def _attend_hopper(
         # Under this product: every warp has read the place before, and it is filled again. The threads' wait for each
         # other costs nothing here; behind the second product it was a sixth of the time.
         free = (j + STAGES - 1) % STAGES
-        gl.thread_barrier()
+        _barrier()
         _fetch(k_tiles, v_tiles, k_ring.index(free), v_ring.index(free), full.index(free), first + following, BN, D,
                (j > 0) & (j + STAGES - 1 < count))  # fmt: skip
-        gl.thread_barrier()  # that the compiler would put between this copy and the second product
+        _barrier()  # that the compiler would put between this copy and the second product
         following = _entry(line, j + STAGES, count, SPARSE)
         s = warpgroup_mma_wait(0, [s])
         # outer conditions are the compiler's, inner ones the program's
         if LINEAR and REUSE:  # noqa: SIM102
             if j == count - 1:
-                gl.thread_barrier()  # every warp has read the last keys
+                _barrier()  # every warp has read the last keys
                 mbarrier.expect(g_full, 2 * D * D)
-                tma.async_copy_global_to_shared(g_tiles, [head * D, 0], g_full, g_tile)
+                _copy(g_tiles, [head * D, 0], g_full, g_tile)
         # masked scores: below every real one (127^2 D = 2064512 for D = 128)
         if CAUSAL:
             if (index + 1) * BN > edge:
@@ -252,9 +260,9 @@ def _attend_hopper(
     if LINEAR and not REUSE:
         g_tile = gl.allocate_shared_memory(g_tiles.dtype, [D, D], g_tiles.layout)
         fence_async_shared()
-        gl.thread_barrier()
+        _barrier()
         mbarrier.expect(g_full, 2 * D * D)
-        tma.async_copy_global_to_shared(g_tiles, [head * D, 0], g_full, g_tile)
+        _copy(g_tiles, [head * D, 0], g_full, g_tile)
     acc = acc * gl.convert_layout(_reciprocal(norm), gl.SliceLayout(1, o_layout))[:, None]
     e_o = gl.arange(0, D, gl.SliceLayout(0, o_layout))
     unit_v = gl.load(v_scale + kv_head * D + e_o)[None, :]
