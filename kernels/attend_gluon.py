@@ -234,7 +234,10 @@ def _attend_hopper(
         ahead = two_ahead
         c = c_ahead * unit
 
-    v_ring._keep_alive()  # from here on its place is scratch
+    # Every warp has read the last keys and values, whose places are scratch from here on. The compiler counts a product
+    # as read where it is issued, not where it is waited for, so that a barrier between the two is none to these reads.
+    _barrier()
+    v_ring._keep_alive()
     q_tile._keep_alive()
     if LINEAR:
         # phi(q) phi_sum / z, where a factor that all of a row share leaves nothing: phi is not divided by its sum, and
