@@ -13,7 +13,7 @@ from PIL import Image
 import turbocompile
 from turbocompile.build import optimize_recipe
 from turbocompile.errors import EngineError, TurbocompileError, UnsupportedError
-from turbocompile.generate import choose_shape, generate
+from turbocompile.generate import _placed, choose_shape, generate
 from turbocompile.recipe import Recipe, Shape
 from turbocompile.sampling import SamplingWarning, rcm
 from turbocompile.video import read_video
@@ -209,6 +209,21 @@ def test_something_else_than_an_image_is_refused(build, tmp_path):
 def test_an_engine_without_components_says_so(build):
     with pytest.raises(EngineError, match="components: none"):
         generate(build("bare", components="none"), PROMPT)
+
+
+def test_a_cpu_decodes_in_float32_whatever_the_files_hold(t2v, tmp_path):
+    """A CPU without instructions for bfloat16 takes minutes for a convolution in it."""
+    folder = tmp_path / "pipeline"
+    source = open_source(recipe())
+    source.components.save(folder)
+    vae = load_components(folder, source.components.table())["vae"].bfloat16()
+    vae.save_pretrained(folder / "vae")
+    table = source.components.table()
+    table["vae"]["dtype"] = "bfloat16"
+    assert load_components(folder, table)["vae"].dtype == torch.bfloat16
+    placed = _placed(load_components(folder, table)["vae"], "vae", torch.device("cpu"))
+    assert {p.dtype for p in placed.parameters()} == {torch.float32}
+    assert _placed("a tokenizer", "tokenizer", torch.device("cpu")) == "a tokenizer"
 
 
 @pytest.mark.parametrize("change", ["altered", "added", "missing"])
