@@ -145,7 +145,7 @@ def _attend_hopper(
     q8 = (x * (127.0 / amax) + 12582912.0).to(gl.int32, bitcast=True).to(gl.int8)
     unit = amax / 127.0 * scale * 1.4426950408889634
     # Where neighbours among a block's integer scores would be further apart than 2^(1/8), all scores of the tile are
-    # scaled down to that: `offset`, below, is no finer than such a step, and INT8 is off by a hundred of them.
+    # scaled down to that: `offset`, below, is no finer than such a step, and INT8 is off by some hundred (an estimate).
     some: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     t = gl.arange(0, 128, some)
     largest = gl.zeros([128], gl.float32, some)

@@ -211,7 +211,7 @@ def test_an_engine_without_components_says_so(build):
         generate(build("bare", components="none"), PROMPT)
 
 
-def test_a_cpu_decodes_in_float32_whatever_the_files_hold(t2v, tmp_path):
+def test_a_cpu_decodes_in_float32_whatever_the_files_hold(tmp_path):
     """A CPU without instructions for bfloat16 takes minutes for a convolution in it."""
     folder = tmp_path / "pipeline"
     source = open_source(recipe())
