@@ -8,6 +8,8 @@ median over three turns over the variants, so that the card's drift meets all al
 
 "of the copy" is a variant's rate over that of `copy_` of x, measured in the same turns: the bytes that the op has to
 move (each input read once, each output written once) by its time. A kernel that reads twice stays below 100% by that.
+The keys of a quantized attention take two small launches more, over some of their tokens and the rotary's tables:
+"kernel" is the time without them, "kernel and tables" with them.
 "torch" is what a model would write, in bf16 (quantized: the reference behind it; qk_norm_rope: F.rms_norm alone);
 "compiled", which takes minutes, is torch.compile of the op's reference. --sweep times other launch configurations too.
 FOLDER gets norms.json and norms.md.
@@ -22,14 +24,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timing import replayed, versions
-from turbocompile.kernels import adaln, gelu_quantize, norm_quantize, qk_norm_rope, quantize, residual_norm
+from turbocompile.kernels import adaln, gelu_quantize, keys_triton, norm_quantize, qk_norm_rope, quantize, residual_norm
 from turbocompile.kernels import norms_triton as norms
 from turbocompile.kernels import prepare_triton as preparing
 from turbocompile.kernels import quantize_triton as quantizing
+from turbocompile.kernels.keys_triton import KeysConfig
 from turbocompile.kernels.norms_triton import BlockConfig
 from turbocompile.kernels.quantize_triton import RowConfig
 from turbocompile.kernels.rotary_triton import launch_qk_norm_rope
@@ -54,6 +58,12 @@ BLOCK_SWEEP = (  # two programs a multiprocessor, or three with 80 registers
     *(BlockConfig(8, 48, 128, lag) for lag in (2, 3, 4, 5)),
     *(BlockConfig(16, 24, 64, lag) for lag in (3, 4)),
     *(BlockConfig(8, 24, 80, lag) for lag in (3, 4)),
+)
+
+KEYS_SWEEP = (
+    *(KeysConfig(8, 48, 80, lag) for lag in (3, 4, 5, 7)),
+    *(KeysConfig(8, 24, 80, lag) for lag in (3, 5)),
+    *(KeysConfig(16, 48, 64, lag) for lag in (2.5, 3, 4)),
 )
 
 TILE_SWEEP = tuple(
@@ -96,6 +106,7 @@ class Case:
     torch: Call
     reference: Callable[..., object]
     args: tuple[object, ...]
+    before: Call | None = None  # what of the kernel's call is another launch's
 
 
 @dataclass(frozen=True)
@@ -177,9 +188,32 @@ def cases(shape: Shape) -> list[Case]:
     for name, pool in (("sage's blocks", False), ("sla's blocks", True)):
         launch = partial(preparing.quantize_blocks, pv="fp8", permute=True, pool=pool)
         found.append(case(name, 2 * BF16 + 2, launch, partial(blocked, *blocks), blocked, *blocks))
+    for name, kept in (("keys", False), ("keys, k and block means", True)):
+        launch = partial(keys_of, kept, *turned)
+        plainly = partial(plain_keys, *turned)
+        before = partial(keys_triton.lay_out, x, weight, EPS, heads, cos, sin, list(shape.grid))
+        moved = BF16 + 1 + (BF16 if kept else 0)
+        found.append(Case(name, moved, x.numel(), launch, plainly, plain_keys, turned, before))
     sums = partial(preparing.summarize, feature_map=None)
     found.append(case("sage's sums", 2 * BF16, sums, partial(summed_up, k, v), summed_up, k, v))
     return found
+
+
+def keys_of(
+    kept: bool, x: torch.Tensor, weight: torch.Tensor, eps: float, per_head: bool, heads: int,
+    cos: Sequence[torch.Tensor], sin: Sequence[torch.Tensor], grid: Sequence[int], interleaved: bool,
+    config: KeysConfig | None = None,
+) -> object:  # fmt: skip
+    """What an attention reads of k, of its projection."""
+    tables = keys_triton.lay_out(x, weight, eps, heads, cos, sin, grid)
+    return keys_triton.norm_keys(x, eps, heads, tables, BLOCK_K, pool=kept, keep=kept, config=config)
+
+
+def plain_keys(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in torch."""
+    k = qk_norm_rope.reference(x, *args).float()
+    keys, scale = quantize_rows((k - k.mean(1, keepdim=True)).transpose(1, 2), BLOCK_K)
+    return keys.to(torch.int8), scale
 
 
 def summed_up(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,6 +243,8 @@ def measure(shape: Shape, sets: tuple[Case, ...], beside: Sequence[str], sweep: 
         "copy": [copying(c.elements) for c in sets],
         "kernel": [c.kernel for c in sets],
     }
+    if case.before is not None:
+        calls["tables"] = [c.before for c in sets if c.before is not None]
     if "torch" in beside:
         calls["torch"] = [c.torch for c in sets]
     if "compiled" in beside:
@@ -219,6 +255,10 @@ def measure(shape: Shape, sets: tuple[Case, ...], beside: Sequence[str], sweep: 
         for block in BLOCK_SWEEP:
             name = f"{block.warps} warps, {block.elements} elements, {block.registers} registers"
             calls[f"{name}, lag {block.lag}"] = [partial(c.kernel, block) for c in sets]
+    elif sweep and case.before is not None:
+        for keys in KEYS_SWEEP:
+            name = f"{keys.warps} warps, {keys.words} words, {keys.registers} registers, lag {keys.lag}"
+            calls[name] = [partial(c.kernel, config=keys) for c in sets]
     elif sweep and "int8_block" in case.name:
         for tile in TILE_SWEEP:
             calls[f"{tile.warps} warps, {tile.registers} registers"] = [partial(c.kernel, tile) for c in sets]
@@ -228,6 +268,10 @@ def measure(shape: Shape, sets: tuple[Case, ...], beside: Sequence[str], sweep: 
                 name = f"{config.warps} warps, {config.rows} rows, {config.registers} registers, {config.near} near"
                 calls[name] = [partial(c.kernel, config) for c in sets]
     times = replayed(calls)
+    if case.before is not None:
+        apart = statistics.median(times.pop("tables"))
+        times["kernel and tables"] = times["kernel"]
+        times |= {n: [t - apart for t in times[n]] for n in ("kernel", *(n for n in times if "warps" in n))}
     medians = {name: statistics.median(t) for name, t in times.items()}
     rate = 2 * BF16 / medians["copy"]
     return [

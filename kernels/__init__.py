@@ -12,6 +12,7 @@ import torch
 from turbocompile.kernels import (
     adaln,
     gelu_quantize,
+    norm_attention,
     norm_quantize,
     qk_norm_rope,
     quantize,
@@ -33,6 +34,7 @@ _MODULES = (
     w8a8_linear,
     sage_attention,
     sla_attention,
+    norm_attention,
 )
 
 ops = torch.ops.turbocompile

@@ -30,7 +30,17 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 from turbocompile.kernels._common import FUSED, check
-from turbocompile.kernels.prepare_triton import LOG2E, ROUND, Prepared, _exp2, _features, _product, prepare, strides
+from turbocompile.kernels.prepare_triton import (
+    LOG2E,
+    ROUND,
+    Keys,
+    Prepared,
+    _exp2,
+    _features,
+    _product,
+    prepare,
+    strides,
+)
 
 try:
     from turbocompile.kernels import attend_gluon
@@ -274,7 +284,7 @@ def attend(
 
 def sage_forward(
     q: torch.Tensor,
-    k: torch.Tensor,
+    k: torch.Tensor | Keys,
     v: torch.Tensor,
     scale: float,
     is_causal: bool,
@@ -284,9 +294,9 @@ def sage_forward(
 ) -> torch.Tensor:
     """q (B, Lq, H, D), k and v (B, Lk, Hkv, D), bf16 or fp16, D <= 128, H % Hkv == 0, scale >= 0 -> (B, Lq, H, D).
 
-    One INT8 scale for each 64 (or block_m) rows of q and block_k rows of k.
+    One INT8 scale for each 64 (or block_m) rows of q and block_k rows of k, which may come quantized.
     """
     pv = product_format(q.device, pv)
     config = config or chosen_config(q.device, pv, block_k)
     kv = prepare(k, v, block_k, pv=pv, permute=config.path == "hopper")
-    return attend(q, kv, k.shape[1], scale, config, kv_heads=k.shape[2], is_causal=is_causal)
+    return attend(q, kv, v.shape[1], scale, config, kv_heads=v.shape[2], is_causal=is_causal)

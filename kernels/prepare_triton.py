@@ -7,7 +7,8 @@
 
 k, v: (B, L, H, D), bf16 or fp16, D at most 128, strides free but for a contiguous last axis. A head is computed in d =
 64 or 128 channels. Blocks are stored back to back, so that one is one contiguous transfer. Sums are float32, each in
-one order: the same in every run.
+one order: the same in every run. K may come quantized from its norm (keys_triton.py): the first pass then reads it for
+the linear branch alone, the second not at all.
 
 phi is not negative, so `folded` holds averages of v W^T and fits 16 bits whatever the length; the main kernel's factor
 phi(q) phi_sum / z lies between 0 and 1.
@@ -73,10 +74,13 @@ def _summaries(
     k, v, columns, state,
     k_b, k_l, k_h, v_b, v_l, v_h,
     length, num_heads, rows_per_split,
-    HEAD: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, LINEAR: tl.constexpr, MAP: tl.constexpr,
-    FTZ: tl.constexpr,
+    HEAD: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MEAN: tl.constexpr, LINEAR: tl.constexpr,
+    MAP: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of a range of tokens: columns (BH, splits, 3, D) = sum k, max |v|, sum phi(k); state phi(k)^T v."""
+    """Partial sums of a range of tokens: columns (BH, splits, 3, D) = sum k, max |v|, sum phi(k); state phi(k)^T v.
+
+    MEAN: the sum of k is wanted. Without it and LINEAR k is not read.
+    """
     split = tl.program_id(0)
     head = tl.program_id(1)
     b = (head // num_heads).to(tl.int64)
@@ -95,12 +99,14 @@ def _summaries(
     for row in range(start, stop, ROWS):
         real = row + r < stop
         valid = real[:, None] & (d < HEAD)[None, :]
-        kt = tl.load(k_at, mask=valid, other=0.0)
+        if MEAN or LINEAR:
+            kt = tl.load(k_at, mask=valid, other=0.0)
+            k_at += ROWS * k_l
+            kf = kt.to(tl.float32)
         vt = tl.load(v_at, mask=valid, other=0.0)
-        k_at += ROWS * k_l
         v_at += ROWS * v_l
-        kf = kt.to(tl.float32)
-        k_sum += tl.sum(tl.reshape(kf, [ROWS // 16, 16, D]), 0)
+        if MEAN:
+            k_sum += tl.sum(tl.reshape(kf, [ROWS // 16, 16, D]), 0)
         v_max = tl.maximum(v_max, tl.max(tl.reshape(tl.abs(vt.to(tl.float32)), [ROWS // 16, 16, D]), 0))
         if LINEAR:
             e, s = _features(kf, d < HEAD, HEAD, D, MAP, FTZ)
@@ -121,7 +127,7 @@ def _finish(
     length, splits,
     HEAD: tl.constexpr, D: tl.constexpr, SLICE: tl.constexpr, LINEAR: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """Add the partial sums in order: k_mean, v_scale, phi_sum, and SLICE rows of folded."""
+    """Add the partial sums in order: k_mean if it is wanted, v_scale, phi_sum, and SLICE rows of folded."""
     head = tl.program_id(0)
     part = tl.program_id(1)
     d = tl.arange(0, D)
@@ -135,7 +141,8 @@ def _finish(
             amax = tl.maximum(amax, tl.load(base + D + d))
             if LINEAR:
                 phi += tl.load(base + 2 * D + d)
-        tl.store(k_mean + head * D + d, total / length)
+        if k_mean is not None:
+            tl.store(k_mean + head * D + d, total / length)
         if FP8:
             unit = tl.maximum(amax, 1e-12) / 448.0
         else:
@@ -165,7 +172,9 @@ def _quantize_kv(
     HEAD: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     POOL: tl.constexpr, PERMUTE: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys and values; rows past the end become zeros. Blocks run backwards: the end is still in L2."""
+    """One block of keys and values, or of values alone; rows past the end become zeros. Blocks run backwards: the end
+    is still in L2.
+    """
     count = tl.num_programs(0)
     block = count - 1 - tl.program_id(0)
     head = tl.program_id(1)
@@ -177,15 +186,16 @@ def _quantize_kv(
     token = block * BLOCK + t
     valid = (token < length)[:, None] & channel[None, :]
     tile = (head * count + block).to(tl.int64)
-    kt = tl.load(k + b * k_b + h * k_h + token.to(tl.int64)[:, None] * k_l + d[None, :], mask=valid, other=0.0)
-    x = tl.where(valid, kt.to(tl.float32) - tl.load(k_mean + head * D + d)[None, :], 0.0)
-    if POOL:
-        rows = tl.minimum(length - block * BLOCK, BLOCK)
-        tl.store(pooled + tile * D + d, (tl.sum(x, 0) / rows).to(pooled.dtype.element_ty))
-    amax = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-7)
-    q = (x * (127.0 / amax) + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
-    tl.store(k_scale + tile, amax / 127.0)
-    tl.store(k8 + tile * BLOCK * D + t[:, None] * D + d[None, :], q)
+    if k is not None:
+        kt = tl.load(k + b * k_b + h * k_h + token.to(tl.int64)[:, None] * k_l + d[None, :], mask=valid, other=0.0)
+        x = tl.where(valid, kt.to(tl.float32) - tl.load(k_mean + head * D + d)[None, :], 0.0)
+        if POOL:
+            rows = tl.minimum(length - block * BLOCK, BLOCK)
+            tl.store(pooled + tile * D + d, (tl.sum(x, 0) / rows).to(pooled.dtype.element_ty))
+        amax = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-7)
+        q = (x * (127.0 / amax) + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+        tl.store(k_scale + tile, amax / 127.0)
+        tl.store(k8 + tile * BLOCK * D + t[:, None] * D + d[None, :], q)
     if FP8 and PERMUTE:  # place 16 i + 4 a + 2 b + c holds token 16 i + 8 b + 2 a + c
         source = block * BLOCK + (t // 16) * 16 + (t % 4) // 2 * 8 + (t % 16) // 4 * 2 + t % 2
     else:
@@ -235,54 +245,76 @@ def splits_of(length: int, heads: int, device: torch.device, rows: int) -> tuple
     return triton.cdiv(length, per), per
 
 
-def summarize(k: torch.Tensor, v: torch.Tensor, feature_map: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Partial sums: columns (BH, splits, 3, d), state (BH, splits, d, d); feature_map None leaves the state out."""
-    batch, length, heads, head_dim = k.shape
+def summarize(
+    k: torch.Tensor | None, v: torch.Tensor, feature_map: str | None, mean: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partial sums: columns (BH, splits, 3, d), state (BH, splits, d, d); feature_map None leaves the state out.
+
+    mean False leaves out the sum of k, and with it, but for the state, k itself.
+    """
+    batch, length, heads, head_dim = v.shape
     d, bh, rows = padded(head_dim), batch * heads, 32
-    splits, per = splits_of(length, bh, k.device, rows)
-    columns = torch.empty((bh, splits, 3, d), dtype=torch.float32, device=k.device)
-    state = torch.empty((bh, splits, d, d) if feature_map else (1,), dtype=torch.float32, device=k.device)
+    splits, per = splits_of(length, bh, v.device, rows)
+    columns = torch.empty((bh, splits, 3, d), dtype=torch.float32, device=v.device)
+    state = torch.empty((bh, splits, d, d) if feature_map else (1,), dtype=torch.float32, device=v.device)
+    k = v if k is None else k
     # 128 registers: two programs share a multiprocessor, each with its loads in flight
     _summaries[(splits, bh)](
         k, v, columns, state, *strides(k), *strides(v), length, heads, per,
-        HEAD=head_dim, D=d, ROWS=rows, LINEAR=feature_map is not None, MAP=feature_map or "softmax", FTZ=k.is_cuda,
-        **FUSED, num_warps=8, num_stages=3, **({"maxnreg": 128} if k.is_cuda else {}),
+        HEAD=head_dim, D=d, ROWS=rows, MEAN=mean, LINEAR=feature_map is not None, MAP=feature_map or "softmax",
+        FTZ=v.is_cuda, **FUSED, num_warps=8, num_stages=3, **({"maxnreg": 128} if v.is_cuda else {}),
     )  # fmt: skip
     return columns, state
 
 
+@dataclass(frozen=True)
+class Keys:
+    """The half of Prepared that concerns k; k8 has zeros for tokens past the end."""
+
+    k8: torch.Tensor  # (BH, N, block_k, d) int8
+    k_scale: torch.Tensor  # (BH, N) float32
+    pooled: torch.Tensor | None  # (BH, N, d), dtype of k
+    k: torch.Tensor | None  # (B, L, H, D), where the linear branch is to read it
+
+
 def quantize_blocks(
-    k: torch.Tensor,
+    k: torch.Tensor | None,
     v: torch.Tensor,
-    k_mean: torch.Tensor,
+    k_mean: torch.Tensor | None,
     v_scale: torch.Tensor,
     block_k: int,
     *,
     pv: str,
     permute: bool,
     pool: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The second pass over k and v (B, L, H, D): k8, k_scale, v8 and, with pool, pooled, as in Prepared.
+) -> tuple[Keys | None, torch.Tensor]:
+    """The second pass over k and v (B, L, H, D): what Prepared has of k, if there is a k, and v8.
 
     k_mean and v_scale (BH, d) float32 are of the first. permute, pool: as in `prepare`.
     """
-    batch, length, heads, head_dim = k.shape
-    d, bh, n, dev, fp8 = padded(head_dim), batch * heads, triton.cdiv(length, block_k), k.device, pv == "fp8"
-    k8 = torch.empty((bh, n, block_k, d), dtype=torch.int8, device=dev)
-    k_scale = torch.empty((bh, n), dtype=torch.float32, device=dev)
+    batch, length, heads, head_dim = v.shape
+    d, bh, n, dev, fp8 = padded(head_dim), batch * heads, triton.cdiv(length, block_k), v.device, pv == "fp8"
     v_shape = (bh, n, d, block_k) if fp8 else (bh, n, block_k, d)
     v8 = torch.empty(v_shape, dtype=torch.float8_e4m3fn if fp8 else torch.float16, device=dev)
-    pooled = torch.empty((bh, n, d) if pool else (1,), dtype=k.dtype, device=dev)
+    keys = None
+    if k is not None:
+        keys = Keys(
+            torch.empty((bh, n, block_k, d), dtype=torch.int8, device=dev),
+            torch.empty((bh, n), dtype=torch.float32, device=dev),
+            torch.empty((bh, n, d), dtype=k.dtype, device=dev) if pool else None,
+            k,
+        )
     _quantize_kv[(n, bh)](
-        k, v, k_mean, v_scale, k8, k_scale, v8, pooled, *strides(k), *strides(v), length, heads,
+        k, v, k_mean, v_scale, *((keys.k8, keys.k_scale) if keys else (None, None)), v8, keys.pooled if keys else None,
+        *strides(v if k is None else k), *strides(v), length, heads,
         HEAD=head_dim, D=d, BLOCK=block_k, POOL=pool, PERMUTE=permute and fp8, FP8=fp8,
         **FUSED, num_warps=8, num_stages=1,
     )  # fmt: skip
-    return k8, k_scale, v8, pooled if pool else None
+    return keys, v8
 
 
 def prepare(
-    k: torch.Tensor,
+    k: torch.Tensor | Keys,
     v: torch.Tensor,
     block_k: int,
     *,
@@ -294,22 +326,30 @@ def prepare(
 ) -> Prepared:
     """Quantize k and v (B, L, H, D) in blocks of block_k tokens.
 
-    permute: V's tokens in the Hopper kernel's operand order (pv "fp8" only). pool: block means of k - k_mean.
-    weight (D, D): also the linear branch's phi_sum and folded.
+    k may be quantized already (keys_triton.py), with what `pool` and `weight` ask for. permute: V's tokens in the
+    Hopper kernel's operand order (pv "fp8" only). pool: block means of k - k_mean. weight (D, D): also the linear
+    branch's phi_sum and folded.
     """
-    batch, length, heads, head_dim = k.shape
-    d, bh, dev = padded(head_dim), batch * heads, k.device
+    batch, length, heads, head_dim = v.shape
+    d, bh, dev = padded(head_dim), batch * heads, v.device
     linear, fp8 = weight is not None, pv == "fp8"
-    columns, state = summarize(k, v, feature_map if linear else None)
-    k_mean, v_scale, phi_sum = (torch.empty((bh, d), dtype=torch.float32, device=dev) for _ in range(3))
-    folded = torch.empty((bh, d, d) if linear else (1,), dtype=k.dtype, device=dev)
-    w = weight if weight is not None else k_mean
+    done = k if isinstance(k, Keys) else None
+    given = k.k if isinstance(k, Keys) else k
+    columns, state = summarize(given, v, feature_map if linear else None, mean=done is None)
+    v_scale, phi_sum = (torch.empty((bh, d), dtype=torch.float32, device=dev) for _ in range(2))
+    k_mean = torch.empty((bh, d), dtype=torch.float32, device=dev) if done is None else None
+    folded = torch.empty((bh, d, d) if linear else (1,), dtype=v.dtype, device=dev)
+    w = weight if weight is not None else v_scale
     _finish[(bh, d // 32 if linear else 1)](
         columns, state, w, w.stride(0), w.stride(1), k_mean, v_scale, phi_sum, folded, length, columns.shape[1],
         HEAD=head_dim, D=d, SLICE=32, LINEAR=linear, FP8=fp8, **FUSED, num_warps=8, num_stages=2,
     )  # fmt: skip
-    k8, k_scale, v8, pooled = quantize_blocks(k, v, k_mean, v_scale, block_k, pv=pv, permute=permute, pool=pool)
+    made, v8 = quantize_blocks(
+        None if done else given, v, k_mean, v_scale, block_k, pv=pv, permute=permute, pool=pool and done is None
+    )
+    keys = done or made
+    assert keys is not None  # of a k that was not quantized it was made
     return Prepared(
-        k8, k_scale, v8, v_scale, pooled, phi_sum if linear else None, folded if linear else None, block_k,
-        permute and fp8,
+        keys.k8, keys.k_scale, v8, v_scale, keys.pooled, phi_sum if linear else None, folded if linear else None,
+        block_k, permute and fp8,
     )  # fmt: skip

@@ -127,7 +127,7 @@ def reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is_causal: bool, pv: str
 ) -> torch.Tensor:
     """(B, Lq, H, D) in q's dtype; never more than SCORES scores (or 128 rows of one head group) at a time."""
-    _check(q, k, v, pv)
+    check_operands(q, k, v, pv)
     wide = compute_dtype(q.dtype)
     group, tokens = q.shape[2] // k.shape[2], k.shape[1]
     heads = max(1, SCORES // (group * min(BLOCK_Q, q.shape[1]) * tokens))  # of k and v at a time
@@ -167,7 +167,7 @@ def rows_of_channels(x: torch.Tensor) -> torch.Tensor:
 
 def _on_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is_causal: bool, pv: str) -> torch.Tensor:
     """The kernels where they serve: they take the largest integer for the largest score, so scale is not negative."""
-    _check(q, k, v, pv)
+    check_operands(q, k, v, pv)
     if not (scale >= 0 and has_kernel(q, k, v)):
         return reference(q, k, v, scale, is_causal, pv)
     from turbocompile.kernels.attend_triton import sage_forward  # here: a machine without a GPU may lack Triton
@@ -177,7 +177,8 @@ def _on_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is
         return sage_forward(q, k, v, scale, is_causal, pv)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pv: str) -> None:
+def check_operands(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pv: str) -> None:
+    """ValueError unless q (B, Lq, H, D) fits k and v, both (B, Lk, Hkv, D), and there is such a pv."""
     choose("sage_attention: pv", pv, "fp8", "fp16")
     check(q.ndim == k.ndim == v.ndim == 4, "sage_attention: q, k and v are (B, L, H, D)")
     check(k.shape == v.shape, f"sage_attention: k is {list(k.shape)} and v {list(v.shape)}")
@@ -188,7 +189,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pv: str) -> None:
 
 
 def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is_causal: bool, pv: str) -> torch.Tensor:
-    _check(q, k, v, pv)
+    check_operands(q, k, v, pv)
     return q.new_empty(q.shape)
 
 
@@ -205,7 +206,7 @@ def _decomposition(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is_causal: bool, pv: str
 ) -> torch.Tensor:
     """All rows and heads at once, and e4m3 by floating arithmetic."""
-    _check(q, k, v, pv)
+    check_operands(q, k, v, pv)
     wide = compute_dtype(q.dtype)
     keys, values = (t.to(wide).permute(0, 2, 1, 3).unsqueeze(2) for t in (k, v))
     grouped = q.to(wide).permute(0, 2, 1, 3).reshape(q.shape[0], k.shape[2], -1, q.shape[1], q.shape[3])

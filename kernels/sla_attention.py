@@ -212,7 +212,7 @@ def reference(
     chosen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(B, L, H, D) in q's dtype. chosen: a map to use in place of block_map's, each row with at least one block."""
-    _check(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv)
+    check_operands(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv)
     wide = compute_dtype(q.dtype)
     weight, bias = proj_weight.to(wide), proj_bias.to(wide)
     chosen = block_map(q, k, topk, block_q, block_k) if chosen is None else chosen
@@ -318,7 +318,7 @@ def reference_backward(
     return (dq, dk, dv, dweight.to(proj_weight.dtype), dbias.to(proj_bias.dtype))
 
 
-def _serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_q: int, block_k: int, pv: str) -> bool:
+def serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_q: int, block_k: int, pv: str) -> bool:
     """Whether the GPU kernels compute it; the trainable ones at 128/128 would outgrow most GPUs' shared memory."""
     fits = block_q in KERNEL_BLOCKS and block_k in KERNEL_BLOCKS
     return fits and (pv != "none" or min(block_q, block_k) == KERNEL_BLOCKS[0]) and has_kernel(q, k, v)
@@ -337,8 +337,8 @@ def _on_cuda(
     pv: str,
 ) -> torch.Tensor:
     """The kernels where they serve, the reference elsewhere."""
-    _check(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv)
-    if not _serves(q, k, v, block_q, block_k, pv):
+    check_operands(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv)
+    if not serves(q, k, v, block_q, block_k, pv):
         return reference(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv)
     # Imported here: a machine without a GPU may lack Triton.
     from turbocompile.kernels.sla_train_triton import Blocks, sla_train_forward
@@ -367,7 +367,7 @@ def _backward_on_cuda(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As _on_cuda."""
     operands = (grad, out, q, k, v, proj_weight, proj_bias)
-    if not _serves(q, k, v, block_q, block_k, "none"):
+    if not serves(q, k, v, block_q, block_k, "none"):
         return reference_backward(*operands, topk, block_q, block_k, feature_map)
     from turbocompile.kernels.sla_train_triton import Blocks, sla_train_backward
 
@@ -378,7 +378,7 @@ def _backward_on_cuda(
     return dq, dk, dv, dweight.to(proj_weight.dtype), dbias.to(proj_bias.dtype)
 
 
-def _check(
+def check_operands(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -390,6 +390,7 @@ def _check(
     feature_map: str,
     pv: str,
 ) -> None:
+    """ValueError unless q, k, v are (B, L, H, D) alike, the projection (D, D) and (D), and the options possible."""
     choose("sla_attention: pv", pv, "none", "fp8", "fp16")
     choose("sla_attention: the feature map", feature_map, *FEATURE_MAPS)
     check(q.ndim == 4, f"sla_attention: q is (B, L, H, D), and has {q.ndim} dimensions")
@@ -415,7 +416,7 @@ def _fake(
     feature_map: str,
     pv: str,
 ) -> torch.Tensor:
-    _check(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv)
+    check_operands(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv)
     return q.new_empty(q.shape)
 
 
@@ -477,7 +478,7 @@ def _decomposition(
     pv: str,
 ) -> torch.Tensor:
     """Dense attention under the map's mask, for backends without sparse attention; e4m3 by floating arithmetic."""
-    _check(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv)
+    check_operands(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv)
     tokens, wide = q.shape[1], compute_dtype(q.dtype)
     chosen = block_map(q, k, topk, block_q, block_k)
     down, right = chosen.shape[-2:]

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from turbocompile.kernels._common import FUSED
 from turbocompile.kernels.attend_triton import AttendConfig, attend, chosen_config, product_format
-from turbocompile.kernels.prepare_triton import prepare, strides
+from turbocompile.kernels.prepare_triton import Keys, prepare, strides
 
 
 @triton.jit(do_not_specialize=["length", "num_heads", "num_q", "num_k"])
@@ -117,7 +117,7 @@ def select_blocks(q: torch.Tensor, pooled: torch.Tensor, count: int, block_q: in
 
 def sla_forward(
     q: torch.Tensor,
-    k: torch.Tensor,
+    k: torch.Tensor | Keys,
     v: torch.Tensor,
     proj_weight: torch.Tensor,
     proj_bias: torch.Tensor,
@@ -131,7 +131,7 @@ def sla_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantized SLA: q, k, v (B, L, H, D) bf16 or fp16, blocks of 64 or 128 -> (result (B, L, H, D), lut).
 
-    count: key blocks a query block reads. A lut given is used as it is.
+    count: key blocks a query block reads. A lut given is used as it is. k may come quantized, with its block means.
     """
     pv = product_format(q.device, pv)
     config = config or chosen_config(q.device, pv, block_k, block_q)

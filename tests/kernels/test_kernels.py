@@ -21,6 +21,11 @@ SCHEMAS = {
     "sage_attention": "(Tensor q, Tensor k, Tensor v, float scale, bool is_causal, str pv) -> Tensor",
     "sla_attention": "(Tensor q, Tensor k, Tensor v, Tensor proj_weight, Tensor proj_bias, float topk, int block_q,"
     " int block_k, str feature_map, str pv) -> Tensor",
+    "norm_sage_attention": "(Tensor q, Tensor x, Tensor v, Tensor? weight, float eps, Tensor[] cos, Tensor[] sin,"
+    " int[] grid, float scale, bool is_causal, str pv) -> Tensor",
+    "norm_sla_attention": "(Tensor q, Tensor x, Tensor v, Tensor? weight, float eps, Tensor[] cos, Tensor[] sin,"
+    " int[] grid, Tensor proj_weight, Tensor proj_bias, float topk, int block_q, int block_k, str feature_map, str pv)"
+    " -> Tensor",
     "qk_norm_rope": "(Tensor x, Tensor? weight, float eps, bool per_head, int num_heads, Tensor[] cos, Tensor[] sin,"
     " int[] grid, bool interleaved) -> Tensor",
     "adaln": "(Tensor x, Tensor scale, Tensor shift, Tensor? weight, Tensor? bias, float eps) -> Tensor",
