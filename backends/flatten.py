@@ -19,13 +19,14 @@ from turbocompile.kernels import DECOMPOSITIONS
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.normalize import normalize
 from turbocompile.pipeline import load_pass, run_pass
-from turbocompile.program import SHELL, Program, Subgraph, call, walk_tensors
+from turbocompile.program import SHELL, Program, Subgraph, call, is_op, walk_tensors
+from turbocompile.sites import SAGE, SLA
 from turbocompile.weights import Constant, emitted_name
 
 aten = torch.ops.aten
 
 _EIGHT_BITS = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
-_QUANTIZED_INSIDE = ("sage_attention", "sla_attention")  # floating point goes in and comes out
+_QUANTIZED_INSIDE = (*SAGE, *SLA)  # floating point goes in and comes out
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def refuse_quantized(program: Program, backend: str) -> None:
             if getattr(node.target, "namespace", "") != "turbocompile":
                 continue
             name = node.target._opname
-            attends = name in _QUANTIZED_INSIDE
+            attends = is_op(node, *_QUANTIZED_INSIDE)
             read = [node, *node.all_input_nodes]
             if attends or any(t.dtype in _EIGHT_BITS for n in read for t in walk_tensors(n.meta["val"])):
                 off = "passes.attention: native" if attends else "passes.w8a8: off"

@@ -183,6 +183,18 @@ def test_sla_attention_counts_the_kept_blocks_and_the_linear_branch():
     assert work == {"bf16": sparse + linear}
 
 
+def test_an_attention_that_makes_its_k_counts_as_the_two_ops_that_it_is():
+    q, x, v = empty(1, 6, 4, 8), empty(1, 6, 16), empty(1, 6, 2, 8)
+    keys = (empty(16), 1e-6, [empty(6, 4)], [empty(6, 4)], [6])
+    made = operations(ours.qk_norm_rope.default, x, *keys[:2], False, 2, *keys[2:], True)
+    apart = operations(ours.sage_attention.default, q, v, v, 0.3, False, "fp8")
+    assert operations(ours.norm_sage_attention.default, q, x, v, *keys, 0.3, False, "fp8") == apart | made
+    options = (empty(8, 8), empty(8), 0.5, 2, 2, "softmax", "fp8")
+    work = operations(ours.norm_sla_attention.default, v, x, v, *keys, *options)
+    apart = operations(ours.sla_attention.default, v, v, v, *options)
+    assert work == apart | {"fp32": made["fp32"] + apart["fp32"]}
+
+
 def test_sla_keeps_a_block_at_least_and_no_more_keys_than_there_are():
     assert kept_keys(100, 0.01, 64) == 64
     assert kept_keys(100, 1.0, 64) == 100

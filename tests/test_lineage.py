@@ -91,13 +91,17 @@ def test_through_several_passes_it_stands_for_what_was_there_first(wan, wan_call
     before = {n.name: n for n in view.before}
     op_of = {n.name: n.op for n in view.after}
     turned = [(origins, passes) for name, (origins, passes) in found.items() if op_of[name].endswith(".qk_norm_rope")]
-    assert len(turned) == 4
+    assert len(turned) == 3
     for origins, passes in turned:
         kinds = {before[o].op for o in origins}
         assert "aten.rms_norm" in kinds
         assert {"aten.linear", "aten.scaled_dot_product_attention", "aten.layer_norm"}.isdisjoint(kinds)
         assert passes[-1] == "qk_norm_rope"
         assert ("aten.stack" in kinds) == ("rope" in passes)
+    (whole,) = [merged for name, merged in found.items() if op_of[name].endswith(".norm_sage_attention")]
+    assert {before[o].op for o in whole[0]} >= {"aten.scaled_dot_product_attention", "aten.rms_norm", "aten.stack"}
+    assert whole[1][-1] == "norm_attention"
+    assert set(whole[1]) == {"attention", "rope", "qk_norm_rope", "norm_attention"}
     wide = [origins for name, (origins, passes) in found.items() if passes == ("fuse_qkv", "w8a8")]
     assert sorted(len(o) for o in wide if o) == [2, 3]
     assert {before[o].op for origins in wide for o in origins} == {"aten.linear"}

@@ -14,10 +14,9 @@ from torch import fx
 
 from turbocompile.cost import OpCost, arguments, describe, natural, node_cost, op_name
 from turbocompile.hardware import AttentionChoice
-from turbocompile.kernels import ops
 from turbocompile.kernels.sla_attention import count_blocks, kept_blocks
 from turbocompile.program import Program, Subgraph, is_op, module_path
-from turbocompile.sites import BHLD, are_of_same_tokens, attention_layout, attentions
+from turbocompile.sites import BHLD, SAGE, SLA, are_of_same_tokens, attention_layout, attentions
 from turbocompile.weights import Zeros
 
 if TYPE_CHECKING:
@@ -124,25 +123,26 @@ def named_attentions(graph: str, sub: Subgraph) -> Iterator[tuple[str, fx.Node]]
 
 def _row(graph: str, sub: Subgraph, node: fx.Node, site: str, why: str, count: int) -> AttentionSite:
     a = arguments(node)
-    q, k = (a["query"], a["key"]) if _kind(node) == "native" else (a["q"], a["k"])
+    q, v = (a["query"], a["value"]) if _kind(node) == "native" else (a["q"], a["v"])
     tokens, heads = (2, 1) if attention_layout(node) == BHLD else (1, 2)
     work, moved = node_cost(node)
     all_work = {kind: n * count for kind, n in work.items()}
     return AttentionSite(
         site, count, _kind(node), "self" if are_of_same_tokens(*node.args[:2]) else "cross",  # type: ignore[arg-type]
-        q.shape[0], q.shape[tokens], k.shape[tokens], q.shape[heads], q.shape[-1], a.get("pv"), why,
+        q.shape[0], q.shape[tokens], v.shape[tokens], q.shape[heads], q.shape[-1], a.get("pv"), why,
         OpCost(op_name(node), graph, (module_path(node),), describe(node), count, all_work, moved * count),
-        _sparsity(sub, node, a) if is_op(node, ops.sla_attention) else None,
+        _sparsity(sub, node, a) if is_op(node, *SLA) else None,
     )  # fmt: skip
 
 
 def _kind(node: fx.Node) -> str:
-    return "sla" if is_op(node, ops.sla_attention) else "sage" if is_op(node, ops.sage_attention) else "native"
+    return "sla" if is_op(node, *SLA) else "sage" if is_op(node, *SAGE) else "native"
 
 
 def _sparsity(sub: Subgraph, node: fx.Node, a: Mapping[str, Any]) -> Sparsity:
-    blocks = count_blocks(a["k"].shape[1], a["block_k"])
-    weight: Any = node.args[3]
+    blocks = count_blocks(a["v"].shape[1], a["block_k"])
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    weight: Any = node.args[names.index("proj_weight")]
     tuned = not isinstance(sub.weights.get(str(weight.target)), Zeros)
     return Sparsity(a["topk"], a["block_q"], a["block_k"], kept_blocks(a["topk"], blocks), blocks, tuned)
 

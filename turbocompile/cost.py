@@ -483,13 +483,13 @@ def _pv(pv: str, dtype: torch.dtype) -> str:
     return {"fp8": "fp8", "fp16": "bf16"}.get(pv, arithmetic(dtype))
 
 
-@_counts("turbocompile::sage_attention")
+@_counts("turbocompile::sage_attention", "turbocompile::norm_sage_attention")
 def _sage(node: fx.Node) -> Mapping[str, float]:
-    """q (B, L, H, D): QK in INT8, PV in FP8 or FP16."""
+    """q (B, L, H, D): QK in INT8, PV in FP8 or FP16, and k's norm and rotary where it makes k."""
     a = arguments(node)
     b, length, heads, dim = a["q"].shape
-    one = 2 * b * heads * dim * _pairs(length, a["k"].shape[1], a["is_causal"])
-    return _add(("int8", one), (_pv(a["pv"], a["q"].dtype), one))
+    one = 2 * b * heads * dim * _pairs(length, a["v"].shape[1], a["is_causal"])
+    return _add(("int8", one), (_pv(a["pv"], a["q"].dtype), one), *_norm_and_rotary(a))
 
 
 def kept_keys(length: int, topk: float, block_k: int) -> int:
@@ -498,18 +498,20 @@ def kept_keys(length: int, topk: float, block_k: int) -> int:
     return min(length, min(blocks, max(1, int(topk * blocks))) * block_k)
 
 
-@_counts("turbocompile::sla_attention")
+@_counts("turbocompile::sla_attention", "turbocompile::norm_sla_attention")
 def _sla(node: fx.Node) -> Mapping[str, float]:
     """A head: 4 L K block_k D for the K kept key blocks, 4 L D^2 for the linear branch, 2 D^3 to fold proj_l into it.
 
-    The block map (pooled scores) is block_q * block_k times smaller than the full scores, and left out.
+    k's norm and rotary besides, where it makes k. The block map (pooled scores) is block_q * block_k times smaller than
+    the full scores, and left out.
     """
     a = arguments(node)
     b, length, heads, dim = a["q"].shape
     kind = arithmetic(a["q"].dtype)
     half = 2 * b * heads * length * kept_keys(length, a["topk"], a["block_k"]) * dim
     linear = b * heads * (4 * length * dim**2 + 2 * dim**3)
-    return _add((kind if a["pv"] == "none" else "int8", half), (_pv(a["pv"], a["q"].dtype), half), (kind, linear))
+    products = ((kind if a["pv"] == "none" else "int8", half), (_pv(a["pv"], a["q"].dtype), half), (kind, linear))
+    return _add(*products, *_norm_and_rotary(a))
 
 
 @_counts("turbocompile::w8a8_linear")
@@ -532,8 +534,14 @@ def _norm_operations(norm: str, a: Mapping[str, Any]) -> int:
 
 @_counts("turbocompile::qk_norm_rope")
 def _qk_norm_rope(node: fx.Node) -> Mapping[str, float]:
-    a = arguments(node)
-    return {"fp32": (_norm_operations("rms", {"weight": a["weight"]}) + _ROPE * bool(a["cos"])) * a["x"].numel()}
+    return _add(*_norm_and_rotary(arguments(node)))
+
+
+def _norm_and_rotary(a: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
+    """RMSNorm and rotary of x; nothing for an attention that reads its k."""
+    if "x" not in a:
+        return ()
+    return (("fp32", (_norm_operations("rms", {"weight": a["weight"]}) + _ROPE * bool(a["cos"])) * a["x"].numel()),)
 
 
 @_counts(

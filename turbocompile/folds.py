@@ -8,16 +8,25 @@ from typing import Any
 import torch
 from torch import fx
 
-from turbocompile.kernels import ops
 from turbocompile.match import arguments, is_cast, uncast, weight_expr
 from turbocompile.passes.w8a8 import dequantized
 from turbocompile.program import Subgraph, is_op, shape
-from turbocompile.sites import BHLD, BLHD, Place, as_norm, attention_layout, below_layout, first_weight, readers
+from turbocompile.sites import (
+    BHLD,
+    BLHD,
+    SLA,
+    Place,
+    as_norm,
+    attention_layout,
+    below_layout,
+    first_weight,
+    is_attention,
+    readers,
+)
 from turbocompile.weights import RELATIVE, Load
 
 aten = torch.ops.aten
 NO_PRODUCER = "no producer to fold a scale into"
-ATTENTIONS = (aten.scaled_dot_product_attention, ops.sage_attention, ops.sla_attention)
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ def attention_under(node: fx.Node) -> fx.Node | None:
     inner, order = uncast(node.args[0]), BLHD
     if is_op(inner, aten.permute.default) and list(inner.args[1]) == [0, 2, 1, 3]:
         inner, order = uncast(inner.args[0]), BHLD
-    found = is_op(inner, *ATTENTIONS) and attention_layout(inner) == order
+    found = is_attention(inner) and attention_layout(inner) == order
     batch, tokens, channels = shape(node) if len(shape(node)) == 3 else (0, 0, 0)
     sizes = dict(zip(order, shape(inner), strict=True)) if found else {}
     whole = found and (sizes["b"], sizes["l"], sizes["h"] * sizes["d"]) == (batch, tokens, channels)
@@ -99,7 +108,7 @@ def attention_under(node: fx.Node) -> fx.Node | None:
 
 def unfoldable(attention: fx.Node, x: fx.Node, sub: Subgraph) -> str | None:
     """Why x, the heads of an attention side by side, cannot be scaled through v; None where it can."""
-    if is_op(attention, ops.sla_attention):
+    if is_op(attention, *SLA):
         return "SLA's linear branch mixes the channels of v"
     layout, q, v = attention_layout(attention), *operands(attention)
     if shape(q)[layout.index("h")] != shape(v)[layout.index("h")]:

@@ -22,7 +22,8 @@ from turbocompile.sensitivity import SiteError
 aten = torch.ops.aten
 
 # One module of turbocompile.passes each, with its PASS, in the order they run: norms are one op before anyone looks at
-# what multiplies them, rotary before gated residuals (x * cos + ... looks like one), attention before what feeds it.
+# what multiplies them, rotary before gated residuals (x * cos + ... looks like one), attention before what feeds it,
+# and last what takes that in.
 PASSES = (
     "norms",
     "rope",
@@ -35,6 +36,7 @@ PASSES = (
     "adaln",
     "residual_norm",
     "gelu_quant",
+    "norm_attention",
 )
 
 

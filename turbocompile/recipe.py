@@ -355,6 +355,7 @@ class Passes(Section):
     adaln: PassSpec = _field(PassSpec(), "LayerNorm and its modulation in one op")
     residual_norm: PassSpec = _field(PassSpec(), "gated residual and the norm behind it in one op")
     gelu_quant: PassSpec = _field(PassSpec(), "GELU before a quantize in one op")
+    norm_attention: PassSpec = _field(PassSpec(), "an 8-bit attention takes in its k's norm and rotary")
 
 
 PASS_NAMES = tuple(f.name for f in dataclasses.fields(Passes) if f.name != "enabled")

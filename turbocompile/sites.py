@@ -20,10 +20,14 @@ aten = torch.ops.aten
 # (batch, heads, tokens, head_dim) is the layout of SDPA, (batch, tokens, heads, head_dim) the one of our operators.
 BHLD, BLHD = "bhld", "blhd"
 
+# The quantized attentions, by kind: what reads k, and what makes it. The first and third operands of each are q and v.
+SAGE = (ours.sage_attention, ours.norm_sage_attention)
+SLA = (ours.sla_attention, ours.norm_sla_attention)
+
 
 def is_attention(node: Any) -> bool:
     """Whether node is one of the attention operators."""
-    return is_op(node, aten.scaled_dot_product_attention, ours.sage_attention, ours.sla_attention)
+    return is_op(node, aten.scaled_dot_product_attention, *SAGE, *SLA)
 
 
 def attentions(sub: Subgraph) -> Iterator[fx.Node]:
@@ -32,7 +36,7 @@ def attentions(sub: Subgraph) -> Iterator[fx.Node]:
 
 
 def attention_layout(node: fx.Node) -> str:
-    """The layout of an attention's operands."""
+    """The layout of an attention's q and v, and of its k where it reads one."""
     return BHLD if is_op(node, aten.scaled_dot_product_attention) else BLHD
 
 

@@ -22,6 +22,7 @@ from turbocompile.cost import arguments
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.kernels import ops
 from turbocompile.program import Program, is_op
+from turbocompile.sites import SAGE, SLA
 
 if TYPE_CHECKING:
     from turbocompile.engine import Engine
@@ -94,11 +95,11 @@ def _attentions(programs: Mapping[str, Program]) -> Iterator[tuple[str, int, int
     for program in programs.values():
         for graph, sub in program.graphs.items():
             for node in sub.graph.nodes if program.count(graph) else ():
-                if is_op(node, ops.sage_attention):
+                if is_op(node, *SAGE):
                     from turbocompile.kernels.attend_triton import SAGE_BLOCKS  # here: not all machines have Triton
 
                     yield arguments(node)["pv"], *SAGE_BLOCKS
-                elif is_op(node, ops.sla_attention) and arguments(node)["pv"] != "none":
+                elif is_op(node, *SLA) and arguments(node)["pv"] != "none":
                     a = arguments(node)
                     yield a["pv"], a["block_q"], a["block_k"]
 

@@ -21,6 +21,7 @@ from turbocompile.backends.triton import place
 from turbocompile.errors import VerificationError
 from turbocompile.kernels import ops
 from turbocompile.program import SHELL, Program, Subgraph, call, is_op
+from turbocompile.sites import SAGE, SLA
 from turbocompile.weights import Constant, Evaluator
 
 aten = torch.ops.aten
@@ -161,9 +162,8 @@ class Evaluation:
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if self.wide is not None and node not in self.constant:
-            if is_op(node, ops.sage_attention):  # what it stands for
-                q, k, v = (self._widen(t) for t in args[:3])
-                return _attention(q, k, v, *args[3:5])
+            if is_op(node, *SAGE, ops.norm_sla_attention):
+                return _unquantized(node, fx.node.map_aggregate(args, self._widen_argument))
             if is_op(node, aten.to.dtype) and node.meta["val"].dtype.is_floating_point and args[0].is_floating_point():
                 return self._widen(args[0])
             args, kwargs = (fx.node.map_aggregate(x, self._widen_argument) for x in (args, kwargs))
@@ -181,6 +181,21 @@ class Evaluation:
         if isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize > 1:
             return self.wide
         return value
+
+
+def _unquantized(node: fx.Node, args: Any) -> torch.Tensor:
+    """What a quantized attention stands for, in the dtype of its arguments."""
+    dtype = args[0].dtype
+    if is_op(node, *SLA):  # in float64: rounding would choose another block than the truth does where two are near
+        args = fx.node.map_aggregate(args, lambda t: t.double() if isinstance(t, torch.Tensor) else t)
+    q, k, v, *rest = args
+    if is_op(node, ops.norm_sage_attention, ops.norm_sla_attention):
+        weight, eps, cos, sin, grid, *rest = rest
+        k = ops.qk_norm_rope(k, weight, eps, False, v.shape[2], cos, sin, grid, True)
+    if is_op(node, *SAGE):
+        scale, is_causal, _ = rest
+        return _attention(q, k, v, scale, is_causal)
+    return ops.sla_attention(q, k, v, *rest[:-1], "none").to(dtype)
 
 
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is_causal: bool) -> torch.Tensor:
@@ -347,13 +362,16 @@ class Verifier:
     def _sites(self, program: Program, result: Any) -> dict[str, tuple[Error, set[str]]]:
         """Per site, the error of its new nodes from exact inputs, and the formats among the new nodes' arguments.
 
-        An exact pass is computed in float32 at least: its rounding is judged where one can see it.
+        An exact pass is computed in float32 at least, and without the quantization that it did not bring: its rounding
+        is judged where one can see it.
         """
         found: dict[str, tuple[Error, set[str]]] = {}
         for graph, (sub, rewrites) in result.raw.items():
             if graph not in self.truth:
                 continue
-            wide = torch.float32 if result.kind == "exact" and not is_float64(sub) else None
+            wide = None
+            if result.kind == "exact":
+                wide = torch.float64 if is_float64(sub) else torch.float32
             errors = self._graph_sites(program, graph, sub, rewrites, wide)
             for rewrite in rewrites:
                 mine = [errors[new] for _, new in rewrite.replaced if new in errors]
@@ -465,12 +483,11 @@ def _formats(sub: Subgraph, rewrite: Any) -> set[str]:
         while todo and depth < 8:
             node = todo.pop()
             depth += 1
-            name = node.target._opname if isinstance(node.target, torch._ops.OpOverload) else ""
-            if name in ("sage_attention", "sla_attention"):
+            if is_op(node, *SAGE, *SLA):
                 found.add(f"sage_{node.args[-1]}")
-            elif name == "scaled_dot_product_attention":
+            elif is_op(node, aten.scaled_dot_product_attention):
                 found.add(NATIVE)
-            elif name == "w8a8_linear":
+            elif is_op(node, ops.w8a8_linear):
                 found |= {a for a in node.args if isinstance(a, str)}
             elif node.op == "call_function":
                 todo += node.all_input_nodes

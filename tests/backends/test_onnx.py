@@ -180,7 +180,7 @@ def test_the_wan_tiny_recipe_builds_an_engine_with_the_triton_backends_numbers(t
     ("passes", "operator", "advice"),
     [
         ({"w8a8": {"format": "int8"}, "attention": {"kind": "native"}}, r"\w+", "passes.w8a8: off"),
-        ({"w8a8": {"enabled": False}, "attention": {"kind": "sage", "pv": "fp16"}}, "sage_attention", "native"),
+        ({"w8a8": {"enabled": False}, "attention": {"kind": "sage", "pv": "fp16"}}, "norm_sage_attention", "native"),
     ],
     ids=["w8a8", "sage"],
 )
