@@ -34,7 +34,7 @@ class Pool:
             self.device = device
             self.handle = torch.cuda.graph_pool_handle()
             self.lock = threading.Lock()
-            self.done = torch.cuda.Event()  # after the last call's outputs were copied out
+            self.stream: torch.cuda.Stream | None = None  # of the last call
 
 
 class CudaGraph:
@@ -91,10 +91,10 @@ class CudaGraph:
 
     def _replay(self, graph: torch.cuda.CUDAGraph, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         stream = torch.cuda.current_stream()
-        stream.wait_event(self.pool.done)  # of a call on another stream
+        if self.pool.stream is not None and self.pool.stream != stream:
+            stream.wait_stream(self.pool.stream)  # until the last call's outputs were copied out
+        self.pool.stream = stream
         for own, given in zip(self._inputs, tensors, strict=True):
             own.copy_(given)
         graph.replay()
-        outputs = tuple(t.clone() for t in self._outputs)
-        self.pool.done.record(stream)
-        return outputs
+        return tuple(t.clone() for t in self._outputs)
