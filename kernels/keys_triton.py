@@ -42,10 +42,10 @@ import triton.language as tl
 from turbocompile.kernels._common import FUSED
 from turbocompile.kernels.attend_triton import SAGE_BLOCKS, sage_forward
 from turbocompile.kernels.norm_attention import PLACES, TOKENS
-from turbocompile.kernels.norms_triton import WAIT
+from turbocompile.kernels.norms_triton import _glance, _wait
 from turbocompile.kernels.prepare_triton import Keys, processors
 from turbocompile.kernels.qk_norm_rope import AXES
-from turbocompile.kernels.quantize_triton import row_strides, view3
+from turbocompile.kernels.quantize_triton import _reciprocal, row_strides, view3
 from turbocompile.kernels.rotary_triton import launch_qk_norm_rope
 from turbocompile.kernels.sla_triton import sla_forward
 
@@ -74,26 +74,6 @@ def _four(at, HOW: tl.constexpr, FTZ: tl.constexpr):
     else:
         words = (tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3))
     return words
-
-
-@triton.jit
-def _word(at, FTZ: tl.constexpr):
-    """A row's word as it is now, 0 if it is not there yet."""
-    if FTZ:
-        word = tl.inline_asm_elementwise(
-            "ld.relaxed.gpu.global.b64 $0, [$1];", "=l,l", [at.to(tl.int64)], tl.int64, True, 1
-        )
-    else:
-        word = tl.load(at)
-    return word
-
-
-@triton.jit
-def _wait(word, at, FTZ: tl.constexpr):
-    """word, or what is at `at` once it is not 0. The interpreter runs one program after the other: it is there."""
-    if FTZ:
-        word = tl.inline_asm_elementwise(WAIT, "=&l,l,l", [word, at.to(tl.int64)], tl.int64, True, 1)
-    return word
 
 
 @triton.jit
@@ -241,16 +221,6 @@ def _factor(most, FTZ: tl.constexpr):
         half = (f * (1 - 2.0**-11)).to(tl.float16)  # not above f whichever way it is rounded
         pair = _pair(half, half)
     return pair
-
-
-@triton.jit
-def _reciprocal(x, FTZ: tl.constexpr):
-    """1 / x within 2^-23."""
-    if FTZ:
-        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    else:
-        y = 1.0 / x
-    return y
 
 
 @triton.jit
@@ -414,7 +384,7 @@ def _tile(
         row = i * CHUNK + member
         if not WHOLE:
             row = tl.minimum(row, length - 1 - first)
-        seen = seen + (_word(words + row + each * 0, FTZ),)  # type: ignore[assignment]
+        seen = seen + (_glance(words + row + each * 0, FTZ),)  # type: ignore[assignment]
     at = (head * G + each) * 4
     w0, w1, w2, w3 = _four(weights + at, LOADS_AGAIN, FTZ)
     c0, c1, c2, c3 = _four(centres + at, LOADS_AGAIN, FTZ)
