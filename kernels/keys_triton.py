@@ -7,8 +7,8 @@
 
 x: (B, L, H * D), bf16 or fp16, D 64 or 128, pairs interleaved, tables as in rope.py for at most three axes. This is
 qk_norm_rope.py's op and the half of prepare_triton.py that concerns k, without k in between; where SLA's linear branch
-needs k, it is written, too. Any constant may be taken from k, for it changes no softmax: centre is the mean of some
-SAMPLES tokens, so that nothing waits for a pass over all.
+needs k, it is written, too. Any constant may be taken from k, for it changes no softmax: centre is the mean of a batch
+item's SAMPLES tokens here and there, so that nothing waits for a pass over all.
 
 A block has one scale and a norm needs the whole row, so x is read twice, the second time from the second-level cache,
 as int8_block's norms do (norms_triton.py): programs over rows write a word a row, its root and where its token stands
@@ -359,12 +359,12 @@ def _roots(
 @triton.jit
 def _tile(
     x, words, weights, centres, units, table, groups, k8, k_scale, pooled, k_out,
-    length, block, head, tile, x_l,
+    length, block, head, item, tile, x_l,
     H: tl.constexpr, D: tl.constexpr, EDGE: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
     DTYPE: tl.constexpr, SIGNED: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """A block of EDGE tokens of a head, CHUNK at a time. A thread has eight channels of a token. WHOLE: all tokens of
-    the block are there; those that are not are zeros in k8.
+    """A block of EDGE tokens of a head of a batch item, CHUNK at a time. A thread has eight channels of a token. WHOLE:
+    all tokens of the block are there; those that are not are zeros in k8.
     """
     G: tl.constexpr = D // 8
     first = block * EDGE
@@ -385,9 +385,8 @@ def _tile(
         if not WHOLE:
             row = tl.minimum(row, length - 1 - first)
         seen = seen + (_glance(words + row + each * 0, FTZ),)  # type: ignore[assignment]
-    at = (head * G + each) * 4
-    w0, w1, w2, w3 = _four(weights + at, LOADS_AGAIN, FTZ)
-    c0, c1, c2, c3 = _four(centres + at, LOADS_AGAIN, FTZ)
+    w0, w1, w2, w3 = _four(weights + (head * G + each) * 4, LOADS_AGAIN, FTZ)
+    c0, c1, c2, c3 = _four(centres + ((item * H + head) * G + each) * 4, LOADS_AGAIN, FTZ)
     shift, mask, base, stride = _four(groups + each * 4, LOADS_AGAIN, FTZ)
     unit = tl.load(units + head)
     waited = ()
@@ -517,6 +516,7 @@ def _keys(
         turn -= lag * PARTS + steps * (H + PARTS)
         member = turn % H
         block = steps + turn // H
+    b = 0
     if ALONE:
         tile = member.to(tl.int64) * num_blocks + block
     else:
@@ -538,12 +538,12 @@ def _keys(
     elif (block + 1) * EDGE <= length:
         _tile(
             x, words, weights, centres, units, table, groups, k8, k_scale, pooled, k_out,
-            length, block, member, tile, x_l, H, D, EDGE, CHUNK, True, DTYPE, SIGNED, FTZ,
+            length, block, member, b, tile, x_l, H, D, EDGE, CHUNK, True, DTYPE, SIGNED, FTZ,
         )  # fmt: skip
     else:
         _tile(
             x, words, weights, centres, units, table, groups, k8, k_scale, pooled, k_out,
-            length, block, member, tile, x_l, H, D, EDGE, CHUNK, False, DTYPE, SIGNED, FTZ,
+            length, block, member, b, tile, x_l, H, D, EDGE, CHUNK, False, DTYPE, SIGNED, FTZ,
         )  # fmt: skip
 
 
@@ -560,15 +560,16 @@ def _cosine(t0, t1, t2, i0, i1, i2, p, n0, n1, n2, D0: tl.constexpr, D1: tl.cons
     return value
 
 
-@triton.jit(do_not_specialize=["n0", "n1", "n2", "bits0", "bits1", "bits2", "room", "samples", "rows"])
+@triton.jit(do_not_specialize=["n0", "n1", "n2", "bits0", "bits1", "bits2", "room", "samples", "rows", "heads"])
 def _lay_out(
     sample, weight, cos0, cos1, cos2, sin0, sin1, sin2, weights, centres, units, table, groups, words,
-    n0, n1, n2, bits0, bits1, bits2, room, samples, rows,
+    n0, n1, n2, bits0, bits1, bits2, room, samples, rows, heads,
     H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     S: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """What tiles read: of each head (H programs) its weights, centre and unit; of each group of four pairs and each
-    WIDTH of its places (the second axis) cosines and sines. All programs set the words of `rows` tokens to 0.
+    """What tiles read: of each of `heads` heads of all batch items its weights, centre and unit; of each group of four
+    pairs and each WIDTH of its places (the second axis) cosines and sines. All programs set the words of `rows` tokens
+    to 0.
 
     Word m of a head holds its elements 4 (m / 2) + m % 2 and the one 2 behind. room: bits of a group's places.
     """
@@ -579,10 +580,12 @@ def _lay_out(
     for start in range((chunk * tl.num_programs(0) + part) * WIDTH, rows, share):
         row = start + tl.arange(0, WIDTH)
         tl.store(words + row, nothing, mask=row < rows)
-    if part < H:
+    if part < heads:
         if chunk == 0:
+            h = part % H
+            item = part // H
             m = tl.arange(0, D // 2)
-            low = part * D + m // 2 * 4 + m % 2
+            low = h * D + m // 2 * 4 + m % 2
             if weight is not None:
                 w1 = tl.load(weight + low).to(tl.float32)
                 w2 = tl.load(weight + low + 2).to(tl.float32)
@@ -594,15 +597,15 @@ def _lay_out(
             unit = tl.where(unit > 0, unit, 1.0)
             s = tl.arange(0, S)[:, None]
             real = (s < samples) & (m >= 0)[None, :]
-            at = sample + s * (H * D) + low[None, :]
+            at = sample + (item * samples + s) * (H * D) + low[None, :]
             c1 = tl.sum(tl.load(at, mask=real, other=0.0).to(tl.float32), 0) / samples
             c2 = tl.sum(tl.load(at + 2, mask=real, other=0.0).to(tl.float32), 0) / samples
-            to = part * (D // 2) + m
+            to = h * (D // 2) + m  # all items write the same
             tl.store(weights + to, _pair((w1 / unit).to(tl.float16), (w2 / unit).to(tl.float16)))
-            tl.store(centres + to, _pair((-c1 / unit).to(tl.float16), (-c2 / unit).to(tl.float16)))
-            tl.store(units + part, unit)
+            tl.store(centres + part * (D // 2) + m, _pair((-c1 / unit).to(tl.float16), (-c2 / unit).to(tl.float16)))
+            tl.store(units + h, unit)
     else:
-        g = part - H
+        g = part - heads
         front = (g * 4 >= D0).to(tl.int32) + (g * 4 >= D0 + D1).to(tl.int32)  # the axes of the group's pairs
         back = (g * 4 + 3 >= D0).to(tl.int32) + (g * 4 + 3 >= D0 + D1).to(tl.int32)
         shift = tl.where(back == 0, bits1 + bits2, tl.where(back == 1, bits2, 0))
@@ -666,7 +669,7 @@ class Tables:
     """What the kernel reads beside x: words of two halves each, and where they are."""
 
     weights: torch.Tensor  # (H * D / 2) int32
-    centres: torch.Tensor  # the same
+    centres: torch.Tensor  # (B, H * D / 2) int32, minus the mean of some tokens of each batch item
     units: torch.Tensor  # (H) float32
     table: torch.Tensor  # (D / 8 * places, 4) int32, the groups of the same axes side by side at each place
     groups: torch.Tensor  # (D / 8, 4) int32: shift and mask of the group's places, the first and their distance
@@ -706,11 +709,11 @@ def lay_out(
     while gcd(step, length) > 1 and step > 1:  # no column or row of the video alone
         step -= 1
     samples = min(SAMPLES, length)
-    sample = launch_qk_norm_rope(x[:1], weight, eps, False, num_heads, cos, sin, grid, True, taken=(samples, step))
+    sample = launch_qk_norm_rope(x, weight, eps, False, num_heads, cos, sin, grid, True, taken=(samples, step))
     groups = dim // 8
     made = Tables(
         torch.empty(num_heads * dim // 2, dtype=torch.int32, device=dev),
-        torch.empty(num_heads * dim // 2, dtype=torch.int32, device=dev),
+        torch.empty((x.shape[0], num_heads * dim // 2), dtype=torch.int32, device=dev),
         torch.empty(num_heads, dtype=torch.float32, device=dev),
         torch.empty((groups << room, 4), dtype=torch.int32, device=dev),
         torch.empty((groups, 4), dtype=torch.int32, device=dev),
@@ -718,10 +721,11 @@ def lay_out(
         (n0, n1, n2), bits,
     )  # fmt: skip
     width = 256
-    _lay_out[(num_heads + groups, triton.cdiv(1 << room, width))](
+    heads = x.shape[0] * num_heads
+    _lay_out[(heads + groups, triton.cdiv(1 << room, width))](
         sample, None if weight is None else weight.contiguous(), *tables[0], *tables[1],
         made.weights, made.centres, made.units, made.table, made.groups, made.words, n0, n1, n2, *bits, room, samples,
-        made.words.numel(),
+        made.words.numel(), heads,
         H=num_heads, D=dim, D0=columns[0], D1=columns[1], D2=columns[2],
         S=SAMPLES, WIDTH=width, **FUSED, num_warps=4, num_stages=1,
     )  # fmt: skip

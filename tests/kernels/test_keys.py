@@ -96,9 +96,12 @@ class Case:
 
 
 def centre(tables, heads):
-    """What the kernel takes from k, (H, D) float64. Word 2 j + c of a head: minus elements 4 j + c, 4 j + 2 + c."""
-    halves = tables.centres.view(torch.float16).double().view(heads, -1, 2, 2)  # j, c, which
-    return -(halves.transpose(-1, -2).reshape(heads, -1) * tables.units.double()[:, None])
+    """What the kernel takes from k, (B, 1, H, D) float64.
+
+    Word 2 j + c of a head has minus the elements 4 j + c and 4 j + 2 + c.
+    """
+    halves = tables.centres.view(torch.float16).double().unflatten(1, (heads, -1, 2, 2))  # B, H, j, c, which
+    return -(halves.transpose(-1, -2).flatten(2) * tables.units.double()[:, None])[:, None]
 
 
 def assert_keys(case, block_k, taken, keys):
@@ -149,13 +152,16 @@ def test_keys_are_the_quantized_norm_turned(unit, device, batch, heads, head_dim
 
 @pytest.mark.parametrize("device", either)
 def test_the_centre_is_the_mean_of_tokens_all_over_the_video(device):
-    case = Case(device, 1, 2, 64, (2, 8, 16), BF16)  # 256 tokens: 64 of them, and no column of the video alone
-    exact = case.exact()[0]
+    case = Case(device, 2, 2, 64, (2, 8, 16), BF16)  # 256 tokens: 64 of them, and no column of the video alone
+    case.x[1] += 2  # each batch item has its own
+    exact = case.exact()
     taken = centre(case.tables(), 2)
-    wanted = exact[::3][:64].mean(0)
+    wanted = exact[:, ::3][:, :64].mean(1, keepdim=True)
     assert (taken - wanted).abs().max() <= (2.0**-8 + HALVES) * exact.abs().max()
+    assert_keys(case, 128, *case.keys(128))
     few = Case(device, 1, 2, 64, (1, 2, 9), BF16)
-    assert (centre(few.tables(), 2) - few.exact()[0].mean(0)).abs().max() <= 2.0**-7 * few.exact().abs().max()
+    exact = few.exact()
+    assert (centre(few.tables(), 2) - exact.mean(1, keepdim=True)).abs().max() <= 2.0**-7 * exact.abs().max()
 
 
 @pytest.mark.parametrize("device", either)
@@ -321,7 +327,7 @@ class Card:
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(("capability", "keep"), [(80, True), (89, False), (90, False), (90, True)])
+@pytest.mark.parametrize(("capability", "keep"), [(80, True), (89, False), (90, False), (90, True), (120, True)])
 def test_the_kernel_compiles(monkeypatch, capability, keep, dtype):
     """Its instructions are PTX, which no interpreter reads. It keeps to the registers that it is given."""
     import triton.language as tl
