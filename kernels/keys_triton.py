@@ -40,14 +40,12 @@ import torch
 import triton
 import triton.language as tl
 from turbocompile.kernels._common import FUSED
-from turbocompile.kernels.attend_triton import SAGE_BLOCKS, sage_forward
 from turbocompile.kernels.norm_attention import PLACES, TOKENS
 from turbocompile.kernels.norms_triton import _glance, _wait
 from turbocompile.kernels.prepare_triton import Keys, processors
 from turbocompile.kernels.qk_norm_rope import AXES
 from turbocompile.kernels.quantize_triton import _reciprocal, row_strides, view3
 from turbocompile.kernels.rotary_triton import launch_qk_norm_rope
-from turbocompile.kernels.sla_triton import sla_forward
 
 SAMPLES = 64  # tokens whose mean is the centre: off the mean of all by an eighth of k's deviation
 EVERY_ONE = tl.constexpr(0x7FFF7FFF)  # of two halves, all but their signs
@@ -247,26 +245,15 @@ def _low(x, f):
 
 
 @triton.jit
-def _plus(a, b, FTZ: tl.constexpr):
-    """Sums of two times two halves."""
+def _sum(a, b, MINUS: tl.constexpr, FTZ: tl.constexpr):
+    """Sums of two times two halves, or differences."""
     if FTZ:
-        both = tl.inline_asm_elementwise("add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
+        TEXT: tl.constexpr = "sub.rn.f16x2 $0, $1, $2;" if MINUS else "add.rn.f16x2 $0, $1, $2;"
+        both = tl.inline_asm_elementwise(TEXT, "=r,r,r", [a, b], tl.int32, True, 1)
     else:
         a1, a2 = _halves(a)
         b1, b2 = _halves(b)
-        both = _pair(a1 + b1, a2 + b2)
-    return both
-
-
-@triton.jit
-def _minus(a, b, FTZ: tl.constexpr):
-    """Differences of two times two halves."""
-    if FTZ:
-        both = tl.inline_asm_elementwise("sub.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
-    else:
-        a1, a2 = _halves(a)
-        b1, b2 = _halves(b)
-        both = _pair(a1 - b1, a2 - b2)
+        both = _pair(a1 - b1, a2 - b2) if MINUS else _pair(a1 + b1, a2 + b2)
     return both
 
 
@@ -406,10 +393,10 @@ def _tile(
         a, b = _turned(a, b, root, w0, w1, t0, t1, c0, c1, DTYPE, FTZ)
         c, d = _turned(c, d, root, w2, w3, t2, t3, c2, c3, DTYPE, FTZ)
         if k_out is not None:
-            a1, b1 = _released(_minus(a, c0, FTZ), tl.float16)
-            a2, b2 = _released(_minus(b, c1, FTZ), tl.float16)
-            e1, f1 = _released(_minus(c, c2, FTZ), tl.float16)
-            e2, f2 = _released(_minus(d, c3, FTZ), tl.float16)
+            a1, b1 = _released(_sum(a, c0, True, FTZ), tl.float16)
+            a2, b2 = _released(_sum(b, c1, True, FTZ), tl.float16)
+            e1, f1 = _released(_sum(c, c2, True, FTZ), tl.float16)
+            e2, f2 = _released(_sum(d, c3, True, FTZ), tl.float16)
             to = k_out + ((first + i * CHUNK + member).to(tl.int64) * H + head) * (D // 2) + g * 4
             _put4(
                 to, _kept(a1 * unit, a2 * unit, DTYPE, FTZ), _kept(b1 * unit, b2 * unit, DTYPE, FTZ),
@@ -436,10 +423,10 @@ def _tile(
     if pooled is not None:
         a, b, c, d = done[0]  # type: ignore[misc]
         for i in tl.static_range(1, EDGE // CHUNK):
-            a = _plus(a, done[i][0], FTZ)  # type: ignore[misc]
-            b = _plus(b, done[i][1], FTZ)  # type: ignore[misc]
-            c = _plus(c, done[i][2], FTZ)  # type: ignore[misc]
-            d = _plus(d, done[i][3], FTZ)  # type: ignore[misc]
+            a = _sum(a, done[i][0], False, FTZ)  # type: ignore[misc]
+            b = _sum(b, done[i][1], False, FTZ)  # type: ignore[misc]
+            c = _sum(c, done[i][2], False, FTZ)  # type: ignore[misc]
+            d = _sum(d, done[i][3], False, FTZ)  # type: ignore[misc]
         s0, s2 = _released(a, tl.float16)
         s1, s3 = _released(b, tl.float16)
         s4, s6 = _released(c, tl.float16)
@@ -775,46 +762,18 @@ def norm_keys(
     return made
 
 
-def norm_sage_forward(
-    q: torch.Tensor,
+def quantized_keys(
     x: torch.Tensor,
-    v: torch.Tensor,
     weight: torch.Tensor | None,
     eps: float,
+    num_heads: int,
     cos: Sequence[torch.Tensor],
     sin: Sequence[torch.Tensor],
     grid: Sequence[int],
-    scale: float,
-    is_causal: bool,
-    pv: str,
-) -> torch.Tensor:
-    """norm_attention.py's norm_sage_attention: x (B, Lk, Hkv * D), the others as sage_forward has them."""
-    heads = v.shape[2]
-    tables = lay_out(x, weight, eps, heads, cos, sin, grid)
-    keys = norm_keys(x, eps, heads, tables, SAGE_BLOCKS[1])
-    return sage_forward(q, keys, v, scale, is_causal, pv)
-
-
-def norm_sla_forward(
-    q: torch.Tensor,
-    x: torch.Tensor,
-    v: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    cos: Sequence[torch.Tensor],
-    sin: Sequence[torch.Tensor],
-    grid: Sequence[int],
-    proj_weight: torch.Tensor,
-    proj_bias: torch.Tensor,
-    count: int,
-    block_q: int,
     block_k: int,
-    feature_map: str,
-    pv: str,
-) -> torch.Tensor:
-    """norm_attention.py's norm_sla_attention: x (B, L, H * D), the others as sla_forward has them."""
-    heads = v.shape[2]
-    tables = lay_out(x, weight, eps, heads, cos, sin, grid)
-    keys = norm_keys(x, eps, heads, tables, block_k, pool=True, keep=True)
-    out, _ = sla_forward(q, keys, v, proj_weight, proj_bias, count, block_q, block_k, feature_map, pv)
-    return out
+    *,
+    linear: bool = False,
+) -> Keys:
+    """Keys of x (B, L, H * D) as sage_forward reads them, or, `linear`, sla_forward. The rest as in qk_norm_rope.py."""
+    tables = lay_out(x, weight, eps, num_heads, cos, sin, grid)
+    return norm_keys(x, eps, num_heads, tables, block_k, pool=linear, keep=linear)

@@ -22,6 +22,7 @@ import torch
 from turbocompile.kernels import qk_norm_rope, rope, sage_attention, sla_attention
 from turbocompile.kernels._common import check, check_channels, choose, register, takes_rows
 
+MADE = 5  # operands behind q, x and v from which k is made: weight, eps, cos, sin, grid
 HEAD_DIMS = (64, 128)  # that the kernel is made for
 LEAST = 4096  # tokens; with fewer, two passes over k cost as little
 TOKENS = 1 << 22  # fewer than this are divided among the axes as floats are
@@ -147,29 +148,20 @@ def takes_sage(
     return scale >= 0 and sage_attention.has_kernel(q, v, v) and takes_keys(x, v, weight, cos, sin, grid)
 
 
-def _sage_on_cuda(
-    q: torch.Tensor,
-    x: torch.Tensor,
-    v: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    cos: Sequence[torch.Tensor],
-    sin: Sequence[torch.Tensor],
-    grid: Sequence[int],
-    scale: float,
-    is_causal: bool,
-    pv: str,
-) -> torch.Tensor:
+def _sage_on_cuda(q: torch.Tensor, x: torch.Tensor, v: torch.Tensor, *operands: Any) -> torch.Tensor:
     """The kernels where they serve, elsewhere the two ops with what they have for these operands."""
-    _check_sage(q, x, v, weight, eps, cos, sin, grid, scale, is_causal, pv)
-    if not takes_sage(q, x, v, weight, eps, cos, sin, grid, scale, is_causal, pv):
-        k = qk_norm_rope.qk_norm_rope(*_keys(x, v, weight, eps, cos, sin, grid))
-        return sage_attention.sage_attention(q, k, v, scale, is_causal, pv)
-    from turbocompile.kernels.keys_triton import norm_sage_forward  # here: a machine without a GPU may lack Triton
+    _check_sage(q, x, v, *operands)
+    keys, options = operands[:MADE], operands[MADE:]
+    if not takes_sage(q, x, v, *operands):
+        return sage_attention.sage_attention(q, qk_norm_rope.qk_norm_rope(*_keys(x, v, *keys)), v, *options)
+    from turbocompile.kernels.attend_triton import SAGE_BLOCKS, sage_forward  # a machine without a GPU may lack Triton
+    from turbocompile.kernels.keys_triton import quantized_keys
 
     q, x, v = (sage_attention.rows_of_channels(t) for t in (q, x, v))
+    weight, eps, cos, sin, grid = keys
     with torch.cuda.device(q.device):
-        return norm_sage_forward(q, x, v, weight, eps, cos, sin, grid, scale, is_causal, pv)
+        k = quantized_keys(x, weight, eps, v.shape[2], cos, sin, grid, SAGE_BLOCKS[1])
+        return sage_forward(q, k, v, *options)
 
 
 _OPERANDS = "Tensor q, Tensor x, Tensor v, Tensor? weight, float eps, Tensor[] cos, Tensor[] sin, int[] grid"
@@ -258,37 +250,22 @@ def takes_sla(
     return together and sla_attention.serves(q, v, v, block_q, block_k, pv) and takes_keys(x, v, weight, cos, sin, grid)
 
 
-def _sla_on_cuda(
-    q: torch.Tensor,
-    x: torch.Tensor,
-    v: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    cos: Sequence[torch.Tensor],
-    sin: Sequence[torch.Tensor],
-    grid: Sequence[int],
-    proj_weight: torch.Tensor,
-    proj_bias: torch.Tensor,
-    topk: float,
-    block_q: int,
-    block_k: int,
-    feature_map: str,
-    pv: str,
-) -> torch.Tensor:
+def _sla_on_cuda(q: torch.Tensor, x: torch.Tensor, v: torch.Tensor, *operands: Any) -> torch.Tensor:
     """As _sage_on_cuda."""
-    options = (topk, block_q, block_k, feature_map, pv)
-    _check_sla(q, x, v, weight, eps, cos, sin, grid, proj_weight, proj_bias, *options)
-    if not takes_sla(q, x, v, weight, eps, cos, sin, grid, proj_weight, proj_bias, *options):
-        k = qk_norm_rope.qk_norm_rope(*_keys(x, v, weight, eps, cos, sin, grid))
-        return sla_attention.sla_attention(q, k, v, proj_weight, proj_bias, *options)
-    from turbocompile.kernels.keys_triton import norm_sla_forward
+    _check_sla(q, x, v, *operands)
+    keys, options = operands[:MADE], operands[MADE:]
+    if not takes_sla(q, x, v, *operands):
+        return sla_attention.sla_attention(q, qk_norm_rope.qk_norm_rope(*_keys(x, v, *keys)), v, *options)
+    from turbocompile.kernels.keys_triton import quantized_keys
+    from turbocompile.kernels.sla_triton import sla_forward
 
+    proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv = options
     count = sla_attention.kept_blocks(topk, sla_attention.count_blocks(x.shape[1], block_k))
     q, x, v, bias = (sage_attention.rows_of_channels(t) for t in (q, x, v, proj_bias))
+    weight, eps, cos, sin, grid = keys
     with torch.cuda.device(q.device):
-        return norm_sla_forward(
-            q, x, v, weight, eps, cos, sin, grid, proj_weight, bias, count, block_q, block_k, feature_map, pv
-        )
+        k = quantized_keys(x, weight, eps, v.shape[2], cos, sin, grid, block_k, linear=True)
+        return sla_forward(q, k, v, proj_weight, bias, count, block_q, block_k, feature_map, pv)[0]
 
 
 norm_sla_attention = register(
@@ -306,14 +283,14 @@ torch.library.impl("turbocompile::norm_sla_attention", "cuda")(_sla_on_cuda)
 
 def _sage_decomposition(q: torch.Tensor, x: torch.Tensor, v: torch.Tensor, *operands: Any) -> torch.Tensor:
     _check_sage(q, x, v, *operands)
-    keys, options = operands[:5], operands[5:]
+    keys, options = operands[:MADE], operands[MADE:]
     attend = sage_attention.decompositions()[sage_attention.sage_attention]
     return attend(q, qk_norm_rope.reference(*_keys(x, v, *keys)), v, *options)
 
 
 def _sla_decomposition(q: torch.Tensor, x: torch.Tensor, v: torch.Tensor, *operands: Any) -> torch.Tensor:
     _check_sla(q, x, v, *operands)
-    keys, options = operands[:5], operands[5:]
+    keys, options = operands[:MADE], operands[MADE:]
     attend = sla_attention.decompositions()[sla_attention.sla_attention]
     return attend(q, qk_norm_rope.reference(*_keys(x, v, *keys)), v, *options)
 

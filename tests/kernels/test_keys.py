@@ -185,6 +185,36 @@ def test_no_weight_and_rows_of_their_own(device):
     assert_keys(case, 64, *case.keys(64))
 
 
+@inside
+@pytest.mark.parametrize("kind", ["sage", "sla"])
+def test_an_attention_reads_them(kind):
+    """In float16, whose product with V the interpreter computes: no further off than from a k in between."""
+    from turbocompile.kernels.attend_triton import sage_forward
+    from turbocompile.kernels.keys_triton import quantized_keys
+    from turbocompile.kernels.sla_triton import sla_forward
+
+    case = Case("cpu", 2, 2, 64, (2, 5, 9), FP16)
+    q, v = (torch.randn(2, case.length, 2, 64, generator=torch.Generator().manual_seed(i)).half() for i in (1, 2))
+    exact = case.exact()
+    rotary = (case.weight, EPS, 2, case.cos, case.sin, case.grid)
+    keys = quantized_keys(case.x, *rotary, 64, linear=kind == "sla")
+    if kind == "sla":
+        weight, bias = torch.eye(64).half(), torch.ones(64).half()
+        got, two = (sla_forward(q, k, v, weight, bias, 2, 64, 64, "softmax", "fp16")[0] for k in (keys, exact.half()))
+    else:
+        got, two = (sage_forward(q, k, v, 0.1, False, "fp16", block_k=64) for k in (keys, exact.half()))
+    heads = [t.double().transpose(1, 2) for t in (q, exact, v)]
+    expected = F.scaled_dot_product_attention(*heads, scale=0.125 if kind == "sla" else 0.1)
+    if kind == "sla":  # all blocks are read, and the linear branch is added
+        phi, psi = (t.softmax(-1) for t in heads[:2])
+        expected += (
+            phi @ (psi.transpose(-1, -2) @ heads[2]) / (1e-5 + (phi * psi.sum(2, keepdim=True)).sum(-1))[..., None]
+        )
+        expected += 1
+    errors = [(t.double().transpose(1, 2) - expected).norm() / expected.norm() for t in (got, two)]
+    assert errors[0] <= 1.1 * errors[1] < 0.05
+
+
 @pytest.mark.parametrize("device", either)
 def test_how_it_is_launched_does_not_matter(device):
     """Tiles that wait for their rows, tiles behind all rows, more and fewer threads: the same bits but for k8, whose
@@ -329,7 +359,7 @@ class Card:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("capability", "keep"), [(80, True), (89, False), (90, False), (90, True), (120, True)])
 def test_the_kernel_compiles(monkeypatch, capability, keep, dtype):
-    """Its instructions are PTX, which no interpreter reads. It keeps to the registers that it is given."""
+    """Its instructions are PTX, which no interpreter reads."""
     import triton.language as tl
     from triton.runtime import driver
     from turbocompile.kernels import keys_triton as k
