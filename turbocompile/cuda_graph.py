@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import torch
 
+from turbocompile.cuda_memsets import memsets_to_kernels
+
 Run = Callable[..., tuple[torch.Tensor, ...]]
 
 
@@ -73,12 +75,14 @@ class CudaGraph:
             return self.run(*tensors)
 
     def _record(self, tensors: tuple[torch.Tensor, ...]) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=True)  # until its memsets have been replaced
         self._inputs = [torch.empty_like(t, memory_format=torch.contiguous_format).copy_(t) for t in tensors]
         try:
             # Other threads may use the GPU meanwhile: what they do is not this graph's.
             with torch.cuda.graph(graph, pool=self.pool.handle, capture_error_mode="thread_local"):
                 self._outputs = self.run(*self._inputs)
+            memsets_to_kernels(graph)
+            graph.instantiate()
         except RuntimeError as error:
             restore_generator(self.pool.device)
             self.reason = str(error).strip().splitlines()[0]
