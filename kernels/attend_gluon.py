@@ -120,10 +120,12 @@ def _attend_hopper(
     fence_async_shared()
     _barrier()
     if LINEAR and REUSE:
+        # several of the state's size where heads are narrow: what is reinterpreted keeps its size
+        PLACES: gl.constexpr = STAGES * BN // (2 * D)
         if _REINTERPRET:
-            g_tile = k_ring.reinterpret(g_tiles.dtype, [D, D], g_tiles.layout)
+            g_tile = k_ring.reinterpret(g_tiles.dtype, [PLACES, D, D], g_tiles.layout).index(0)
         else:
-            g_tile = k_ring._reinterpret(g_tiles.dtype, [D, D], g_tiles.layout)
+            g_tile = k_ring._reinterpret(g_tiles.dtype, [PLACES, D, D], g_tiles.layout).index(0)
 
     line = lut + (head * (gl.num_programs(0) // SHARE) + tile // SHARE).to(gl.int64) * topk
     if SPARSE:

@@ -50,6 +50,8 @@ def compiled(monkeypatch):
         (128, 128, True, False, "softmax"),
         (128, 128, False, True, "softmax"),
         (96, 64, False, True, "elu"),
+        (64, 64, False, True, "relu"),  # the state is smaller than the ring: Triton 3.8 reinterprets equal sizes alone
+        (64, 128, False, True, "softmax"),
     ],
 )
 def test_the_hopper_kernel_compiles(compiled, head_dim, block_k, is_causal, sparse, feature_map):
