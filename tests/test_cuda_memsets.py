@@ -27,7 +27,7 @@ def test_the_words_are_the_bytes_of_the_memset(value, element_size, width):
         assert fill is None
     else:
         assert fill is not None
-        assert struct.pack("<i", fill.word) * fill.count == written
+        assert struct.pack("<i", fill.word) * fill.length == written
         assert fill.address == 4096
 
 
@@ -59,6 +59,9 @@ class Driver:
 
     def cuGraphGetNodes(self, handle, count=0):
         return self.Status(0), list(self.graph)[:count], len(self.graph)
+
+    def cuGraphKernelNodeGetParams(self, node):
+        raise AssertionError("`_kernels`, which is replaced, calls it alone")
 
     def cuGraphNodeGetType(self, node):
         return self.Status(0), self.graph.nodes[node]["kind"]
@@ -117,14 +120,41 @@ def test_what_follows_what_stays(version, memsets, data):
     assert nx.utils.edges_equal(nx.relabel_nodes(graph, place).edges, expected.edges, directed=True)
 
 
-def test_a_refusal_of_the_driver_is_raised(monkeypatch):
+@pytest.fixture
+def one_memset():
     graph = nx.DiGraph()
     graph.add_node(0, kind=MEMSET, address=4096)
-    driver = Driver(graph, 13)
+    graph.add_node(1, kind=KERNEL)
+    graph.add_edge(0, 1)
+    return graph
+
+
+def test_a_refusal_after_a_change_is_raised(monkeypatch, one_memset):
+    driver = Driver(one_memset, 13)
     driver.cuGraphDestroyNode = driver.refused
     use(monkeypatch, driver)
     with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_VALUE"):
         memsets_to_kernels(RECORDED)
+
+
+@pytest.mark.parametrize("call", ["cuGraphGetEdges_v2", "cuGraphNodeGetType", "cuGraphMemsetNodeGetParams"])
+def test_a_driver_that_lacks_a_call_leaves_the_graph_as_it_was(monkeypatch, one_memset, call):
+    def missing(*_):
+        raise RuntimeError(f'Function "{call}" not found')  # as the bindings say it
+
+    driver, before = Driver(one_memset, 12), one_memset.copy()
+    setattr(driver, call, missing)
+    use(monkeypatch, driver)
+    assert memsets_to_kernels(RECORDED) == 0
+    assert nx.utils.graphs_equal(one_memset, before)
+
+
+def test_bindings_that_lack_a_call_leave_the_graph_as_it_was(monkeypatch, one_memset):
+    driver = Driver(one_memset, 13)
+    del driver.cuGraphGetEdges
+    use(monkeypatch, driver)
+    assert memsets_to_kernels(RECORDED) == 0
+    assert dict(one_memset.nodes(data="kind")) == {0: MEMSET, 1: KERNEL}
 
 
 def test_without_the_bindings_nothing_changes(monkeypatch):

@@ -15,13 +15,18 @@ import torch
 
 _REPEATED = {1: 0x01010101, 2: 0x00010001, 4: 1}  # an element of so many bytes, repeated to a word
 
+_CALLS = (
+    "cuGraphGetNodes", "cuGraphNodeGetType", "cuGraphMemsetNodeGetParams", "cuGraphKernelNodeGetParams",
+    "cuGraphGetEdges", "cuGraphAddKernelNode", "cuGraphAddDependencies", "cuGraphDestroyNode",
+)  # fmt: skip
+
 
 class Fill(NamedTuple):
-    """What a memset writes: `count` words of 32 bits."""
+    """What a memset writes: `length` words of 32 bits."""
 
     address: int
     word: int  # as a signed number
-    count: int
+    length: int
 
 
 def fill_of(address: int, value: int, element_size: int, width: int, height: int) -> Fill | None:
@@ -44,7 +49,8 @@ def fill_of(address: int, value: int, element_size: int, width: int, height: int
 def memsets_to_kernels(graph: torch.cuda.CUDAGraph) -> int:
     """Replaces the memsets of a graph that was recorded with `keep_graph=True` and is not instantiated yet.
 
-    Returns how many it replaced: none where cuda-bindings, which comes with PyTorch for CUDA, is not installed.
+    Returns how many it replaced. None, and the graph is as it was, where cuda-bindings, which comes with PyTorch for
+    CUDA, is not installed, or it or the driver lacks a call (drivers before CUDA 12.3).
 
     Raises:
         RuntimeError: the driver refused a change; the graph is not to be used then.
@@ -53,19 +59,17 @@ def memsets_to_kernels(graph: torch.cuda.CUDAGraph) -> int:
         from cuda.bindings import driver
     except ImportError:
         return 0
+    if not all(hasattr(driver, call) for call in _CALLS):
+        return 0
     handle = graph.raw_cuda_graph()
-    memset = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMSET
-    fills = {}
-    for node in _nodes(driver, handle):
-        if _done(driver.cuGraphNodeGetType(node))[0] == memset:
-            p = _done(driver.cuGraphMemsetNodeGetParams(node))[0]
-            fill = fill_of(int(p.dst), p.value, p.elementSize, p.width, p.height)
-            if fill is not None:
-                fills[int(node)] = fill
+    try:
+        fills = _fills(driver, handle)
+        before, after = _neighbours(driver, handle)
+    except RuntimeError:  # a call that the driver lacks; nothing has been changed
+        return 0
     if not fills:
         return 0
     kept, kernels = _kernels(driver, set(fills.values()))
-    before, after = _neighbours(driver, handle)
     for old, fill in fills.items():
         first, then = before[old], after[old]
         new = int(_done(driver.cuGraphAddKernelNode(handle, _of(driver, first), len(first), kernels[fill]))[0])
@@ -84,6 +88,19 @@ def _done(result: tuple[Any, ...]) -> tuple[Any, ...]:
     if int(result[0]) != 0:
         raise RuntimeError(f"the CUDA driver changes no graph here: {result[0].name}")
     return result[1:]
+
+
+def _fills(driver: Any, handle: int) -> dict[int, Fill]:
+    """What each memset writes that a kernel can."""
+    memset = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMSET
+    fills = {}
+    for node in _nodes(driver, handle):
+        if _done(driver.cuGraphNodeGetType(node))[0] == memset:
+            p = _done(driver.cuGraphMemsetNodeGetParams(node))[0]
+            fill = fill_of(int(p.dst), p.value, p.elementSize, p.width, p.height)
+            if fill is not None:
+                fills[int(node)] = fill
+    return fills
 
 
 def _nodes(driver: Any, handle: int) -> list[Any]:
@@ -135,14 +152,14 @@ def _kernels(driver: Any, fills: set[Fill]) -> tuple[torch.cuda.CUDAGraph, dict[
     kernels = {}
     for node in _nodes(driver, graph.raw_cuda_graph()):
         p = _done(driver.cuGraphKernelNodeGetParams(node))[0]
-        address, word, count = (ctypes.c_void_p * 3).from_address(int(p.kernelParams))
-        if address is None or word is None or count is None:
+        address, word, length = (ctypes.c_void_p * 3).from_address(int(p.kernelParams))
+        if address is None or word is None or length is None:
             raise RuntimeError("the CUDA driver does not say what a kernel node is called with")
         kernels[
             Fill(
                 ctypes.c_int64.from_address(address).value,
                 ctypes.c_int32.from_address(word).value,
-                ctypes.c_int32.from_address(count).value,
+                ctypes.c_int32.from_address(length).value,
             )
         ] = p
     return graph, kernels
