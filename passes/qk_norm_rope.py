@@ -85,6 +85,8 @@ def rebuilt(m: Match, top: fx.Node, place: Place, rotary: Rotary | None) -> fx.N
     streams = parts(place)
     if streams:
         return concatenated(m, top, streams, rotary)
+    if len(place.sizes) != len(place.order):  # heads are part of the batch
+        return None
     norm = as_norm(node)
     batch, tokens, head_dim = (place.sizes[place.order.index(axis)] for axis in "bld")
     size = shape(node)[-1]

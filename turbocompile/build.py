@@ -167,7 +167,9 @@ def compile_programs(
             choices = _attention_choices(programs, options, target)
             small_options = {**options, "attention": {**options.get("attention", {}), "choices": choices}}
         with stages("verify"):
-            verifier = _Vetoes(small, Evaluator(source, small.constants), options, list(inputs.calls[0]))
+            # the normal form renames some constants, and what was captured is evaluated too
+            constants = {**captured_small.constants, **small.constants}
+            verifier = _Vetoes(small, Evaluator(source, constants), options, list(inputs.calls[0]))
             verifier.check_captured(captured_small)
             with _collected():  # said again for the Programs that are built
                 judged = run_passes(small, small_options, target, verifier)

@@ -25,7 +25,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from turbocompile import signature as sig
-from turbocompile.cut import cut
+from turbocompile.cut import cut, drop_unread
 from turbocompile.errors import CaptureError
 from turbocompile.program import SHELL, Program, Subgraph
 from turbocompile.quantized import DATA, SCALE, Quantized, is_torchao, quantized
@@ -54,11 +54,13 @@ def capture(
             "cast the model instead (model.to(torch.bfloat16)) and call it outside autocast"
         )
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    signature, tensors = sig.describe(model, args, dict(kwargs or {}))
-    check_call(model, signature)
     state = {name: quantized(name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
-    twin = fake_copy(model, mode)
-    signature, exported, recorder = _export(model, twin, signature, tensors, mode)
+    for wrapper in (True, False):
+        signature, tensors = sig.describe(model, args, dict(kwargs or {}), wrapper)
+        check_call(model, signature)
+        signature, exported, recorder = _export(model, fake_copy(model, mode), signature, tensors, mode)
+        if not signature.return_dict or recorder.record.output["kind"] == "class":
+            break  # else `return_dict` means something of the model's own here
     program = _program(exported, signature, state, mode)
     program.signature = sig.with_output(program.signature, recorder.record.output)
     lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
@@ -330,6 +332,8 @@ def _operation(graph: fx.Graph, node: Any, env: dict[fx.Node, fx.Node]) -> fx.No
             f"the model uses {target}, which has no graph form here; "
             "use torch.nn.functional.scaled_dot_product_attention instead of flex attention"
         )
+    if target is aten.view.default:  # for strides that a decomposition chose, which later ones need not have
+        target = aten.reshape.default
     if isinstance(target, torch._ops.OpOverload):
         if target is aten._assert_tensor_metadata.default or target.overloadpacket in (
             aten.sym_constrain_range,
@@ -368,5 +372,5 @@ def _refuse_symbols(graph: fx.Graph) -> None:
 def _drop_unused_weights(sub: Subgraph) -> None:
     for node in list(sub.graph.nodes):
         if node.op == "get_attr" and not node.users:
-            sub.weights.pop(str(node.target))
             sub.graph.erase_node(node)
+    drop_unread(sub)

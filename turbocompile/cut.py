@@ -322,10 +322,16 @@ def _shell(flat: Subgraph, pieces: list[Piece], names: dict[Any, str]) -> Subgra
     for node in reversed(list(shell.graph.nodes)):
         unused = not node.users and node.op in ("get_attr", "call_function") and not _mutates(node)
         if unused and node.target is not call:
-            if node.op == "get_attr":
-                shell.weights.pop(str(node.target))
             shell.graph.erase_node(node)
+    drop_unread(shell)
     return shell
+
+
+def drop_unread(sub: Subgraph) -> None:
+    """Drops the weights that no node reads: equal constants share a name, so one that goes may leave a reader."""
+    read = {str(node.target) for node in sub.graph.nodes if node.op == "get_attr"}
+    for name in [n for n in sub.weights if n not in read]:
+        del sub.weights[name]
 
 
 def _copy(shell: Subgraph, flat: Subgraph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:

@@ -40,7 +40,7 @@ def absorb(into: fx.Node, node: fx.Node) -> None:
     if ORIGINS in node.meta:
         into.meta[ORIGINS] = into.meta.get(ORIGINS, frozenset()) | node.meta[ORIGINS]
         if into.meta.get(PASSES):
-            into.meta[PASSES] = _joined(node.meta[PASSES], into.meta[PASSES])
+            into.meta[PASSES] = _joined(node.meta.get(PASSES, ()), into.meta[PASSES])
 
 
 def follow(name: str, made: Sequence[fx.Node], pairs: Iterable[tuple[fx.Node, fx.Node]]) -> None:

@@ -100,14 +100,15 @@ class Signature:
     """How the model is called, as data.
 
     parameters: (name, kind, has_default, default) of `forward`, kind as in `inspect.Parameter.kind.name`; a default
-    that
-        is no plain value is recorded as None with has_default True.
+        that is a tuple, list or dict is {"container": kind, "keys": [...], "items": [...]}, one that is no data
+        {"container": "default", "keys": []}.
     inputs: the tensors, in the order of the shell's placeholders.
     guards: path -> plain value of every other argument, fixed at capture.
     output: a tree: {"kind": "tensor", "index": i} | {"kind": "none"} | {"kind": "value", "value": v}
         | {"kind": "tuple"|"list", "items": [...]} | {"kind": "dict", "keys": [...], "items": [...]}
-        | {"kind": "class", "name": "module.Class", "keys": [...], "items": [...]}.
-    return_dict: whether `forward` has that parameter; it selects the wrapper only.
+        | {"kind": "class", "name": "module.Class", "keys": [...], "items": [...]}, and
+        "named_tuple": True of one.
+    return_dict: whether `forward` has that parameter and it selects the wrapper only.
     """
 
     parameters: tuple[tuple[str, str, bool, Any], ...]

@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 import inspect
 import re
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,6 +28,7 @@ OUTPUT_CLASSES = {  # what a loaded engine may construct; anything else becomes 
     "diffusers.models.modeling_outputs.Transformer2DModelOutput",
     "diffusers.models.transformers.transformer_2d.Transformer2DModelOutput",
 }
+BY_DEFAULT = {"container": "default", "keys": []}  # of an argument left out whose default is no data: it stays out
 _seen_classes: dict[str, type] = {}  # classes met by captures of this process, which may be given back as they were
 
 
@@ -47,13 +48,27 @@ class Output(OrderedDict[str, Any]):
         return tuple(self.values())
 
 
-def describe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, list[torch.Tensor]]:
-    """The signature of a call (its output is filled in after the export) and its tensors, in order."""
-    parameters = tuple(
-        (p.name, p.kind.name, p.default is not p.empty, p.default if isinstance(p.default, PLAIN) else None)
-        for p in inspect.signature(model.forward).parameters.values()
-    )
-    has_return_dict = any(name == "return_dict" for name, *_ in parameters)
+class _Default:
+    """An argument left out whose default is no data."""
+
+    def __repr__(self) -> str:
+        return "its default"
+
+
+_DEFAULT = _Default()
+
+
+def describe(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wrapper: bool = True
+) -> tuple[Signature, list[torch.Tensor]]:
+    """The signature of a call (its output is filled in after the export) and its tensors, in order.
+
+    wrapper: whether a `return_dict` that is on by default means what diffusers means by it: the same results, in an
+    object or in a tuple. Else it is an argument like any other.
+    """
+    declared = list(inspect.signature(model.forward).parameters.values())
+    parameters = tuple((p.name, p.kind.name, p.default is not p.empty, _as_data(p.default)) for p in declared)
+    has_return_dict = wrapper and any(p.name == "return_dict" and p.default in (True, None) for p in declared)
     bound = _bind(parameters, args, kwargs, type(model).__name__)
     inputs, guards, tensors = [], {}, []
     for path, value in _walk(bound):
@@ -86,11 +101,35 @@ def with_output(signature: Signature, output: dict[str, Any]) -> Signature:
     return replace(signature, output=output)
 
 
+def _as_data(default: Any) -> Any:
+    """A default as it is stored: plain values as they are, containers of them as a tree, anything else a marker."""
+    if default is inspect.Parameter.empty:
+        return None
+    if type(default) in PLAIN:
+        return default
+    if type(default) in (tuple, list) or (type(default) is dict and all(type(k) is str for k in default)):
+        pairs = list(default.items() if isinstance(default, dict) else enumerate(default))
+        keys, items = [k for k, _ in pairs], [_as_data(v) for _, v in pairs]
+        if BY_DEFAULT not in items:
+            return {"container": type(default).__name__, "keys": keys, "items": items}
+    return dict(BY_DEFAULT)
+
+
+def _from_data(stored: Any) -> Any:
+    if not isinstance(stored, Mapping):
+        return stored
+    items = [_from_data(item) for item in stored.get("items", ())]
+    if stored["container"] == "dict":
+        return dict(zip(stored["keys"], items, strict=True))
+    return {"tuple": tuple(items), "list": items}.get(str(stored["container"]), _DEFAULT)
+
+
 def _bind(parameters: Sequence[tuple[str, str, bool, Any]], args: Any, kwargs: Any, name: str) -> dict[str, Any]:
     """The arguments by parameter name, defaults filled in."""
+    missing = inspect.Parameter.empty
     made = inspect.Signature(
         [
-            inspect.Parameter(n, inspect._ParameterKind[kind], default=default if has else inspect.Parameter.empty)
+            inspect.Parameter(n, inspect._ParameterKind[kind], default=_from_data(default) if has else missing)
             for n, kind, has, default in parameters
         ]
     )
@@ -118,6 +157,8 @@ def _walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, {"container": "tuple" if isinstance(value, tuple) else "list", "keys": list(range(len(value)))}
         for key, item in enumerate(value):
             yield from _walk(item, f"{path}.{key}")
+    elif value is _DEFAULT:
+        yield path, dict(BY_DEFAULT)
     else:
         yield path, value
 
@@ -126,6 +167,8 @@ def _unwalk(path: str, leaves: Mapping[str, Any], guards: Mapping[str, Any]) -> 
     marker: Any = guards.get(path)
     if not _is_marker(marker):
         return leaves.get(path, marker)
+    if marker == BY_DEFAULT:
+        return _DEFAULT
     items = [_unwalk(f"{path}.{key}", leaves, guards) for key in marker["keys"]]
     if marker["container"] == "dict":
         return dict(zip(marker["keys"], items, strict=True))
@@ -137,13 +180,16 @@ def rebuild(signature: Signature, tensors: Sequence[torch.Tensor]) -> tuple[list
     leaves = {i.path: t for i, t in zip(signature.inputs, tensors, strict=True)}
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
+    left_out = False
     for name, kind, _, _ in signature.parameters:
         value = _unwalk(name, leaves, signature.guards)
-        if kind == "VAR_POSITIONAL":
+        if value is _DEFAULT:
+            left_out = True  # what follows has to be named
+        elif kind == "VAR_POSITIONAL":
             args.extend(value)
         elif kind == "VAR_KEYWORD":
             kwargs.update(value)
-        elif kind == "KEYWORD_ONLY":
+        elif kind == "KEYWORD_ONLY" or left_out:
             kwargs[name] = value
         else:
             args.append(value)
@@ -169,6 +215,7 @@ def bind(signature: Signature, args: Any, kwargs: Any, name: str = "the engine")
             continue
         elif path not in signature.guards or signature.guards[path] != value:
             was = signature.guards.get(path, "absent")
+            was, value = (_DEFAULT if v == BY_DEFAULT else v for v in (was, value))
             raise CaptureError(f"{name} was captured with {path}={was!r}, and got {value!r}; compile it for that value")
     missing = [path for path in wanted if path not in found]
     if missing:
@@ -216,7 +263,8 @@ def describe_output(value: Any, flat: list[torch.Tensor]) -> dict[str, Any]:
         raise CaptureError(f"the model returned a {type(value).__name__}; return tensors, tuples, dicts or dataclasses")
     name = f"{type(value).__module__}.{type(value).__qualname__}"
     _seen_classes[name] = type(value)
-    return {"kind": "class", "name": name, "keys": keys, "items": [describe_output(v, flat) for v in items]}
+    named = {"named_tuple": True} if isinstance(value, tuple) else {}
+    return {"kind": "class", "name": name, "keys": keys, "items": [describe_output(v, flat) for v in items], **named}
 
 
 def wrap_output(signature: Signature, flat: Sequence[torch.Tensor], wrapped: bool) -> Any:
@@ -240,6 +288,8 @@ def _wrap(tree: dict[str, Any], flat: Sequence[torch.Tensor]) -> Any:
     if kind == "dict":
         return pairs
     cls = _output_class(tree["name"])
+    if cls is None and tree.get("named_tuple"):
+        return namedtuple(tree["name"].rpartition(".")[2], tree["keys"], rename=True)(*items)
     return cls(**pairs) if cls is not None else Output(pairs)
 
 

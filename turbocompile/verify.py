@@ -495,7 +495,10 @@ def _formats(sub: Subgraph, rewrite: Any) -> set[str]:
 
 
 def random_inputs(program: Program, seed: int = 0) -> list[torch.Tensor]:
-    """Random tensors of the Program's inputs: N(0, 1), timesteps in (0, 1000), zeros for integers."""
+    """Random tensors of the Program's inputs: N(0, 1), timesteps in (0, 1000), ones for masks and integers.
+
+    A mask of zeros would take every key away, and positions of zero would rotate nothing.
+    """
     generator = torch.Generator().manual_seed(seed)
     made = []
     for i in program.signature.inputs:
@@ -504,6 +507,6 @@ def random_inputs(program: Program, seed: int = 0) -> list[torch.Tensor]:
         elif i.dtype.is_floating_point:
             value = torch.randn(i.shape, generator=generator)
         else:
-            value = torch.zeros(i.shape)
+            value = torch.ones(i.shape)
         made.append(value.to(i.dtype))
     return made
