@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import subprocess
 import sys
@@ -152,6 +153,65 @@ def test_without_an_example_the_first_call_is_captured_and_new_shapes_are_added(
         assert torch.allclose(lazy(x, t), tiny(x, t), rtol=0, atol=1e-5 * float(tiny(x, t).abs().max()))
     assert len(lazy.engine.programs) == 2
     assert lazy.report.to_dict()["passes"]
+
+
+def test_an_engine_is_not_of_two_states_of_its_module(tiny, tmp_path):
+    """Fused weights are copies, the others are the module's: changed later, they would not fit each other."""
+    x, t = torch.randn(1, 8, 64), torch.rand(1)
+    engine = turbocompile.optimize(tiny, (x, t))
+    before, twin = engine(x, t), copy.deepcopy(engine)
+    other = copy.deepcopy(tiny)
+    with torch.no_grad():
+        other.blocks[0].out.weight.mul_(2.0)
+    assert torch.equal(engine(x, t), before)
+    tiny.load_state_dict(other.state_dict())
+    for use in (lambda: engine(x, t), lambda: engine.save(tmp_path / "engine")):
+        with pytest.raises(EngineError, match="was changed after it was compiled"):
+            use()
+    assert torch.equal(twin(x, t), before)
+    assert not torch.equal(turbocompile.optimize(tiny, (x, t))(x, t), before)
+
+
+class Rotated(torch.nn.Module):
+    """A mask, positions, and a complex table that is in no checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.blocks = torch.nn.Linear(8, 8), torch.nn.ModuleList(Block(64) for _ in range(2))
+        self.table = torch.polar(torch.ones(16, 4), torch.arange(64.0).reshape(16, 4))
+
+    def forward(self, x, mask, positions):
+        turned = torch.view_as_real(torch.view_as_complex(x[..., :8].unflatten(-1, (4, 2))) * self.table[positions])
+        x = torch.cat([turned.flatten(-2), x[..., 8:]], -1)
+        score = self.inner(x[..., :8]) @ x[..., :8].transpose(1, 2) + (1 - mask[:, None]) * -10000.0
+        x = score.softmax(-1) @ x
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_masks_and_complex_tables_are_verified_with_keys_to_see():
+    torch.manual_seed(0)
+    model = Rotated().eval().requires_grad_(False)
+    given = torch.randn(1, 6, 64), torch.tensor([[1, 1, 1, 1, 0, 0]]), torch.arange(6)[None]
+    engine = turbocompile.optimize(model, given)
+    assert torch.allclose(engine(*given), model(*given), rtol=0, atol=1e-5 * float(model(*given).abs().max()))
+
+
+def test_an_integer_input_takes_no_fractions():
+    class Looked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(1000, 4)
+
+        def forward(self, x, t):
+            return x * self.table(t)
+
+    engine = turbocompile.optimize(Looked().eval(), (torch.randn(2, 4), torch.tensor([3, 7])))
+    x = torch.randn(2, 4)
+    assert torch.equal(engine(x, torch.tensor([3.0, 7.0])), engine(x, torch.tensor([3, 7])))
+    with pytest.raises(CaptureError, match="numbers that are no integers"):
+        engine(x, torch.tensor([3.7, 7.2]))
 
 
 def test_torch_compile_reaches_the_same_blocks(tiny):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
+import json
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from turbocompile.capture import capture
 from turbocompile.engine import weight_plan
 from turbocompile.errors import CaptureError
 from turbocompile.program import SHELL, call
+from turbocompile.serialize import _signature, _signature_json
 from turbocompile.weights import Evaluator, Load, ModuleTensors
 
 
@@ -332,3 +335,87 @@ def test_every_kind_of_block_has_one_graph():
     assert [program.count(g) for g in program.graphs if g != SHELL] == [3, 2, 1]
     assert all(n.target is not call for g, s in program.graphs.items() if g != SHELL for n in s.graph.nodes)
     assert torch.equal(run(program, model, (x,)), model(x))
+
+
+class Mode(enum.Enum):
+    HALF = 0.5
+    DOUBLE = 2.0
+
+
+class Defaults(nn.Module):
+    def forward(self, x, gains=(3.0, 2.0), mode=Mode.DOUBLE, *, skip=[1], options={"shift": 1.0}):  # noqa: B006
+        for i, gain in enumerate(gains):
+            if i not in skip:
+                x = x * gain
+        return x * mode.value + options["shift"]
+
+
+def test_arguments_left_out_have_the_models_own_defaults():
+    """Containers of plain values are data; what is none, as an enum, stays left out."""
+    model, x = Defaults(), torch.randn(2, 3)
+    program = capture(model, (x,))
+    expected = model(x)
+    assert torch.equal(expected, x * 6 + 1)
+    assert torch.equal(run(program, model, (x,)), expected)
+    assert torch.equal(run(program, model, (x, (3.0, 2.0)), {"skip": [1], "options": {"shift": 1.0}}), expected)
+    for other in ({"gains": (3.0, 1.0)}, {"gains": [3.0, 2.0]}, {"skip": []}, {"options": {"shift": 0.0}}):
+        with pytest.raises(CaptureError, match="compile it for that value"):
+            run(program, model, (x,), other)
+    with pytest.raises(CaptureError, match="captured with mode=its default"):
+        run(program, model, (x,), {"mode": Mode.HALF})
+    signature = program.signature
+    assert _signature(json.loads(json.dumps(_signature_json(signature)))) == signature
+
+
+class Returns(nn.Module):
+    """`return_dict` of a meaning of its own: more results, and not by default."""
+
+    def __init__(self, default: bool) -> None:
+        super().__init__()
+        if default:
+            self.forward = lambda x, return_dict=True: self.results(x, return_dict)
+
+    def forward(self, x, return_dict=False):
+        return self.results(x, return_dict)
+
+    def results(self, x, return_dict):
+        return {"sample": x * 2, "more": x * 3} if return_dict else x * 2
+
+
+@pytest.mark.parametrize("default", [False, True])
+def test_a_return_dict_of_another_meaning_is_an_argument_like_any_other(default):
+    model, x = Returns(default), torch.randn(2, 3)
+    for given in ({}, {"return_dict": True}, {"return_dict": False}):
+        program = capture(model, (x,), given)
+        found, expected = run(program, model, (x,), given), model(x, **given)
+        assert type(found) is type(expected)
+        if isinstance(expected, dict):
+            assert {k: v.tolist() for k, v in found.items()} == {k: v.tolist() for k, v in expected.items()}
+        else:
+            assert torch.equal(found, expected)
+    program = capture(model, (x,), {"return_dict": True})
+    with pytest.raises(CaptureError, match="captured with return_dict=True"):
+        run(program, model, (x,), {"return_dict": False})
+
+
+class Masked(nn.Module):
+    """Two equal constants, one of which goes when the block is cut out, and a region without autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(32, 2) for _ in range(2))
+
+    def forward(self, x, mask):
+        x = torch.where(mask, x, torch.tensor(-2.0))
+        with torch.autocast("cpu", enabled=False):
+            x = x.float() * 2
+        for block in self.blocks:
+            x = block(x)
+        return torch.where(mask, x, torch.tensor(-2.0))
+
+
+def test_equal_constants_and_a_region_without_autocast():
+    model, inputs = Masked(), (torch.randn(1, 6, 32), torch.rand(1, 6, 32) > 0.5)
+    program = capture(model, inputs)
+    assert "blocks" in program.graphs
+    assert torch.equal(run(program, model, inputs), model(*inputs))

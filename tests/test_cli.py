@@ -210,7 +210,7 @@ def test_what_the_system_refuses_is_one_sentence(recipe, monkeypatch, number, co
     monkeypatch.setattr(turbocompile.build, "optimize_recipe", fails)
     result = call("optimize", recipe, "--dry-run")
     assert result.exit_code == code
-    assert result.stderr.splitlines()[-1] == f"Error: [Errno {number}] {os.strerror(number)}: '/some/engine'"
+    assert result.stderr.splitlines()[-1] == f"Error: /some/engine: {os.strerror(number)}"
 
 
 def test_a_failed_verification_has_exit_code_1(recipe, tmp_path, monkeypatch):
@@ -246,3 +246,50 @@ def test_the_example_script_makes_a_video_and_says_how(engine, tmp_path):
     wrong = subprocess.run([*command[:2], "nowhere", *command[3:]], capture_output=True, text=True, timeout=300)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "Error: nowhere is no folder" in wrong.stderr
+
+
+def test_results_go_nowhere_that_loses_something(recipe, engine, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("kept")
+    refused(call("calibrate", recipe, "-o", tmp_path / "file"), "give a name that ends so")
+    refused(
+        call("run", engine, "--prompt", "x", "-o", tmp_path / "a.mp4", "--frames", tmp_path / "file"), "not a folder"
+    )
+    refused(call("explain", engine, "--html", engine / "report.html"), "is inside the engine")
+    refused(call("explain", engine, "--html", tmp_path / "p.html", "--json"), "are different outputs")
+    refused(call("bench", engine, "--device", "meta"), "engines run on cpu, cuda")
+    assert (tmp_path / "file").read_text() == "kept"
+    assert call("explain", engine, "--html", tmp_path / "p.html").exit_code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "p.html"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    result = call("bench", engine, "--calls", "1")
+    assert result.exit_code == 0
+    assert "forward" in result.stdout
+    assert "Warning: the result is not kept in the cache" in result.stderr
+    assert call("verify", engine).exit_code == 0
+
+
+def test_a_build_that_is_stopped_leaves_nothing(recipe, tmp_path):
+    """By SIGTERM, as a scheduler stops it, while the weights are written."""
+    code = """
+import os, signal, sys
+import turbocompile.build as build
+from turbocompile.cli import main
+def stop(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGTERM)
+build.emit_module = stop
+main(sys.argv[1:])
+"""
+    command = (
+        sys.executable,
+        "-c",
+        code,
+        "optimize",
+        str(recipe),
+        "-o",
+        str(tmp_path / "engine"),
+        "--set",
+        "verify=off",
+    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 128 + 15, done.stderr
+    assert not list(tmp_path.iterdir())

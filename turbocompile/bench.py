@@ -26,7 +26,7 @@ from torch import fx
 
 from turbocompile.attentions import named_attentions
 from turbocompile.backends.triton import SOURCE
-from turbocompile.cache import cache_path, write_json
+from turbocompile.cache import cache_path, keep_json
 from turbocompile.cost import OpCost, alike, cost
 from turbocompile.cuda_graph import restore_generator
 from turbocompile.errors import UnsupportedError
@@ -350,7 +350,7 @@ def bench_path(
 ) -> tuple[Bench, Path | None]:
     """Times a module of an engine's folder, or of a recipe, whose engine is built in a temporary folder.
 
-    The second value is where the record is, None of a recipe. Raises TurbocompileError.
+    The second value is where the record is, None of a recipe and where it could not be kept. Raises TurbocompileError.
     """
     from turbocompile.build import optimize_recipe
     from turbocompile.engine import load
@@ -379,9 +379,9 @@ def record_path(module: str, digest: str) -> Path:
     return cache_path("bench", f"{digest}-{module}")
 
 
-def save_record(found: Bench, module: str, digest: str) -> Path:
-    """Keeps it for `explain`, and says where."""
-    return write_json(record_path(module, digest), found.to_dict())
+def save_record(found: Bench, module: str, digest: str) -> Path | None:
+    """Keeps it for `explain`, and says where; None (and a warning) where the cache cannot be written."""
+    return keep_json("bench", f"{digest}-{module}", found.to_dict())
 
 
 def read_record(module: str, digest: str) -> Bench | None:

@@ -28,6 +28,7 @@ from turbocompile.lineage import GraphView, begin, graph_views
 from turbocompile.normalize import normalize
 from turbocompile.passes.w8a8 import chosen_format
 from turbocompile.pipeline import PASSES, PassResult, load_pass, run_passes
+from turbocompile.places import check_folder
 from turbocompile.printer import print_program
 from turbocompile.program import Program, is_op
 from turbocompile.recipe import Recipe, Shape, load_recipe
@@ -307,10 +308,12 @@ def optimize_recipe(
     """
     stages = Stages(progress)
     get_backend(recipe.backend).check(recipe.target)
-    if out is not None and not dry_run and (out.exists() or out.is_symlink()):
-        raise EngineError(
-            f"{out} exists already, and an engine is never written over; name another folder or remove it"
-        )
+    if out is not None and not dry_run:
+        if out.exists() or out.is_symlink():
+            raise EngineError(
+                f"{out} exists already, and an engine is never written over; name another folder or remove it"
+            )
+        check_folder(out)
     with stages("open"):
         source = open_source(recipe)
     compiled: dict[str, Compiled] = {}
@@ -563,10 +566,11 @@ def optimize(
 ) -> nn.Module:
     """Compiles a module into an Engine that is called the same way.
 
-    model: any module; it is left as it was. args, kwargs: an example call, or several (a list of (args, kwargs) pairs
-    given as `args`), one Program each. Without an example the returned module captures at its first call.
-    recipe: what the passes do: a Recipe, its fields as a mapping (`{"passes": {"w8a8": "int8"}}`), or a file; its
-    model, shapes and dtype are not looked at. target: "cpu", "sm90", ...; by default what the model's device is.
+    model: any module; it is left as it was. On a CPU the engine shares memory with it, and refuses calls once its
+    weights were changed in place. args, kwargs: an example call, or several (a list of (args, kwargs) pairs given as
+    `args`), one Program each. Without an example the returned module captures at its first call. recipe: what the
+    passes do: a Recipe, its fields as a mapping (`{"passes": {"w8a8": "int8"}}`), or a file; its model, shapes and
+    dtype are not looked at. target: "cpu", "sm90", ...; by default what the model's device is.
     verify_args: a smaller example call to measure rewrites on, for calls of over 4,096 tokens.
     calibration: calls that are like the real ones, of at most 4,096 tokens, to measure 8-bit linears on: a list (each a
     tuple of arguments, a dict of keyword arguments, or a pair of both), a function that returns one, or a file that
@@ -604,7 +608,10 @@ def optimize(
     )  # fmt: skip
     engine.build = EngineBuild(options, item, stages)
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    return engine.to(device)
+    engine.to(device)
+    # On a CPU weights that no pass changed stay the module's memory: a copy takes room, and sums in another order.
+    engine.watch(source.shares)
+    return engine
 
 
 @dataclass(frozen=True)

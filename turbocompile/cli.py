@@ -11,6 +11,8 @@ import errno
 import json
 import logging
 import os
+import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +35,10 @@ if TYPE_CHECKING:
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # what torchao says when it is imported under another torch
 
 # A path that cannot be used as it was given; a full disk is no mistake of the user's.
-USER_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+USER_ERRNOS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
+    errno.ELOOP, errno.ENOTEMPTY, errno.EXDEV,
+)  # fmt: skip
 
 SEED = click.IntRange(0, 2**63 - 1)
 
@@ -52,14 +57,19 @@ class _Group(click.Group):
             code = {**dict.fromkeys(USER_ERRNOS, 2), errno.ENOSPC: 1}.get(error.errno or 0)
             if code is None:
                 raise
-            raise _failure(error, code) from error
+            sentence = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+            raise _failure(sentence, code) from error
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":  # which is no OSError where a file cannot be written
+                raise
+            raise _failure(error, 1) from error
 
 
 class _UserError(click.ClickException):
     exit_code = 2
 
 
-def _failure(error: Exception, code: int) -> click.ClickException:
+def _failure(error: Exception | str, code: int) -> click.ClickException:
     sentence = " ".join(str(error).split())
     return _UserError(sentence) if code == 2 else click.ClickException(sentence)
 
@@ -68,6 +78,14 @@ def _failure(error: Exception, code: int) -> click.ClickException:
 @click.version_option(__version__, prog_name="turbocompile")
 def main() -> None:
     """Compile diffusion transformers into engines that run fast, verify themselves, and say what was done."""
+    with contextlib.suppress(ValueError):  # in a thread that takes no signals
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _stopped)
+
+
+def _stopped(number: int, frame: object) -> None:
+    """Ends as an error does, so that what was half written goes."""
+    sys.exit(128 + number)
 
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
@@ -171,6 +189,9 @@ def run(engine: Path, out: Path, as_json: bool, **options: Any) -> None:
 def explain(engine: Path, after: str | None, module: str, gpu: str | None, html: Path | None, as_json: bool) -> None:
     """Show what was done to ENGINE, why not more, what it costs, and its graphs."""
     _quiet()
+    given = [o for o, v in (("--after", after), ("--html", html), ("--json", as_json or None)) if v is not None]
+    if len(given) > 1:
+        raise click.UsageError(f"{given[0]} and {given[1]} are different outputs; ask for one at a time")
     if after is not None:
         click.echo(_graph_text(engine, module, after), nl=False)
         return
@@ -179,9 +200,12 @@ def explain(engine: Path, after: str | None, module: str, gpu: str | None, html:
         report.gpu(gpu)  # an unknown card is refused before anything is printed
     if html is not None:
         from turbocompile.page import page
+        from turbocompile.places import check_file, replacing
 
-        html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(page(report, _graph_views(engine), _records(engine), gpu), encoding="utf-8")
+        check_file(html)
+        text = page(report, _graph_views(engine), _records(engine), gpu)
+        with replacing(html) as temporary:
+            temporary.write_text(text, encoding="utf-8")
         click.echo(f"page: {html}")
     elif as_json:
         more = {"gpu": report.gpu(gpu).key, "roofline": report.roofline(gpu)} if gpu is not None else {}
@@ -242,7 +266,8 @@ def tune(engine: Path, device: str, as_json: bool) -> None:
         for kind, choices in found.items():
             for size, config in choices.items():
                 click.echo(f"{kind}, {size}: {', '.join(f'{k} {v}' for k, v in config.items() if v is not None)}")
-        click.echo(f"kept: {path}")
+        if path is not None:
+            click.echo(f"kept: {path}")
 
 
 @main.command()
@@ -292,14 +317,13 @@ def evaluate(engine: Path, sheet: Path | None, as_json: bool, **options: Any) ->
         check_sheet(sheet)
     with _progress() as progress:
         found = evaluate_engine(engine, progress=progress, **options)
-    if sheet is not None:
-        write_sheet(found, sheet)
     if as_json:
         _print_json(found.to_dict())
     else:
         _print(found)
-        if sheet is not None:
-            click.echo(f"sheet: {sheet}")
+    if sheet is not None:  # the last, since what was seen may have taken hours
+        write_sheet(found, sheet)
+        click.echo(f"sheet: {sheet}", err=as_json)
 
 
 @main.command()
@@ -389,9 +413,11 @@ def _check_device(device: str | None) -> None:
     if device is None:
         return
     try:
-        torch.empty(0, device=device)
+        kind = torch.empty(0, device=device).device.type
     except (RuntimeError, AssertionError) as error:
         raise UnsupportedError(f"there is no device {device!r} here ({str(error).splitlines()[0]})") from error
+    if kind not in ("cpu", "cuda"):  # "meta" computes nothing, and would be timed
+        raise UnsupportedError(f"engines run on cpu, cuda, cuda:1 and so on, not {device!r}")
 
 
 # -------------------------------------------------------------------------------------------------------------- output

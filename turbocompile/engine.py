@@ -8,13 +8,14 @@ damage, not origin: load engines only from where you would load weights from.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,6 +121,7 @@ class Engine(nn.Module):
         self.tuning: Tuning = {}  # which kernels its 8-bit linears run, by card
         self._graphs: dict[str, CudaGraph] = {}
         self._pool: Pool | None = None
+        self._watched: dict[str, int] = {}  # the version of each weight that is someone else's memory
         self.report = report
         self.manifest = dict(manifest or {})
         self.folder = folder
@@ -155,6 +157,7 @@ class Engine(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the Program whose shapes the call has. CaptureError where there is none, or an argument differs."""
+        self._check_watched()
         first = next(iter(self.programs.values()))
         tensors, wrapped = sig.bind(first.signature, args, kwargs, self.model_name)
         for name, program in self.programs.items():
@@ -164,6 +167,22 @@ class Engine(nn.Module):
                 return sig.wrap_output(program.signature, flat, wrapped)
         given = {i.path: list(t.shape) for i, t in zip(first.signature.inputs, tensors, strict=True)}
         raise CaptureError(f"{self.model_name} has no program for the shapes {given}; it has {self.shapes}")
+
+    def watch(self, shares: Callable[[torch.Tensor], bool]) -> None:
+        """Remembers the versions of the weights that share memory with the module that the engine was compiled from.
+
+        Others are copies already: fused, quantized, or on a GPU.
+        """
+        found = {k: t for k, t in self.weights.items() if t.device.type == "cpu" and shares(t) and not t.is_inference()}
+        self._watched = {k: t._version for k, t in found.items()}
+
+    def _check_watched(self) -> None:
+        for name, version in self._watched.items():
+            if self.weights[name]._version != version:
+                raise EngineError(
+                    f"{self.model_name} was changed after it was compiled (the weight {name!r}, in place), and the "
+                    "engine has parts of both; compile it again, or compile a copy.deepcopy of it"
+                )
 
     def accepts(self, args: Any, kwargs: Any) -> bool:
         """Whether there is a Program of the call's shapes."""
@@ -201,7 +220,7 @@ class Engine(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy compiles and records anew."""
-        return {**self.__dict__, "_runners": {}, "_graphs": {}, "_pool": None}
+        return {**self.__dict__, "_runners": {}, "_graphs": {}, "_pool": None, "_watched": {}}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Engine:
         """Moves the weights to the device that `fn` moves tensors to; dtype changes do not reach them."""
@@ -223,6 +242,7 @@ class Engine(nn.Module):
             self._device = device
             self._graphs.clear()
             self._pool = None
+            self._watched.clear()  # these are copies
             self._runners.clear()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
@@ -244,8 +264,10 @@ class Engine(nn.Module):
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
         """Writes the engine folder, atomically. force: an empty folder may stand there already.
 
-        Raises EngineError where something is there, UnsupportedError for an engine opened from a folder that is gone.
+        Raises EngineError where something is there or the module's weights have changed, UnsupportedError for an engine
+        opened from a folder that is gone.
         """
+        self._check_watched()
         target = Path(folder)
         if force and target.is_dir() and not any(target.iterdir()):
             target.rmdir()
@@ -276,7 +298,12 @@ def new_folder(target: Path) -> Iterator[Path]:
             if path.is_file():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-        temporary.rename(target)
+        try:
+            temporary.rename(target)
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):  # meanwhile another made it
+                raise EngineError(f"{target} was written by another process meanwhile; name another folder") from error
+            raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

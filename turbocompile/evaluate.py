@@ -27,6 +27,7 @@ from turbocompile.digits.world import DIGITS, Combination
 from turbocompile.engine import Engine, load
 from turbocompile.errors import UnsupportedError
 from turbocompile.generate import choose_sampler, component, default_device, generate, recipe_of
+from turbocompile.places import check_file, check_folder, replacing
 from turbocompile.quality import Mean, Share, mean_of, psnr, ssim
 from turbocompile.recipe import SamplerSpec
 from turbocompile.sampling import SamplingWarning
@@ -289,6 +290,8 @@ def evaluate(
     videos of this world's shape from text, or has random weights.
     """
     wanted = world.evaluation_set(prompts)
+    if save is not None:
+        check_folder(save)
     tell = progress or (lambda stage, fraction: None)
     made_by = _open_engine(engine, device)
     sampler = choose_sampler(recipe_of(made_by).sampler, "t2v", steps, guidance)
@@ -368,11 +371,16 @@ def _pipeline_maker(folder: Path, sampler: SamplerSpec, device: torch.device) ->
     logging.disable_progress_bar()  # of the loading, which takes a second
     try:
         pipeline = WanPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedError(f"the reference {folder} cannot be opened as a WanPipeline ({reason})") from error
     finally:
         logging.enable_progress_bar()
+    config = pipeline.transformer.config
+    if config.in_channels != config.out_channels or config.get("image_dim") is not None:
+        raise UnsupportedError(
+            f"the reference {folder} makes videos from images; the evaluation is of videos from text"
+        )
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     steps, guidance = 50, 5.0
@@ -422,8 +430,8 @@ def write_sheet(evaluation: Evaluation, path: str | Path) -> Path:
             sheet.paste(Image.fromarray(frame), (gap + column * row, top))
         for line, (words, colour) in enumerate(_legend(clip)):
             draw.text((len(SHEET_FRAMES) * row + 3 * gap, top + 4 + 25 * line), words, fill=colour, font=font)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with replacing(path) as temporary:
+        sheet.save(temporary)
     return path
 
 
@@ -432,7 +440,7 @@ def check_sheet(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.lower() != ".png" or path.is_dir():
         raise UnsupportedError(f"{path}: the contact sheet is a PNG file; give a name that ends in .png")
-    return path
+    return check_file(path)
 
 
 def _legend(clip: Clip) -> Iterator[tuple[str, str]]:

@@ -21,6 +21,7 @@ from turbocompile import video as video_file
 from turbocompile.attentions import untuned
 from turbocompile.engine import Engine, check_files, load
 from turbocompile.errors import EngineError, RecipeError, UnsupportedError
+from turbocompile.places import check_file, check_folder
 from turbocompile.recipe import Recipe, SamplerSpec, Shape
 from turbocompile.recording import CALLS, MAX_TOKENS, Recording, recording_calls
 from turbocompile.report import Report
@@ -130,6 +131,7 @@ def generate(
     engine cannot do.
     """
     out = video_file.check_path(out) if out is not None else None
+    frames = check_folder(frames) if frames is not None else None
     stages = Stages(progress)
     if not isinstance(engine, Engine):
         with stages("load"):
@@ -200,6 +202,7 @@ def record_inputs(
     Raises TurbocompileError.
     """
     recording, stages = Recording(calls), Stages(progress)
+    out = check_file(out, ".safetensors")
     if not prompts:
         raise RecipeError("calibrate: there is no prompt; give one at least")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

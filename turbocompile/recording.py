@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from turbocompile.errors import RecipeError
+from turbocompile.places import check_file, replacing
 from turbocompile.program import Signature
 from turbocompile.signature import describe, rebuild
 
@@ -73,9 +74,9 @@ class Recording:
         if not chosen:
             raise RecipeError(f"{path}: nothing was recorded, the model was not called")
         tensors = {f"{i}.{name}": t for i, call in enumerate(chosen) for name, t in call.items()}
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path, metadata={"format": "pt"})
+        path = check_file(path, ".safetensors")
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
         return path
 
 
@@ -85,7 +86,7 @@ def record(module: nn.Module, path: str | Path, calls: int = CALLS) -> Iterator[
 
     module: the eager model, as in `pipe.transformer`. calls: how many are kept, spread over all that are made.
     """
-    recording = Recording(calls)
+    recording, path = Recording(calls), check_file(path, ".safetensors")
     with recording_calls(recording, module):
         yield recording
     recording.save(path)

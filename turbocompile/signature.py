@@ -229,11 +229,13 @@ def fits(signature: Signature, tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def cast(signature: Signature, tensors: Sequence[torch.Tensor], name: str = "the engine") -> list[torch.Tensor]:
-    """Tensors in the captured dtypes: timesteps are cast, any other mismatch is refused."""
+    """Tensors in the captured dtypes: timesteps are cast, any other mismatch is refused, and what a cast would cut."""
     out = []
     for t, i in zip(tensors, signature.inputs, strict=True):
         if t.dtype != i.dtype and not i.cast:
             raise CaptureError(f"{name} takes {i.path!r} in {i.dtype}, and got {t.dtype}; cast it before the call")
+        if t.is_floating_point() and not i.dtype.is_floating_point and bool((t != t.round()).any()):
+            raise CaptureError(f"{name} takes {i.path!r} in {i.dtype}, and got numbers that are no integers")
         out.append(t.to(i.dtype))
     return out
 

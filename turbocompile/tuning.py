@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from turbocompile.cache import cache_path, write_json
+from turbocompile.cache import cache_path, keep_json
 from turbocompile.cost import arguments
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.kernels import ops
@@ -140,15 +140,17 @@ def restore(tuning: Tuning, where: str) -> None:
 
 def read_cache(digest: str) -> Tuning:
     """What `tune_engine` kept; nothing where there is none, or it cannot be read."""
-    path = cache_path("tuning", digest)
     try:
+        path = cache_path("tuning", digest)
         return read_tuning(json.loads(path.read_text(encoding="utf-8")), str(path))
     except (OSError, ValueError, EngineError):
         return {}
 
 
-def tune_engine(engine: Engine, progress: Progress = lambda stage, fraction: None) -> tuple[Tuning, Path]:
+def tune_engine(engine: Engine, progress: Progress = lambda stage, fraction: None) -> tuple[Tuning, Path | None]:
     """Tunes all modules of an engine's folder on the GPU that it is on, and keeps the result in the cache.
+
+    The second value is where, None (and a warning) where the cache cannot be written.
 
     Raises UnsupportedError for an engine that is on no GPU, or has no 8-bit linear.
     """
@@ -158,4 +160,4 @@ def tune_engine(engine: Engine, progress: Progress = lambda stage, fraction: Non
     if not linears(programs):
         raise UnsupportedError("the engine has no 8-bit linear, so there is nothing to tune")
     found = tune(programs, engine.device, progress)
-    return found, write_json(cache_path("tuning", str(engine.manifest["digest"])), found)
+    return found, keep_json("tuning", str(engine.manifest["digest"]), found)

@@ -6,10 +6,6 @@ guess the matrix of an untagged file from its height, and are wrong for half of 
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,7 @@ import numpy as np
 import torch
 
 from turbocompile.errors import UnsupportedError
+from turbocompile.places import check_file, replacing
 
 FPS = 16  # of Wan's training videos
 QUALITY = 18  # x264's constant rate factor: differences from the frames are hard to see
@@ -31,13 +28,11 @@ ENCODERS = (
 
 
 def check_path(path: str | Path) -> Path:
-    """The path of an mp4 file that can be written. Raises UnsupportedError for another suffix, or a folder."""
+    """The path of an mp4 file that can be written. Raises UnsupportedError for another suffix, and as `check_file`."""
     path = Path(path)
     if path.suffix.lower() != ".mp4":
         raise UnsupportedError(f"{path}: videos are written as .mp4; give a name that ends so")
-    if path.is_dir():
-        raise UnsupportedError(f"{path} is a folder; give the name of a file in it")
-    return path
+    return check_file(path)
 
 
 def write_video(path: str | Path, frames: torch.Tensor, fps: int = FPS) -> Path:
@@ -48,7 +43,7 @@ def write_video(path: str | Path, frames: torch.Tensor, fps: int = FPS) -> Path:
     """
     path = check_path(path)
     _check_frames(frames)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         _encode(temporary, frames.cpu().numpy(), fps)
     return path
 
@@ -58,22 +53,6 @@ def _check_frames(frames: torch.Tensor) -> None:
         raise UnsupportedError(f"frames are uint8 (F, H, W, 3), not {frames.dtype} {tuple(frames.shape)}")
     if frames.shape[1] % 2 or frames.shape[2] % 2:
         raise UnsupportedError(f"a video's height and width must be even, not {frames.shape[1]} x {frames.shape[2]}")
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling that takes the place of `path` when the body ends well, and disappears when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)  # mkstemp makes private files
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _encode(path: Path, frames: np.ndarray, fps: int) -> None:
@@ -123,6 +102,6 @@ def write_frames(folder: str | Path, frames: torch.Tensor) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"frame-{number:04d}.png" for number in range(len(frames))]
     for path, pixels in zip(paths, frames.cpu().numpy(), strict=True):
-        with _replacing(path) as temporary:
+        with replacing(path) as temporary:
             Image.fromarray(pixels).save(temporary)
     return paths

@@ -409,6 +409,7 @@ class ModuleTensors:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._state: dict[str, torch.Tensor] = {}
+        self._places: set[int] | None = None
         for name, tensor in module.state_dict(keep_vars=True).items():
             parts = quantized(name, tensor)
             self._state |= {name: tensor} if parts is None else {name + DATA: parts.data, name + SCALE: parts.scale}
@@ -426,6 +427,12 @@ class ModuleTensors:
                 f"the parameter {name!r} is on the meta device, so it has no values; load the weights first"
             )
         return tensor.cpu()
+
+    def shares(self, tensor: torch.Tensor) -> bool:
+        """Whether a value is the module's own memory, which what is done to the module would change."""
+        if self._places is None:
+            self._places = {t.untyped_storage().data_ptr() for t in self._state.values() if t.device.type == "cpu"}
+        return tensor.untyped_storage().data_ptr() in self._places
 
 
 def write_shards(
