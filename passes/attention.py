@@ -118,7 +118,8 @@ def attention(m: Match) -> fx.Node | str:
     reason = refusal(found)
     if reason is None:
         return sage(m, found, choice.why)
-    return reason if m.options.get("kind") == "sage" else native(m, found, reason)
+    asked = m.options.get("kind") == "sage" and is_op(m.root, aten.scaled_dot_product_attention)
+    return reason if asked else native(m, found, reason)  # products around a softmax are worse than SDPA in any case
 
 
 PASS = Pass("attention", kind_of, [attention])

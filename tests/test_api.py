@@ -172,6 +172,21 @@ def test_an_engine_is_not_of_two_states_of_its_module(tiny, tmp_path):
     assert not torch.equal(turbocompile.optimize(tiny, (x, t))(x, t), before)
 
 
+@pytest.mark.parametrize("shared", ["weight", "norm", "block"])
+def test_blocks_that_share_weights_are_compiled(tiny, shared, tmp_path):
+    first, second = tiny.blocks
+    if shared == "weight":
+        second.out.weight = first.out.weight
+    elif shared == "norm":
+        second.norm = first.norm
+    else:
+        tiny.blocks[1] = first
+    x, t = torch.randn(1, 8, 64), torch.rand(1)
+    engine = turbocompile.optimize(tiny, (x, t))
+    assert torch.allclose(engine(x, t), tiny(x, t), rtol=0, atol=1e-5 * float(tiny(x, t).abs().max()))
+    assert torch.equal(turbocompile.load(engine.save(tmp_path / "engine"))(x, t), engine(x, t))
+
+
 class Rotated(torch.nn.Module):
     """A mask, positions, and a complex table that is in no checkpoint."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from turbocompile.engine import Engine, check_files, load, read_manifest
+from turbocompile.engine import Engine, check_files, check_strangers, load, read_manifest
 from turbocompile.errors import EngineError
 from turbocompile.kernels import ops
 from turbocompile.program import Program, is_op
@@ -52,6 +52,7 @@ def verify_folder(folder: str | Path, numeric: bool = False) -> Checked:
     root = Path(folder)
     manifest = read_manifest(root)
     check_files(root, manifest)
+    check_strangers(root, manifest, "components")
     engine = load(root, check=False)
     found = Checked(str(root), len(manifest["files"]), sum(f["size"] for f in manifest["files"].values()))
     if numeric:

@@ -34,7 +34,7 @@ from turbocompile.serialize import dtype_name, from_json, parse_dtype
 from turbocompile.tuning import FILE as TUNING
 from turbocompile.tuning import Tuning, merge, read_cache, read_tuning, restore
 from turbocompile.version import __version__
-from turbocompile.weights import Emission, emitted_name
+from turbocompile.weights import Emission, absolute, emitted_name
 
 if TYPE_CHECKING:
     from turbocompile.build import EngineBuild
@@ -73,9 +73,11 @@ def weight_plan(programs: Mapping[str, Program]) -> dict[str, Emission]:
                     expr = sub.weights[local]
                     name = emitted_name(graph == SHELL, graph, local, expr, prefix)
                     known = plan.setdefault(name, Emission(expr, prefix))
-                    if known.expr != expr:
+                    # a weight that blocks share is one's own and the other's by its full name
+                    if known.expr != expr and absolute(known.expr, known.prefix) != absolute(expr, prefix):
                         raise EngineError(
-                            f"two shapes of the engine need different values of {name!r}; build two engines"
+                            f"two shapes of the engine, or blocks that share it, need different values of {name!r}; "
+                            "build an engine for each shape, or untie the weights (copy.deepcopy of one)"
                         )
     # A quantized weight's data and scale come from one evaluation when they follow each other.
     return dict(sorted(plan.items(), key=lambda item: item[0]))
@@ -412,6 +414,14 @@ def check_files(folder: Path, manifest: Mapping[str, Any], names: Sequence[str] 
             )
         if _hashes(path) != entry.get("sha256"):
             raise EngineError(f"the engine's {name} was altered (its hash differs); copy it again or build it again")
+
+
+def check_strangers(folder: Path, manifest: Mapping[str, Any], place: str) -> None:
+    """Raises EngineError for a file under `place` that the manifest does not name: a loader may look for any file."""
+    found = {p.relative_to(folder).as_posix() for p in (folder / place).rglob("*") if not p.is_dir()}
+    strangers = sorted(found.difference(manifest["files"]))
+    if strangers:
+        raise EngineError(f"the engine's {strangers[0]} is not in its manifest; remove it or build again")
 
 
 def load(folder: str | Path, *, device: torch.device | str | None = None, check: bool = True) -> Engine:

@@ -19,7 +19,7 @@ import torch
 
 from turbocompile import video as video_file
 from turbocompile.attentions import untuned
-from turbocompile.engine import Engine, check_files, load
+from turbocompile.engine import Engine, check_files, check_strangers, load
 from turbocompile.errors import EngineError, RecipeError, UnsupportedError
 from turbocompile.places import check_file, check_folder
 from turbocompile.recipe import Recipe, SamplerSpec, Shape
@@ -299,6 +299,9 @@ def _check_request(engine: Engine, task: str, sampler: SamplerSpec, negative_pro
     missing = [n for n in _needed(engine) if n not in engine.manifest["components"]]
     if missing:
         raise EngineError(f"the engine lacks its component {missing[0]}; build it from a complete pipeline")
+    for name in _needed(engine):
+        if name != "text_encoder":  # the largest, and the first to be read
+            check_component(engine, name)
 
 
 def _needed(engine: Engine) -> list[str]:
@@ -342,18 +345,20 @@ def _boundary(engine: Engine, task: str) -> float | None:
 # --------------------------------------------------------------------------------------------------------- the stages
 
 
-def component(engine: Engine, name: str) -> Any:
-    """A component of the engine's folder on the engine's device, after its files were checked."""
+def check_component(engine: Engine, name: str) -> Mapping[str, str]:
+    """Its row of the manifest. Raises EngineError where one of its files was altered, is gone, or is one too many."""
     assert engine.folder is not None
     row: Mapping[str, str] = engine.manifest["components"][name]
     place = f"components/{row.get('folder', name)}"
-    listed = [f for f in engine.manifest["files"] if f.startswith(place + "/")]
-    check_files(engine.folder, engine.manifest, listed)
-    strangers = {
-        p.relative_to(engine.folder).as_posix() for p in (engine.folder / place).rglob("*") if not p.is_dir()
-    }.difference(listed)
-    if strangers:  # a loader may look for any file by its name
-        raise EngineError(f"the engine's {sorted(strangers)[0]} is not in its manifest; remove it or build again")
+    check_files(engine.folder, engine.manifest, [f for f in engine.manifest["files"] if f.startswith(place + "/")])
+    check_strangers(engine.folder, engine.manifest, place)
+    return row
+
+
+def component(engine: Engine, name: str) -> Any:
+    """A component of the engine's folder on the engine's device, after its files were checked."""
+    assert engine.folder is not None
+    row = check_component(engine, name)
     return _placed(load_components(engine.folder / "components", {name: row})[name], name, engine.device)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -286,6 +286,20 @@ def stacked(expr: Expr) -> list[Load]:
 def is_relative(expr: Expr) -> bool:
     """Whether the expression differs from call to call, because a leaf is relative to the prefix."""
     return any(isinstance(leaf, Load) and leaf.name.startswith(RELATIVE) for leaf in leaves(expr))
+
+
+def absolute(expr: Expr, prefix: str) -> Expr:
+    """The same with full names, as a call with this prefix reads it."""
+    if isinstance(expr, Load):
+        own = expr.name.startswith(RELATIVE)
+        return replace(expr, name=prefix + expr.name.removeprefix(RELATIVE)) if own else expr
+    values = {f.name: getattr(expr, f.name) for f in fields(expr)}  # type: ignore[arg-type]
+    changed = {
+        name: absolute(v, prefix) if isinstance(v, Expr) else tuple(absolute(e, prefix) for e in v)
+        for name, v in values.items()
+        if isinstance(v, Expr) or (isinstance(v, tuple) and v and all(isinstance(e, Expr) for e in v))
+    }
+    return replace(expr, **changed) if changed else expr  # type: ignore[type-var]
 
 
 def nbytes(expr: Expr) -> int:

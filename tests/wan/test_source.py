@@ -202,3 +202,39 @@ def test_a_refusal_is_an_answer_and_silence_is_not(monkeypatch, answer, reachabl
 
     monkeypatch.setattr(sources.urllib.request, "urlopen", urlopen)
     assert sources._reachable("https://hub.example/api") is reachable
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("num_layers", "abc", "must be a whole number of at least 1, not 'abc'"),
+        ("num_layers", 0, "must be a whole number of at least 1, not 0"),
+        ("num_attention_heads", True, "must be a whole number"),
+        ("attention_head_dim", 7, "must be even"),
+        ("patch_size", 2, "must be three whole numbers"),
+        ("patch_size", [1, 0, 2], "must be three whole numbers"),
+        ("text_dim", None, "must be a whole number"),
+        ("image_dim", 1.5, "must be a whole number"),
+        ("ffn_dim", 1.5, "must be a whole number"),
+        ("eps", -1, "must be a number between 0 and 1"),
+        ("cross_attn_norm", 3, "must be true or false"),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_named(field, value, sentence):
+    with pytest.raises(RecipeError, match=f"{field} {sentence}"):
+        opened({"preset": "wan-tiny", "config": {field: value}})
+
+
+def test_a_folders_fields_of_the_wrong_kind_are_named(example, tmp_path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(example(), folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "boundary_ratio": "abc"}))
+    with pytest.raises(EngineError, match="boundary_ratio must be a number from 0 to 1, not 'abc'"):
+        opened(str(folder))
+    (folder / "model_index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    for wrong in ({"num_layers": "four"}, {"patch_size": None}):
+        (folder / "transformer" / "config.json").write_text(json.dumps({**config, **wrong}))
+        with pytest.raises(EngineError, match=f"config.json.*{next(iter(wrong))} must be"):
+            opened(str(folder))

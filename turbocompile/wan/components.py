@@ -220,7 +220,13 @@ class FolderComponents:
         self._folder, self._dtype = folder, dtype
         self._classes: dict[str, tuple[str, str]] = {}
         for name, value in read_index(folder).items():
-            if name not in ALLOWED or not isinstance(value, list) or len(value) != 2 or value[0] is None:
+            if (
+                name not in ALLOWED
+                or not isinstance(value, list)
+                or len(value) != 2
+                or value[0] is None
+                or not isinstance(value[1], str)
+            ):
                 continue
             cls = value[1]
             if cls not in ALLOWED[name]:

@@ -33,6 +33,34 @@ TRANSFORMER_FIELDS = (
     "pos_embed_seq_len",
 )
 
+_COUNTS = (
+    "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "freq_dim", "ffn_dim",
+    "num_layers", "rope_max_seq_len",
+)  # fmt: skip
+_COUNTS_OR_NONE = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+
+
+def wrong_field(config: Mapping[str, Any]) -> str | None:
+    """What no transformer can be made of, as a sentence that names the field; None where all is right."""
+    for name in (*_COUNTS, *_COUNTS_OR_NONE):
+        value = config.get(name, None if name in _COUNTS_OR_NONE else 1)
+        if value is None and name in _COUNTS_OR_NONE:
+            continue
+        if type(value) is not int or value < 1:
+            return f"{name} must be a whole number of at least 1, not {value!r}"
+    if config.get("attention_head_dim", 2) % 2:
+        return f"attention_head_dim must be even, since rotary turns pairs, not {config['attention_head_dim']!r}"
+    patch = config.get("patch_size", (1, 2, 2))
+    if not isinstance(patch, (list, tuple)) or len(patch) != 3 or any(type(p) is not int or p < 1 for p in patch):
+        return f"patch_size must be three whole numbers of at least 1 (frames, height, width), not {patch!r}"
+    eps = config.get("eps", 1e-6)
+    if type(eps) not in (int, float) or not 0 < eps < 1:
+        return f"eps must be a number between 0 and 1, not {eps!r}"
+    if type(config.get("cross_attn_norm", True)) is not bool:
+        return f"cross_attn_norm must be true or false, not {config['cross_attn_norm']!r}"
+    return None
+
+
 # Of each latent channel over the training videos: z = (mu - mean) / std. The VAE's own configuration holds them too.
 LATENTS_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,

@@ -37,6 +37,7 @@ from turbocompile.wan.configs import (
     preset_for,
     task_of,
     with_transformer,
+    wrong_field,
 )
 from turbocompile.wan.tensors import SyntheticTensors, checkpoint_file, safetensors_folder
 from turbocompile.weights import TensorSource
@@ -184,6 +185,9 @@ def _open_preset(recipe: Recipe, preset: Preset) -> Source:
     if recipe.model.weights == "checkpoint":
         return _open_folder(recipe, fetch(preset.hub_id or "", recipe.model.revision))
     config = {**preset.transformer, **recipe.model.config}
+    wrong = wrong_field(config)
+    if wrong is not None:
+        raise RecipeError(f"model.config: {wrong}")
     if recipe.model.config:
         preset = with_transformer(preset, config)
     names = TRANSFORMERS[: preset.experts]
@@ -211,13 +215,20 @@ def _synthetic(
 
 def _open_folder(recipe: Recipe, folder: Path) -> Source:
     """A diffusers pipeline folder, or the folder of a transformer alone."""
+    if recipe.model.transformer_2:
+        raise RecipeError(
+            "model.transformer_2: goes with a checkpoint file; a pipeline's folder has both experts in it"
+        )
     if not (folder / "model_index.json").exists() and (folder / "config.json").exists():
         return _open_bare(recipe, folder)
     index = read_index(folder)
-    names = [name for name in TRANSFORMERS if isinstance(index.get(name), list) and index[name][0] is not None]
+    names = [name for name in TRANSFORMERS if isinstance(index.get(name), list) and any(index[name][:1])]
     if not names:
         raise UnsupportedError(f"{folder}: this pipeline ({index.get('_class_name')}) has no transformer")
-    boundary = float(index["boundary_ratio"]) if index.get("boundary_ratio") is not None else None
+    boundary = index.get("boundary_ratio")
+    if boundary is not None and (type(boundary) not in (int, float) or not 0 <= boundary <= 1):
+        where = folder / "model_index.json"
+        raise EngineError(f"{where}: boundary_ratio must be a number from 0 to 1, not {boundary!r}")
     transformers = {
         name: _open_transformer(recipe, folder / name, name, _folder_image_tokens(folder)) for name in names
     }
@@ -266,6 +277,9 @@ def _open_transformer(recipe: Recipe, folder: Path, name: str, image_tokens: int
         raise UnsupportedError(f"{folder / 'config.json'}: the checkpoint is quantized; give the unquantized one")
     config = {k: raw[k] for k in TRANSFORMER_FIELDS if k in raw}
     config = {**PRESETS["wan2.1-t2v-14b"].transformer, **config, **recipe.model.config}  # diffusers' own defaults
+    wrong = wrong_field(config)
+    if wrong is not None:
+        raise EngineError(f"{folder / 'config.json'} (or the recipe's model.config): {wrong}")
     config["patch_size"] = tuple(config["patch_size"])
     tokens = (image_tokens or CLIP_TOKENS) if config["image_dim"] is not None else None
     if recipe.model.weights == "synthetic":
