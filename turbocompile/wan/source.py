@@ -227,8 +227,8 @@ def _open_folder(recipe: Recipe, folder: Path) -> Source:
         raise UnsupportedError(f"{folder}: this pipeline ({index.get('_class_name')}) has no transformer")
     boundary = index.get("boundary_ratio")
     if boundary is not None and (type(boundary) not in (int, float) or not 0 <= boundary <= 1):
-        where = folder / "model_index.json"
-        raise EngineError(f"{where}: boundary_ratio must be a number from 0 to 1, not {boundary!r}")
+        index_file = folder / "model_index.json"
+        raise EngineError(f"{index_file}: boundary_ratio must be a number from 0 to 1, not {boundary!r}")
     transformers = {
         name: _open_transformer(recipe, folder / name, name, _folder_image_tokens(folder)) for name in names
     }
