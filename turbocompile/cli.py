@@ -80,7 +80,8 @@ def main() -> None:
     """Compile diffusion transformers into engines that run fast, verify themselves, and say what was done."""
     with contextlib.suppress(ValueError):  # in a thread that takes no signals
         for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _stopped)
+            if signal.getsignal(number) == signal.SIG_DFL:  # nohup, or a caller, may have another in mind
+                signal.signal(number, _stopped)
 
 
 def _stopped(number: int, frame: object) -> None:
