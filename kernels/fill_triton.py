@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from turbocompile.kernels._common import FUSED
 
 WORDS = 1024  # a program's: a memset in a step is of one word, the counter of a library's kernel
 
@@ -21,4 +22,4 @@ def _fill(address, word, count, WORDS: tl.constexpr):
 
 def launch_fill(address: int, word: int, count: int) -> None:
     """Sets the `count` int32 words from `address` of the current device on, a multiple of 4, to `word` (signed)."""
-    _fill[(triton.cdiv(count, WORDS),)](address, word, count, WORDS=WORDS, num_warps=4)
+    _fill[(triton.cdiv(count, WORDS),)](address, word, count, WORDS=WORDS, **FUSED, num_warps=4)

@@ -119,9 +119,10 @@ def _from_data(stored: Any) -> Any:
     if not isinstance(stored, Mapping):
         return stored
     items = [_from_data(item) for item in stored.get("items", ())]
-    if stored["container"] == "dict":
-        return dict(zip(stored["keys"], items, strict=True))
-    return {"tuple": tuple(items), "list": items}.get(str(stored["container"]), _DEFAULT)
+    kind = stored.get("container")
+    if kind == "dict":
+        return dict(zip(stored.get("keys", ()), items, strict=False))
+    return {"tuple": tuple(items), "list": items}.get(str(kind), _DEFAULT)
 
 
 def _bind(parameters: Sequence[tuple[str, str, bool, Any]], args: Any, kwargs: Any, name: str) -> dict[str, Any]:
