@@ -213,6 +213,38 @@ def test_masks_and_complex_tables_are_verified_with_keys_to_see():
     assert torch.allclose(engine(*given), model(*given), rtol=0, atol=1e-5 * float(model(*given).abs().max()))
 
 
+class Folded(torch.nn.Module):
+    """Attention by hand with a mask, or by SDPA with heads in the batch and a norm of q and k."""
+
+    def __init__(self, by_hand):
+        super().__init__()
+        self.by_hand, self.norm = by_hand, torch.nn.RMSNorm(16)
+        self.q, self.k, self.v = (torch.nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x, mask):
+        q, k, v = (f(x).unflatten(-1, (4, 16)).transpose(1, 2).flatten(0, 1) for f in (self.q, self.k, self.v))
+        if self.by_hand:
+            q, k, v = (t.unflatten(0, (-1, 4)) for t in (q, k, v))
+            y = (q @ k.mT * 0.25 + mask).softmax(-1) @ v
+        else:
+            y = torch.nn.functional.scaled_dot_product_attention(self.norm(q), self.norm(k), v).unflatten(0, (-1, 4))
+        return x + y.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_heads_in_the_batch_and_masks_under_sage(by_hand):
+    torch.manual_seed(0)
+    model = Folded(by_hand).eval().requires_grad_(False)
+    given = torch.randn(2, 10, 64), torch.randn(10, 10)
+    engine = turbocompile.optimize(model, given)
+    assert torch.allclose(engine(*given), model(*given), rtol=0, atol=1e-5 * float(model(*given).abs().max()))
+    if by_hand:
+        recipe = {"passes": {"attention": "sage"}}
+        program = turbocompile.optimize(model, given, target="sm90", recipe=recipe).programs["call"]
+        nodes = [n for sub in program.graphs.values() for n in sub.graph.nodes]
+        assert any("scaled_dot_product_attention" in str(n.target) for n in nodes)
+
+
 def test_an_integer_input_takes_no_fractions():
     class Looked(torch.nn.Module):
         def __init__(self):
