@@ -129,9 +129,10 @@ def one_memset():
     return graph
 
 
-def test_a_refusal_after_a_change_is_raised(monkeypatch, one_memset):
+@pytest.mark.parametrize("call", ["cuGraphGetNodes", "cuGraphGetEdges", "cuGraphDestroyNode"])
+def test_a_refusal_is_raised(monkeypatch, one_memset, call):
     driver = Driver(one_memset, 13)
-    driver.cuGraphDestroyNode = driver.refused
+    setattr(driver, call, driver.refused)
     use(monkeypatch, driver)
     with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_VALUE"):
         memsets_to_kernels(RECORDED)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import tempfile
 
 import pytest
 
@@ -36,12 +39,20 @@ def test_what_cannot_be_written_is_refused_by_name(tmp_path):
         check_folder(tmp_path / "file")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_the_right_to_write_is_refused(tmp_path):
-    tmp_path.chmod(0o555)
-    with pytest.raises(UnsupportedError, match="nothing may be written"):
-        check_file(tmp_path / "a.mp4")
-    tmp_path.chmod(0o755)
+def test_a_folder_without_the_right_to_write_is_refused():
+    """Root may write anywhere, so that a process of root's asks as a user without rights."""
+    code = (
+        "import os, sys; from turbocompile.places import check_file; from turbocompile.errors import UnsupportedError\n"
+        "if os.geteuid() == 0: os.setuid(65534)\n"
+        "try: check_file(sys.argv[1])\n"
+        "except UnsupportedError as error: print(error)\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:  # not below a folder that is its owner's alone
+        os.chmod(folder, 0o555)
+        done = subprocess.run([sys.executable, "-c", code, f"{folder}/new/a.mp4"], capture_output=True, text=True)
+        os.chmod(folder, 0o755)
+    assert done.returncode == 0, done.stderr
+    assert f"nothing may be written to {folder}" in done.stdout
 
 
 def test_the_right_to_write_is_asked_of_the_nearest_folder(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from safetensors import SafetensorError
 
 from turbocompile.errors import TurbocompileError, UnsupportedError, VerificationError
 from turbocompile.version import __version__
@@ -59,9 +60,7 @@ class _Group(click.Group):
                 raise
             sentence = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
             raise _failure(sentence, code) from error
-        except Exception as error:
-            if type(error).__name__ != "SafetensorError":  # which is no OSError where a file cannot be written
-                raise
+        except SafetensorError as error:  # which is no OSError where a file cannot be written
             raise _failure(error, 1) from error
 
 

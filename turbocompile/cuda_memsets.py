@@ -53,7 +53,7 @@ def memsets_to_kernels(graph: torch.cuda.CUDAGraph) -> int:
     CUDA, is not installed, or it or the driver lacks a call (drivers before CUDA 12.3).
 
     Raises:
-        RuntimeError: the driver refused a change; the graph is not to be used then.
+        RuntimeError: the driver refused a call; the graph is not to be used then.
     """
     try:
         from cuda.bindings import driver
@@ -65,7 +65,9 @@ def memsets_to_kernels(graph: torch.cuda.CUDAGraph) -> int:
     try:
         fills = _fills(driver, handle)
         before, after = _neighbours(driver, handle)
-    except RuntimeError:  # a call that the driver lacks; nothing has been changed
+    except RuntimeError as error:
+        if "not found" not in str(error):  # how the bindings say that the driver lacks a call
+            raise
         return 0
     if not fills:
         return 0

@@ -28,6 +28,7 @@ from turbocompile import signature as sig
 from turbocompile.backends import get_backend
 from turbocompile.cuda_graph import CudaGraph, Pool
 from turbocompile.errors import CaptureError, EngineError, UnsupportedError
+from turbocompile.places import MANIFEST
 from turbocompile.program import SHELL, Program
 from turbocompile.report import Report
 from turbocompile.serialize import dtype_name, from_json, parse_dtype
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from turbocompile.build import EngineBuild
 
 SCHEMA = 1
-MANIFEST = "manifest.json"
 CHUNK = 64 << 20  # bytes of a weights file that share one hash, so that files can be checked in parallel
 MAX_JSON = 256 << 20
 MAX_DEPTH = 96

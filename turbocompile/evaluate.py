@@ -436,9 +436,9 @@ def write_sheet(evaluation: Evaluation, path: str | Path) -> Path:
 
 
 def check_sheet(path: str | Path) -> Path:
-    """The path of a contact sheet. Raises UnsupportedError for a name that does not end in .png, or a folder."""
+    """The path of a contact sheet. Raises UnsupportedError for another suffix than .png, and as `check_file`."""
     path = Path(path)
-    if path.suffix.lower() != ".png" or path.is_dir():
+    if path.suffix.lower() != ".png":
         raise UnsupportedError(f"{path}: the contact sheet is a PNG file; give a name that ends in .png")
     return check_file(path)
 
