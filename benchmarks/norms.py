@@ -8,8 +8,8 @@ median over three turns over the variants, so that the card's drift meets all al
 
 "of the copy" is a variant's rate over that of `copy_` of x, measured in the same turns: the bytes that the op has to
 move (each input read once, each output written once) by its time. A kernel that reads twice stays below 100% by that.
-The keys of a quantized attention take two small launches more, over some of their tokens and the rotary's tables:
-"kernel" is the time without them, "kernel and tables" with them.
+The keys of a quantized attention take a small launch more, over some of their tokens and the rotary's tables: "kernel"
+is the time without it, "kernel and tables" with it.
 "torch" is what a model would write, in bf16 (quantized: the reference behind it; qk_norm_rope: F.rms_norm alone);
 "compiled", which takes minutes, is torch.compile of the op's reference. --sweep times other launch configurations too.
 FOLDER gets norms.json and norms.md.

@@ -12,7 +12,9 @@ item's SAMPLES tokens here and there, so that nothing waits for a pass over all.
 
 A block has one scale and a norm needs the whole row, so x is read twice, the second time from the second-level cache,
 as int8_block's norms do (norms_triton.py): programs over rows write a word a row, its root and where its token stands
-in the tables; tiles, one a block and head, come some blocks later and wait for their words.
+in the tables; tiles, one a block and head, come some blocks later and wait for their words. The first programs make the
+centres, one a head, for which the head's tiles wait. A small launch before (`lay_out`) writes the words of the tokens
+here and there and lays out the tables.
 
 What made it fast is arithmetic on pairs of halves, for 38 instructions an element are all that a Hopper card issues in
 the time of a copy's 3 bytes. A float32 version had 27, this has 11. Two neighbouring pairs of a head are a register of
@@ -43,9 +45,8 @@ from turbocompile.kernels._common import FUSED
 from turbocompile.kernels.norm_attention import PLACES, TOKENS
 from turbocompile.kernels.norms_triton import _glance, _wait
 from turbocompile.kernels.prepare_triton import Keys, processors
-from turbocompile.kernels.qk_norm_rope import AXES
+from turbocompile.kernels.qk_norm_rope import AXES, _check
 from turbocompile.kernels.quantize_triton import _reciprocal, row_strides, view3
-from turbocompile.kernels.rotary_triton import launch_qk_norm_rope
 
 SAMPLES = 64  # tokens whose mean is the centre: off the mean of all by an eighth of k's deviation
 EVERY_ONE = tl.constexpr(0x7FFF7FFF)  # of two halves, all but their signs
@@ -58,12 +59,22 @@ _LOAD = (
 )
 LOADS_FIRST, LOADS_LAST = (tl.constexpr(_LOAD.format(policy=p)) for p in ("evict_last", "evict_first"))
 LOADS_AGAIN = tl.constexpr("ld.global.nc.L1::evict_last.v4.b32 {$0, $1, $2, $3}, [$4];")
+GLANCED = tl.constexpr("ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$4];")
+# As WAIT of norms_triton.py.
+WAIT_FOUR = tl.constexpr(
+    "{ .reg .pred there; .reg .b32 naps; mov.b32 naps, 0; "
+    "mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7; "
+    "again: setp.ne.s32 there, $0, 0; setp.ne.and.s32 there, $1, 0, there; setp.ne.and.s32 there, $2, 0, there; "
+    "setp.ne.and.s32 there, $3, 0, there; @there bra done; "
+    "nanosleep.u32 100; add.u32 naps, naps, 1; setp.gt.u32 there, naps, 0x4000000; @there trap; "
+    "ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$8]; bra again; done: }"
+)
 
 
 @triton.jit
 def _four(at, HOW: tl.constexpr, FTZ: tl.constexpr):
     """Four neighbouring words as four tensors, one transfer a thread. HOW: of what is read a first and a last time, or
-    by many.
+    by many, or may have been written by another multiprocessor.
     """
     if FTZ:
         words = tl.inline_asm_elementwise(
@@ -71,6 +82,20 @@ def _four(at, HOW: tl.constexpr, FTZ: tl.constexpr):
         )
     else:
         words = (tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3))
+    return words
+
+
+@triton.jit
+def _wait_four(words, at, FTZ: tl.constexpr):
+    """words, which were read GLANCED at `at`, or what is there once none of the four is 0. The interpreter runs one
+    program after the other: it is there.
+    """
+    if FTZ:
+        a, b, c, d = words
+        words = tl.inline_asm_elementwise(
+            WAIT_FOUR, "=&r,=&r,=&r,=&r,r,r,r,r,l", [a, b, c, d, at.to(tl.int64)],
+            (tl.int32, tl.int32, tl.int32, tl.int32), True, 1,
+        )  # fmt: skip
     return words
 
 
@@ -309,17 +334,18 @@ def _squares(pieces, K: tl.constexpr, dtype: tl.constexpr, FTZ: tl.constexpr):
 
 @triton.jit
 def _roots(
-    x, words, length, first, x_l, by1, by2, n1, n2, shift1, shift0, eps,
+    x, words, count, step, first, x_l, by1, by2, n1, n2, shift1, shift0, eps,
     C: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr, PER: tl.constexpr, K: tl.constexpr,
     DTYPE: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """The words of PER times R rows from `first` on; behind the last comes the last again. A row is K pieces of eight
-    channels for each of LANES threads. A word: where the token stands along the axes, and above it 1 + its root's bits.
+    """The words of PER times R rows from `first` on, of `count` that are step apart; behind the last comes the last
+    again. A row is K pieces of eight channels for each of LANES threads. A word: where the token stands along the axes,
+    and above it 1 + its root's bits.
     """
     lane = tl.arange(0, LANES)[None, :]
     held = ()
     for i in tl.static_range(PER):
-        row = tl.minimum(first + i * R + tl.arange(0, R)[:, None], length - 1).to(tl.int64)
+        row = (tl.minimum(first + i * R + tl.arange(0, R)[:, None], count - 1) * step).to(tl.int64)
         pieces = ()
         for k in tl.static_range(K):
             at = x + row * x_l + (k * LANES + lane) * 4
@@ -335,12 +361,68 @@ def _roots(
         total = tl.sum(_squares(held[i], K, DTYPE, FTZ), 1)  # type: ignore[misc]
         root = tl.rsqrt(tl.div_rn(total, C * 1.0) + eps)
         high = root.to(tl.int32, bitcast=True) + 1  # never 0: a root is not negative, and a GPU's NaN is 0x7FFFFFFF
-        row = tl.minimum(first + i * R + tl.arange(0, R), length - 1)
+        to = tl.minimum(first + i * R + tl.arange(0, R), count - 1)
+        row = to * step
         # floor((row + 1/2) / n): 1 / n and the product are off by 2^-24 each, which moves nothing below 2^22 rows
         plane = ((row.to(tl.float32) + 0.5) * by2).to(tl.int32)
         i0 = ((plane.to(tl.float32) + 0.5) * by1).to(tl.int32)
         low = (row - plane * n2) | (plane - i0 * n1) << shift1 | i0 << shift0
-        tl.store(words + row, high.to(tl.int64) << 32 | low.to(tl.int64) & 0xFFFFFFFF)
+        tl.store(words + to, high.to(tl.int64) << 32 | low.to(tl.int64) & 0xFFFFFFFF)
+
+
+@triton.jit
+def _centre(
+    x, sampled, weights, centres, table, groups, samples, step, head, item, x_l,
+    H: tl.constexpr, D: tl.constexpr, S: tl.constexpr, CHUNK: tl.constexpr, DTYPE: tl.constexpr, FTZ: tl.constexpr,
+):  # fmt: skip
+    """Minus the mean of `samples` (S at most) tokens, step apart, of a head of a batch item. No word of it is 0: a pair
+    of zeros has a sign.
+    """
+    tl.static_assert(S % CHUNK == 0)
+    G: tl.constexpr = D // 8
+    member = tl.arange(0, CHUNK)[:, None]
+    g = tl.arange(0, G)[None, :]
+    each = member * 0 + g
+    x += head * (D // 2)
+    held = ()
+    for i in tl.static_range(S // CHUNK):
+        row = tl.minimum(i * CHUNK + member, samples - 1) * step
+        held = held + (_four(x + row.to(tl.int64) * x_l + g * 4, LOADS_FIRST, FTZ),)  # type: ignore[assignment]
+    w0, w1, w2, w3 = _four(weights + (head * G + each) * 4, LOADS_AGAIN, FTZ)
+    shift, mask, base, stride = _four(groups + each * 4, LOADS_AGAIN, FTZ)
+    none = tl.zeros((CHUNK, G), tl.int32)
+    s0 = tl.zeros((CHUNK, G), tl.float32)
+    s1, s2, s3, s4, s5, s6, s7 = s0, s0, s0, s0, s0, s0, s0
+    for i in tl.static_range(S // CHUNK):
+        word = tl.load(sampled + tl.minimum(i * CHUNK + member, samples - 1) + each * 0)
+        root = ((word >> 32).to(tl.int32) - 1).to(tl.float32, bitcast=True)
+        place = base + ((word.to(tl.int32) >> shift) & mask) * stride
+        t0, t1, t2, t3 = _four(table + place * 4, LOADS_AGAIN, FTZ)
+        a, b, c, d = held[i]  # type: ignore[misc]
+        a, b = _turned(a, b, root, w0, w1, t0, t1, none, none, DTYPE, FTZ)
+        c, d = _turned(c, d, root, w2, w3, t2, t3, none, none, DTYPE, FTZ)
+        real = i * CHUNK + member < samples
+        a0, a1 = _released(tl.where(real, a, 0), tl.float16)
+        b0, b1 = _released(tl.where(real, b, 0), tl.float16)
+        c0, c1 = _released(tl.where(real, c, 0), tl.float16)
+        d0, d1 = _released(tl.where(real, d, 0), tl.float16)
+        s0, s1, s2, s3, s4, s5, s6, s7 = _all_plus(
+            s0, s1, s2, s3, s4, s5, s6, s7, a0, a1, b0, b1, c0, c1, d0, d1
+        )  # fmt: skip
+    s0, s1, s2, s3, s4, s5, s6, s7 = tl.reduce((s0, s1, s2, s3, s4, s5, s6, s7), 0, _all_plus)
+    share = -1.0 / samples
+    to = centres + ((item * H + head) * G + tl.arange(0, G)) * 4
+    _put_centre(to, s0 * share, s1 * share)
+    _put_centre(to + 1, s2 * share, s3 * share)
+    _put_centre(to + 2, s4 * share, s5 * share)
+    _put_centre(to + 3, s6 * share, s7 * share)
+
+
+@triton.jit
+def _put_centre(at, low, high):
+    """Two numbers as a word of halves that is not 0."""
+    pair = _pair(low.to(tl.float16), high.to(tl.float16))
+    tl.store(at, tl.where(pair == 0, 0x8000, pair))
 
 
 @triton.jit
@@ -373,15 +455,17 @@ def _tile(
             row = tl.minimum(row, length - 1 - first)
         seen = seen + (_glance(words + row + each * 0, FTZ),)  # type: ignore[assignment]
     w0, w1, w2, w3 = _four(weights + (head * G + each) * 4, LOADS_AGAIN, FTZ)
-    c0, c1, c2, c3 = _four(centres + ((item * H + head) * G + each) * 4, LOADS_AGAIN, FTZ)
     shift, mask, base, stride = _four(groups + each * 4, LOADS_AGAIN, FTZ)
     unit = tl.load(units + head)
+    centre_at = centres + ((item * H + head) * G + each) * 4
+    centre = _four(centre_at, GLANCED, FTZ)
     waited = ()
     for i in tl.static_range(EDGE // CHUNK):
         row = i * CHUNK + member
         if not WHOLE:
             row = tl.minimum(row, length - 1 - first)
         waited = waited + (_wait(seen[i], words + row + each * 0, FTZ),)  # type: ignore[assignment, misc]
+    c0, c1, c2, c3 = _wait_four(centre, centre_at, FTZ)
     most = tl.zeros((CHUNK, G), tl.int32)
     done = ()
     for i in tl.static_range(EDGE // CHUNK):
@@ -474,23 +558,34 @@ def _put2(at, a, b, FTZ: tl.constexpr):
         tl.store(at + 1, b)
 
 
-@triton.jit(do_not_specialize=["length", "num_blocks", "lag", "x_b", "x_l", "n1", "n2", "shift1", "shift0"])
+@triton.jit(
+    do_not_specialize=["length", "num_blocks", "lag", "samples", "step", "x_b", "x_l", "n1", "n2", "shift1", "shift0"]
+)
 def _keys(
-    x, words, weights, centres, units, table, groups, k8, k_scale, pooled, k_out,
-    x_b, x_l, length, num_blocks, lag, by1, by2, n1, n2, shift1, shift0, eps,
-    H: tl.constexpr, D: tl.constexpr, EDGE: tl.constexpr, CHUNK: tl.constexpr,
+    x, words, sampled, weights, centres, units, table, groups, k8, k_scale, pooled, k_out,
+    x_b, x_l, length, num_blocks, lag, samples, step, by1, by2, n1, n2, shift1, shift0, eps,
+    H: tl.constexpr, D: tl.constexpr, EDGE: tl.constexpr, CHUNK: tl.constexpr, S: tl.constexpr,
     R: tl.constexpr, LANES: tl.constexpr, PER: tl.constexpr, K: tl.constexpr,
     DTYPE: tl.constexpr, ALONE: tl.constexpr, SIGNED: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """A program over PER times R rows of a block, or over a head of the block that came `lag` (1 at least) before.
+    """A program over PER times R rows of a block, or over a head of the block that came `lag` (1 at least) before; the
+    first ones over a centre.
 
     x, weights, centres, table, k8, pooled, k_out: as words of 32 bits; x_b and x_l in words. num_blocks: of all batch
-    items, of which there is one if ALONE. words: zeros, one a token.
+    items, of which there is one if ALONE. words, one a token, and centres: zeros. samples, S at most, and step: the
+    tokens of the centres, and `sampled` their words.
     """
     PARTS: tl.constexpr = (EDGE + R * PER - 1) // (R * PER)
     steps = num_blocks - lag  # that have both kinds: before them rows alone, behind them heads alone
-    turn = tl.program_id(0)
-    if turn < lag * PARTS:
+    each = tl.cdiv(length, EDGE)
+    front = H
+    if not ALONE:
+        front = num_blocks // each * H
+    turn = tl.program_id(0) - front
+    if turn < 0:
+        member = (turn + front) % H
+        block = (turn + front) // H * each
+    elif turn < lag * PARTS:
         member = H + turn % PARTS
         block = turn // PARTS
     elif turn < lag * PARTS + steps * (H + PARTS):
@@ -507,7 +602,6 @@ def _keys(
     if ALONE:
         tile = member.to(tl.int64) * num_blocks + block
     else:
-        each = tl.cdiv(length, EDGE)
         b = block // each
         block = block % each
         x += b.to(tl.int64) * x_b
@@ -519,9 +613,14 @@ def _keys(
         first = block * EDGE + (member - H) * (R * PER)
         if first < length:
             _roots(
-                x, words, length, first, x_l, by1, by2, n1, n2, shift1, shift0, eps,
+                x, words, length, 1, first, x_l, by1, by2, n1, n2, shift1, shift0, eps,
                 H * D, R, LANES, PER, K, DTYPE, FTZ,
             )  # fmt: skip
+    elif turn < 0:
+        _centre(
+            x, sampled + b * samples, weights, centres, table, groups, samples, step, member, b, x_l,
+            H, D, S, CHUNK, DTYPE, FTZ,
+        )  # fmt: skip
     elif (block + 1) * EDGE <= length:
         _tile(
             x, words, weights, centres, units, table, groups, k8, k_scale, pooled, k_out,
@@ -547,32 +646,68 @@ def _cosine(t0, t1, t2, i0, i1, i2, p, n0, n1, n2, D0: tl.constexpr, D1: tl.cons
     return value
 
 
-@triton.jit(do_not_specialize=["n0", "n1", "n2", "bits0", "bits1", "bits2", "room", "samples", "rows", "heads"])
+@triton.jit(
+    do_not_specialize=[
+        "x_b", "x_l", "n0", "n1", "n2", "bits0", "bits1", "bits2", "room", "chunks", "rows", "items", "samples", "step",
+    ]
+)  # fmt: skip
 def _lay_out(
-    sample, weight, cos0, cos1, cos2, sin0, sin1, sin2, weights, centres, units, table, groups, words,
-    n0, n1, n2, bits0, bits1, bits2, room, samples, rows, heads,
-    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    S: tl.constexpr, WIDTH: tl.constexpr,
+    x, weight, cos0, cos1, cos2, sin0, sin1, sin2, words, sampled, weights, centres, units, table, groups,
+    x_b, x_l, n0, n1, n2, bits0, bits1, bits2, room, chunks, rows, items, samples, step, by1, by2, eps,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, S: tl.constexpr,
+    R: tl.constexpr, LANES: tl.constexpr, PER: tl.constexpr, K: tl.constexpr,
+    WIDTH: tl.constexpr, DTYPE: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """What tiles read: of each of `heads` heads of all batch items its weights, centre and unit; of each group of four
-    pairs and each WIDTH of its places (the second axis) cosines and sines. All programs set the words of `rows` tokens
-    to 0.
+    """What the keys' kernel reads: of each of `items` batch items the words of `samples` tokens, step apart; of each
+    head its weights and unit; of each group of four pairs and each WIDTH of its places, of which there are at most
+    `chunks`, cosines and sines. The words of `rows` tokens and all centres are set to 0.
 
-    Word m of a head holds its elements 4 (m / 2) + m % 2 and the one 2 behind. room: bits of a group's places.
+    x: as words of 32 bits. Word m of a head holds its elements 4 (m / 2) + m % 2 and the one 2 behind. room: bits of a
+    group's places.
     """
-    part = tl.program_id(0)
-    chunk = tl.program_id(1)
-    share = tl.num_programs(0) * tl.num_programs(1) * WIDTH
-    nothing = tl.zeros([WIDTH], tl.int64)
-    for start in range((chunk * tl.num_programs(0) + part) * WIDTH, rows, share):
-        row = start + tl.arange(0, WIDTH)
-        tl.store(words + row, nothing, mask=row < rows)
-    if part < heads:
+    PARTS: tl.constexpr = (S + R * PER - 1) // (R * PER)
+    turn = tl.program_id(0)
+    if turn < items * PARTS:
+        b = turn // PARTS
+        first = turn % PARTS * (R * PER)
+        if first < samples:
+            _roots(
+                x + b.to(tl.int64) * x_b, sampled + b * samples, samples, step, first, x_l, by1, by2, n1, n2,
+                bits2, bits1 + bits2, eps, H * D, R, LANES, PER, K, DTYPE, FTZ,
+            )  # fmt: skip
+    else:
+        turn -= items * PARTS
+        _laid_out(
+            weight, cos0, cos1, cos2, sin0, sin1, sin2, words, weights, centres, units, table, groups,
+            n0, n1, n2, bits0, bits1, bits2, room, turn // chunks, turn % chunks, chunks, rows, items,
+            H, D, D0, D1, D2, WIDTH,
+        )  # fmt: skip
+
+
+@triton.jit
+def _cleared(at, count, first, share, WIDTH: tl.constexpr):
+    """Zeros from `first` on, of every `share` WIDTH."""
+    zero = tl.zeros([WIDTH], at.dtype.element_ty)
+    for start in range(first, count, share):
+        to = start + tl.arange(0, WIDTH)
+        tl.store(at + to, zero, mask=to < count)
+
+
+@triton.jit
+def _laid_out(
+    weight, cos0, cos1, cos2, sin0, sin1, sin2, words, weights, centres, units, table, groups,
+    n0, n1, n2, bits0, bits1, bits2, room, part, chunk, chunks, rows, items,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Part `part` of H + D / 8, a head or a group of four pairs, of whose places this is chunk `chunk`."""
+    first = (part * chunks + chunk) * WIDTH
+    share = (H + D // 8) * chunks * WIDTH
+    _cleared(words, rows, first, share, WIDTH)
+    _cleared(centres, items * (H * D // 2), first, share, WIDTH)
+    if part < H:
         if chunk == 0:
-            h = part % H
-            item = part // H
             m = tl.arange(0, D // 2)
-            low = h * D + m // 2 * 4 + m % 2
+            low = part * D + m // 2 * 4 + m % 2
             if weight is not None:
                 w1 = tl.load(weight + low).to(tl.float32)
                 w2 = tl.load(weight + low + 2).to(tl.float32)
@@ -582,17 +717,11 @@ def _lay_out(
             top = tl.max(tl.maximum(tl.abs(w1), tl.abs(w2)), 0)
             unit = (top.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
             unit = tl.where(unit > 0, unit, 1.0)
-            s = tl.arange(0, S)[:, None]
-            real = (s < samples) & (m >= 0)[None, :]
-            at = sample + (item * samples + s) * (H * D) + low[None, :]
-            c1 = tl.sum(tl.load(at, mask=real, other=0.0).to(tl.float32), 0) / samples
-            c2 = tl.sum(tl.load(at + 2, mask=real, other=0.0).to(tl.float32), 0) / samples
-            to = h * (D // 2) + m  # all items write the same
-            tl.store(weights + to, _pair((w1 / unit).to(tl.float16), (w2 / unit).to(tl.float16)))
-            tl.store(centres + part * (D // 2) + m, _pair((-c1 / unit).to(tl.float16), (-c2 / unit).to(tl.float16)))
-            tl.store(units + h, unit)
+            to = weights + part * (D // 2) + m
+            tl.store(to, _pair((w1 / unit).to(tl.float16), (w2 / unit).to(tl.float16)))
+            tl.store(units + part, unit)
     else:
-        g = part - heads
+        g = part - H
         front = (g * 4 >= D0).to(tl.int32) + (g * 4 >= D0 + D1).to(tl.int32)  # the axes of the group's pairs
         back = (g * 4 + 3 >= D0).to(tl.int32) + (g * 4 + 3 >= D0 + D1).to(tl.int32)
         shift = tl.where(back == 0, bits1 + bits2, tl.where(back == 1, bits2, 0))
@@ -655,14 +784,23 @@ KEYS_CONFIGS = (KeysConfig(8, 48, 80, lag=5), KeysConfig(8, 48, 80, lag=4))
 class Tables:
     """What the kernel reads beside x: words of two halves each, and where they are."""
 
+    words: torch.Tensor  # (B, L) int64, zeros, which the kernel fills: Tables serve once
+    sampled: torch.Tensor  # (B, samples) int64, the words of the tokens of which it makes the centres
     weights: torch.Tensor  # (H * D / 2) int32
-    centres: torch.Tensor  # (B, H * D / 2) int32, minus the mean of some tokens of each batch item
+    centres: torch.Tensor  # (B, H * D / 2) int32, zeros, of which the kernel makes minus the means
     units: torch.Tensor  # (H) float32
     table: torch.Tensor  # (D / 8 * places, 4) int32, the groups of the same axes side by side at each place
     groups: torch.Tensor  # (D / 8, 4) int32: shift and mask of the group's places, the first and their distance
-    words: torch.Tensor  # (B, L) int64, zeros, which the kernel fills: Tables serve once
     counts: tuple[int, int, int]  # positions along the axes
     bits: tuple[int, int, int]
+
+
+def spread(length: int) -> tuple[int, int]:
+    """(how many tokens, how far apart) the centre is the mean of."""
+    step = max(1, length // SAMPLES)
+    while gcd(step, length) > 1 and step > 1:  # no column or row of the video alone
+        step -= 1
+    return min(SAMPLES, length), step
 
 
 def room_of(columns: Sequence[int], bits: Sequence[int]) -> int:
@@ -680,8 +818,8 @@ def lay_out(
     sin: Sequence[torch.Tensor],
     grid: Sequence[int],
 ) -> Tables:
-    """Tables for x (B, L, H * D): two launches over a few tokens and the tables alone."""
-    length, dim, dev = x.shape[1], x.shape[2] // num_heads, x.device
+    """Tables for x (B, L, H * D): a launch over a few tokens and the tables alone."""
+    batch, length, dim, dev = x.shape[0], x.shape[1], x.shape[2] // num_heads, x.device
     missing = AXES - len(cos)  # axes in front, of one position and no columns
     n0, n1, n2 = [1] * missing + list(grid)
     columns = [0] * missing + [c.shape[1] for c in cos]
@@ -691,32 +829,41 @@ def lay_out(
         raise ValueError(f"{length} tokens are more than the {TOKENS - 1} that the kernel counts")
     if 1 << room > PLACES:
         raise ValueError(f"{1 << room} places of the tables are more than {PLACES}: a grid of {n0} x {n1} x {n2}")
+    _check(x, weight, False, num_heads, cos, sin, grid)
     tables = [[None] * missing + [t.float().contiguous() for t in axes] for axes in (cos, sin)]
-    step = max(1, length // SAMPLES)
-    while gcd(step, length) > 1 and step > 1:  # no column or row of the video alone
-        step -= 1
-    samples = min(SAMPLES, length)
-    sample = launch_qk_norm_rope(x, weight, eps, False, num_heads, cos, sin, grid, True, taken=(samples, step))
+    v = _rows16(x)
+    x_b, x_l = row_strides(v)
+    samples, step = spread(length)
     groups = dim // 8
     made = Tables(
+        torch.empty((batch, length), dtype=torch.int64, device=dev),
+        torch.empty((batch, samples), dtype=torch.int64, device=dev),
         torch.empty(num_heads * dim // 2, dtype=torch.int32, device=dev),
-        torch.empty((x.shape[0], num_heads * dim // 2), dtype=torch.int32, device=dev),
+        torch.empty((batch, num_heads * dim // 2), dtype=torch.int32, device=dev),
         torch.empty(num_heads, dtype=torch.float32, device=dev),
         torch.empty((groups << room, 4), dtype=torch.int32, device=dev),
         torch.empty((groups, 4), dtype=torch.int32, device=dev),
-        torch.empty(x.shape[:2], dtype=torch.int64, device=dev),
         (n0, n1, n2), bits,
     )  # fmt: skip
-    width = 256
-    heads = x.shape[0] * num_heads
-    _lay_out[(heads + groups, triton.cdiv(1 << room, width))](
-        sample, None if weight is None else weight.contiguous(), *tables[0], *tables[1],
-        made.weights, made.centres, made.units, made.table, made.groups, made.words, n0, n1, n2, *bits, room, samples,
-        made.words.numel(), heads,
-        H=num_heads, D=dim, D0=columns[0], D1=columns[1], D2=columns[2],
-        S=SAMPLES, WIDTH=width, **FUSED, num_warps=4, num_stages=1,
+    config, width = KEYS_CONFIGS[0], 256
+    taken = config.pieces(num_heads * dim)
+    chunks = triton.cdiv(1 << room, width)
+    programs = batch * triton.cdiv(SAMPLES, taken["R"] * taken["PER"]) + (num_heads + groups) * chunks
+    _lay_out[(programs,)](
+        v.view(torch.int32), None if weight is None else weight.contiguous(), *tables[0], *tables[1],
+        made.words, made.sampled, made.weights, made.centres, made.units, made.table, made.groups,
+        x_b // 2, x_l // 2, n0, n1, n2, *bits, room, chunks, batch * length, batch, samples, step, 1 / n1, 1 / n2, eps,
+        H=num_heads, D=dim, D0=columns[0], D1=columns[1], D2=columns[2], S=SAMPLES, **taken, WIDTH=width,
+        DTYPE=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16, FTZ=x.is_cuda,
+        **FUSED, num_warps=config.warps, num_stages=1,
     )  # fmt: skip
     return made
+
+
+def _rows16(x: torch.Tensor) -> torch.Tensor:
+    """x (B, L, C) as rows of which 16 bytes can be read at a time."""
+    v = view3(x, x.shape)
+    return v.contiguous() if any(s % 8 for s in row_strides(v)) or v.data_ptr() % 16 else v
 
 
 def norm_keys(
@@ -734,9 +881,7 @@ def norm_keys(
     batch, length, width = x.shape
     dim, n, dev = width // num_heads, triton.cdiv(length, block_k), x.device
     config = config or KEYS_CONFIGS[keep]
-    v = view3(x, x.shape)
-    if any(s % 8 for s in row_strides(v)) or v.data_ptr() % 16:
-        v = v.contiguous()  # 16 bytes are read at a time
+    v = _rows16(x)
     made = Keys(
         torch.empty((batch * num_heads, n, block_k, dim), dtype=torch.int8, device=dev),
         torch.empty((batch * num_heads, n), dtype=torch.float32, device=dev),
@@ -748,12 +893,14 @@ def norm_keys(
     lag = min(int(config.lag * processors(dev)) // programs + 1, batch * n)
     _, n1, n2 = tables.counts
     x_b, x_l = row_strides(v)
-    _keys[(batch * n * programs,)](
-        v.view(torch.int32), tables.words, tables.weights, tables.centres, tables.units, tables.table, tables.groups,
-        made.k8.view(torch.int32), made.k_scale, None if made.pooled is None else made.pooled.view(torch.int32),
+    samples, step = spread(length)
+    _keys[(batch * (num_heads + n * programs),)](
+        v.view(torch.int32), tables.words, tables.sampled, tables.weights, tables.centres, tables.units, tables.table,
+        tables.groups, made.k8.view(torch.int32), made.k_scale,
+        None if made.pooled is None else made.pooled.view(torch.int32),
         None if made.k is None else made.k.view(torch.int32), x_b // 2, x_l // 2, length, batch * n, lag,
-        1 / n1, 1 / n2, n1, n2, tables.bits[2], tables.bits[1] + tables.bits[2], eps,
-        H=num_heads, D=dim, EDGE=block_k, CHUNK=min(block_k, config.warps * 256 // dim), **taken,
+        samples, step, 1 / n1, 1 / n2, n1, n2, tables.bits[2], tables.bits[1] + tables.bits[2], eps,
+        H=num_heads, D=dim, EDGE=block_k, CHUNK=min(block_k, config.warps * 256 // dim), S=SAMPLES, **taken,
         DTYPE=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16,
         ALONE=batch == 1, SIGNED=not x.is_cuda or torch.cuda.get_device_capability(dev) >= (8, 6), FTZ=x.is_cuda,
         **FUSED, num_warps=config.warps, num_stages=1,

@@ -106,19 +106,16 @@ def _scaled(
     return x1, x2
 
 
-@triton.jit(do_not_specialize=["length", "per", "step", "n1", "n2"])
+@triton.jit(do_not_specialize=["length", "per", "n1", "n2"])
 def _rotate_rows(
     x, weight, out, cos0, cos1, cos2, sin0, sin1, sin2,
     x_b, x_l,
-    length, per, step, n1, n2, eps,
+    length, per, n1, n2, eps,
     H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, H0: tl.constexpr, H1: tl.constexpr, P: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     PER_HEAD: tl.constexpr, TURN: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """`per` tokens of one batch item, H heads of D channels in tiles of H0 and H1 heads (H1 0: one tile).
-
-    Of `length` tokens, which stand at every step-th position of the grid.
-    """
+    """`per` tokens of one batch item, H heads of D channels in tiles of H0 and H1 heads (H1 0: one tile)."""
     first = tl.program_id(0) * per
     stop = tl.minimum(first + per, length)
     b = tl.program_id(1).to(tl.int64)
@@ -155,10 +152,9 @@ def _rotate_rows(
             root_b = root
         y1, y2 = _scaled(a1, a2, root, weight, ha, ma, p, D, HALF, INTERLEAVED, PER_HEAD)
         if TURN:
-            place = row * step
-            i2 = place % n2
-            i1 = place // n2 % n1
-            i0 = place // n2 // n1
+            i2 = row % n2
+            i1 = row // n2 % n1
+            i0 = row // n2 // n1
             c = _table(cos0, cos1, cos2, i0, i1, i2, p, D0, D1, D2)[None, :]
             s = _table(sin0, sin1, sin2, i0, i1, i2, p, D0, D1, D2)[None, :]
             z1 = y1 * c - y2 * s
@@ -194,31 +190,26 @@ def launch_qk_norm_rope(
     grid: Sequence[int],
     interleaved: bool,
     config: RowConfig | None = None,
-    taken: tuple[int, int] | None = None,
 ) -> torch.Tensor:
-    """qk_norm_rope.py's op: (B, L, H, D). UnsupportedError for more than three axes.
-
-    taken (count, step): the result of `count` tokens alone, every step-th from the first on.
-    """
+    """qk_norm_rope.py's op: (B, L, H, D). UnsupportedError for more than three axes."""
     _check(x, weight, per_head, num_heads, cos, sin, grid)
     check_input(x, x.shape[2])
     if len(cos) > AXES:
         raise UnsupportedError(f"the kernel turns by {AXES} axes at most, not {len(cos)}: use the reference")
     dim = x.shape[2] // num_heads
     half = triton.cdiv(dim, 2)
-    count, step = taken or (x.shape[1], 1)
-    out = x.new_empty((x.shape[0], count, num_heads, dim))
-    v = view3(x, x.shape)[:, ::step][:, :count]
+    out = x.new_empty((x.shape[0], x.shape[1], num_heads, dim))
+    v = view3(x, x.shape)
     missing = AXES - len(cos)  # axes in front, of one position and no columns
     counts = [1] * missing + list(grid) if cos else [1] * AXES
     columns = [0] * missing + [c.shape[1] for c in cos]
     tables = [[None] * missing + [t.float().contiguous() for t in axes] for axes in (cos, sin)]
     h0, h1 = pieces(num_heads, 4)
     p = triton.next_power_of_2(half)
-    config = config or row_config(min(WIDEST, (h0 + h1) * 2 * p), x.shape[0] * count, x.device)
+    config = config or row_config(min(WIDEST, (h0 + h1) * 2 * p), x.shape[0] * x.shape[1], x.device)
     _rotate_rows[(triton.cdiv(v.shape[1], config.rows), v.shape[0])](
         v, None if weight is None else weight.contiguous(), out, *tables[0], *tables[1],
-        *row_strides(v), v.shape[1], config.rows, step, counts[1], counts[2], eps,
+        *row_strides(v), v.shape[1], config.rows, counts[1], counts[2], eps,
         H=num_heads, D=dim, HALF=half, H0=h0, H1=h1, P=p, D0=columns[0], D1=columns[1], D2=columns[2],
         PER_HEAD=per_head, TURN=bool(cos), INTERLEAVED=interleaved and bool(cos),
         **FUSED, num_warps=config.warps, num_stages=1,

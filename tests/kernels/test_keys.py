@@ -86,7 +86,8 @@ class Case:
         from turbocompile.kernels.keys_triton import norm_keys
 
         tables = self.tables()
-        return centre(tables, self.heads), norm_keys(self.x, EPS, self.heads, tables, block_k, **options)
+        keys = norm_keys(self.x, EPS, self.heads, tables, block_k, **options)
+        return centre(tables, self.heads), keys
 
     def exact(self):
         """k in float64, (B, L, H, D)."""
@@ -155,13 +156,13 @@ def test_the_centre_is_the_mean_of_tokens_all_over_the_video(device):
     case = Case(device, 2, 2, 64, (2, 8, 16), BF16)  # 256 tokens: 64 of them, and no column of the video alone
     case.x[1] += 2  # each batch item has its own
     exact = case.exact()
-    taken = centre(case.tables(), 2)
+    taken, _ = case.keys(128)
     wanted = exact[:, ::3][:, :64].mean(1, keepdim=True)
     assert (taken - wanted).abs().max() <= (2.0**-8 + HALVES) * exact.abs().max()
     assert_keys(case, 128, *case.keys(128))
     few = Case(device, 1, 2, 64, (1, 2, 9), BF16)
     exact = few.exact()
-    assert (centre(few.tables(), 2) - exact.mean(1, keepdim=True)).abs().max() <= 2.0**-7 * exact.abs().max()
+    assert (few.keys(128)[0] - exact.mean(1, keepdim=True)).abs().max() <= 2.0**-7 * exact.abs().max()
 
 
 @pytest.mark.parametrize("device", either)
@@ -310,9 +311,9 @@ def test_repeated_calls_are_equal_bit_by_bit(keep):
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 def test_a_new_length_compiles_nothing(device):
-    from turbocompile.kernels import keys_triton, rotary_triton
+    from turbocompile.kernels import keys_triton
 
-    kernels = (keys_triton._keys, keys_triton._lay_out, rotary_triton._rotate_rows)
+    kernels = (keys_triton._keys, keys_triton._lay_out)
     for grid in ((7, 30, 16), (3, 31, 17)):
         Case(device, 1, 12, 128, grid, BF16).keys(128)
         counts = [sum(len(c[0]) for c in k.device_caches.values()) for k in kernels]
@@ -369,12 +370,35 @@ def test_the_kernel_compiles(monkeypatch, capability, keep, dtype):
     k._keys.device_caches.clear()  # the device has the same number whichever it is
     words, long, real = (torch.empty(4, dtype=d) for d in (torch.int32, torch.int64, F32))
     config = k.KEYS_CONFIGS[keep]
+    kept = words if keep else None
     made = k._keys.warmup(
-        words, long, words, words, real, words, words, words, real, words if keep else None, words if keep else None,
-        0, 768, 1000, 8, 3, 0.1, 0.1, 30, 52, 6, 11, EPS,
-        H=12, D=128, EDGE=128, CHUNK=config.warps * 2, **config.pieces(1536), DTYPE=getattr(tl, dtype), ALONE=True,
-        SIGNED=capability >= 86, FTZ=True, grid=(1,), **FUSED, num_warps=config.warps, num_stages=1,
+        words, long, long, words, words, real, words, words, words, real, kept, kept,
+        0, 768, 1000, 8, 3, 64, 15, 0.1, 0.1, 30, 52, 6, 11, EPS,
+        H=12, D=128, EDGE=128, CHUNK=config.warps * 2, S=k.SAMPLES, **config.pieces(1536), DTYPE=getattr(tl, dtype),
+        ALONE=True, SIGNED=capability >= 86, FTZ=True, grid=(1,), **FUSED, num_warps=config.warps, num_stages=1,
         maxnreg=config.registers,
     )  # fmt: skip
     assert ("m16n8k8" in made.asm["ptx"], "xorsign" in made.asm["ptx"]) == (True, capability >= 86)
+    assert made.asm["cubin"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "bfloat16"), (90, "float16"), (120, "bfloat16")])
+def test_the_launch_before_it_compiles(monkeypatch, capability, dtype):
+    import triton.language as tl
+    from triton.runtime import driver
+    from turbocompile.kernels import keys_triton as k
+    from turbocompile.kernels._common import FUSED
+
+    monkeypatch.setattr(driver, "_active", Card(capability))
+    k._lay_out.device_caches.clear()
+    words, long, real = (torch.empty(4, dtype=d) for d in (torch.int32, torch.int64, F32))
+    config = k.KEYS_CONFIGS[0]
+    made = k._lay_out.warmup(
+        words, torch.empty(4, dtype=BF16), *[real] * 6, long, long, words, words, real, words, words,
+        0, 768, 21, 30, 52, 5, 5, 6, 10, 4, 32760, 1, 64, 15, 0.1, 0.1, EPS,
+        H=12, D=128, D0=22, D1=21, D2=21, S=k.SAMPLES, **config.pieces(1536), WIDTH=256, DTYPE=getattr(tl, dtype),
+        FTZ=True, grid=(1,), **FUSED, num_warps=config.warps, num_stages=1,
+    )  # fmt: skip
+    assert "m16n8k8" in made.asm["ptx"]
     assert made.asm["cubin"]
