@@ -5,7 +5,7 @@
 
 A run that was stopped or killed goes on from its last checkpoint. The pipeline comes to RUN/wan-mini, with a line of
 metrics for every 50 steps in its folder training/; RUN/evaluation.json and RUN/sheet.png say what its videos show.
---smoke takes two steps of everything, to try the script: two minutes of a CPU.
+--smoke takes two steps of everything with one clip each, to try the script: two minutes of a CPU.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="the folder of checkpoints, metrics and results")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, help="stop after so long, to go on later")
-    parser.add_argument("--smoke", action="store_true", help="two steps of everything, to try the script")
+    parser.add_argument(
+        "--smoke", action="store_true", help="two steps of everything with one clip each, to try the script"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     training = Training(
@@ -123,13 +125,13 @@ class Training:
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.began:.0f} s] {text}", file=sys.stderr, flush=True)
 
-    def some(self, count: int) -> int:
-        """As many as that, or 2 to try the script."""
-        return min(count, 2) if self.smoke else count
+    def some(self, count: int, few: int = 1) -> int:
+        """As many as that, or `few` to try the script."""
+        return min(count, few) if self.smoke else count
 
     def config(self, config: TrainConfig) -> TrainConfig:
         """The configuration of this run: its share of the steps, what the device can do, what time is left."""
-        steps = self.some(config.steps)
+        steps = self.some(config.steps, 2)
         cuda = self.device.type == "cuda"
         return replace(
             config,
@@ -216,7 +218,7 @@ class Training:
         psnr = evaluate_vae(vae, self.some(32))
         (self.folder / "vae_psnr.json").write_text(json.dumps(psnr.to_dict()) + "\n", encoding="utf-8")
         self.say(f"autoencoder: {psnr.value:.2f} dB on scans it has not seen")
-        wanted = world.evaluation_set(self.some(PROMPTS))
+        wanted = world.evaluation_set(self.some(PROMPTS, 2))
         precision = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         parts = (wanted[i : i + PART] for i in range(0, len(wanted), PART))
         seeds = (range(i, i + PART) for i in range(0, len(wanted), PART))

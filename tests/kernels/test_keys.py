@@ -29,7 +29,7 @@ HALVES = 7 * 2.0**-11
 
 interpreted = [
     (1, 2, 128, (3, 5, 7), BF16, 64),  # a block and a short one
-    (2, 3, 64, (2, 3, 25), FP16, 128),
+    (2, 2, 64, (2, 3, 25), FP16, 128),
     (1, 1, 128, (200,), BF16, 128),
     (1, 2, 64, (9, 13), BF16, 64),  # more rows a program than a block has
     (1, 5, 64, (1, 1, 40), FP16, 64),  # a row that no number of threads divides; axes of one position
@@ -145,7 +145,8 @@ def assert_kept(case, block_k, taken, keys, exact, halves, unit):
 @pytest.mark.parametrize(("device", "batch", "heads", "head_dim", "grid", "dtype", "block_k"), where)
 def test_keys_are_the_quantized_norm_turned(unit, device, batch, heads, head_dim, grid, dtype, block_k):
     case = Case(device, batch, heads, head_dim, grid, dtype)
-    assert_keys(case, block_k, *case.keys(block_k))
+    if device == "cuda":  # the interpreter, which takes its time, makes such keys in the tests below
+        assert_keys(case, block_k, *case.keys(block_k))
     taken, keys = case.keys(block_k, pool=True, keep=True)
     exact, halves = assert_keys(case, block_k, taken, keys)
     assert_kept(case, block_k, taken, keys, exact, halves, unit[dtype])
@@ -153,14 +154,14 @@ def test_keys_are_the_quantized_norm_turned(unit, device, batch, heads, head_dim
 
 @pytest.mark.parametrize("device", either)
 def test_the_centre_is_the_mean_of_tokens_all_over_the_video(device):
-    case = Case(device, 2, 2, 64, (2, 8, 16), BF16)  # 256 tokens: 64 of them, and no column of the video alone
+    case = Case(device, 2, 1, 64, (2, 8, 16), BF16)  # 256 tokens: 64 of them, and no column of the video alone
     case.x[1] += 2  # each batch item has its own
     exact = case.exact()
-    taken, _ = case.keys(128)
+    taken, keys = case.keys(128)
     wanted = exact[:, ::3][:, :64].mean(1, keepdim=True)
     assert (taken - wanted).abs().max() <= (2.0**-8 + HALVES) * exact.abs().max()
-    assert_keys(case, 128, *case.keys(128))
-    few = Case(device, 1, 2, 64, (1, 2, 9), BF16)
+    assert_keys(case, 128, taken, keys)
+    few = Case(device, 1, 1, 64, (1, 2, 9), BF16)
     exact = few.exact()
     assert (few.keys(128)[0] - exact.mean(1, keepdim=True)).abs().max() <= 2.0**-7 * exact.abs().max()
 
@@ -223,7 +224,7 @@ def test_how_it_is_launched_does_not_matter(device):
     """
     from turbocompile.kernels.keys_triton import KeysConfig
 
-    case = Case(device, *((2, 5, 128, (2, 7, 25)) if device == "cuda" else (1, 2, 64, (1, 6, 25))), BF16)
+    case = Case(device, *((2, 5, 128, (2, 7, 25)) if device == "cuda" else (1, 1, 64, (1, 5, 27))), BF16)
     _, expected = case.keys(64, pool=True, keep=True)
     launches = ((8, 48, 80, 0), (8, 48, 80, 99), (16, 24, 64, 2), (4, 12, None, 1))
     for config in (KeysConfig(*launch) for launch in launches):
