@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 import subprocess
 import sys
@@ -170,6 +171,32 @@ def test_an_engine_is_not_of_two_states_of_its_module(tiny, tmp_path):
             use()
     assert torch.equal(twin(x, t), before)
     assert not torch.equal(turbocompile.optimize(tiny, (x, t))(x, t), before)
+
+
+def test_what_is_no_module_is_refused_in_a_sentence(tiny, folder):
+    x, t = torch.randn(1, 8, 64), torch.rand(1)
+    scripted = torch.jit.trace(torch.nn.Linear(4, 4), torch.zeros(1, 4))
+    for model, words in (
+        (type(tiny), r"is a class: give it \w+\(\.\.\.\)"),
+        (scripted, "what TorchScript made of it"),
+        (lambda x, t: x, r"takes a torch\.nn\.Module, not function"),
+        (str(folder), r"not str; for a folder there is turbocompile\.load"),
+    ):
+        with pytest.raises(CaptureError, match=words):
+            turbocompile.optimize(model, (x, t))
+    for wrong in (3, x, (x, t), ((x, t),), (x, {})):
+        with pytest.raises(RecipeError, match=r"verify_args=\.\.\.\) is a pair"):
+            turbocompile.optimize(tiny, (x, t), verify_args=wrong)
+
+
+def test_an_engine_is_copied_and_not_pickled(tiny):
+    x, t = torch.randn(1, 8, 64), torch.rand(1)
+    engine = turbocompile.optimize(tiny, (x, t))
+    expected = engine(x, t)
+    for twin in (copy.copy(engine), copy.deepcopy(engine)):
+        assert torch.equal(twin(x, t), expected)
+    with pytest.raises(EngineError, match=r"not pickled: save\(folder\)"):
+        pickle.dumps(engine)
 
 
 @pytest.mark.parametrize("shared", ["weight", "norm", "block"])

@@ -227,6 +227,11 @@ SAME = {
             -1,
         ),
     ],
+    "a modulation's axis": [
+        lambda x, y, m: x[:, None] * (1 + y[:, 0])[:, None, None],
+        lambda x, y, m: x[:, None] * (1 + y[:, 0, None])[:, None],
+        lambda x, y, m: x.unsqueeze(1) * (y[:, 0].view(2, 1, 1, 8) + 1),
+    ],
     "nothing": [
         lambda x, y, m: x + 0.5,
         lambda x, y, m: F.dropout(x.float().contiguous(), 0.5, training=False).detach().view_as(x) * 1 + 0.5,

@@ -578,6 +578,7 @@ def optimize(
 
     Raises CaptureError, VerificationError, UnsupportedError, RecipeError.
     """
+    _check_arguments(model, verify_args)
     options = module_recipe(model, recipe, backend, target)
     get_backend(options.backend).check(options.target)
     if calibration is None:
@@ -612,6 +613,23 @@ def optimize(
     # On a CPU weights that no pass changed stay the module's memory: a copy takes room, and sums in another order.
     engine.watch(source.shares)
     return engine
+
+
+def _check_arguments(model: Any, verify_args: Any) -> None:
+    """Raises CaptureError for what is no module that can be captured, RecipeError for verify_args that are no pair."""
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise CaptureError(f"optimize() takes a module, and {model.__name__} is a class: give it {model.__name__}(...)")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError("optimize() takes the module itself, and this is what TorchScript made of it")
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"optimize() takes a torch.nn.Module, not {type(model).__name__}; for a folder there is turbocompile.load, "
+            "for a recipe `turbocompile optimize`"
+        )
+    pair = isinstance(verify_args, (tuple, list)) and len(verify_args) == 2
+    fits = pair and isinstance(verify_args[0], (tuple, list)) and isinstance(verify_args[1], Mapping)
+    if verify_args is not None and not fits:
+        raise RecipeError("optimize(verify_args=...) is a pair (args, kwargs): a tuple and a dict")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ damage, not origin: load engines only from where you would load weights from.
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import hashlib
 import json
@@ -223,6 +224,20 @@ class Engine(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """A copy compiles and records anew."""
         return {**self.__dict__, "_runners": {}, "_graphs": {}, "_pool": None, "_watched": {}}
+
+    def __copy__(self) -> Engine:
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__getstate__())
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+    def __reduce__(self) -> Any:
+        """Graphs hold what no pickle does. Raises EngineError."""
+        raise EngineError("an engine is not pickled: save(folder) writes it, and turbocompile.load(folder) reads it")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Engine:
         """Moves the weights to the device that `fn` moves tensors to; dtype changes do not reach them."""

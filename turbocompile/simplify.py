@@ -488,6 +488,17 @@ def layout_before_cast(node: Node, make: Maker) -> Answer:
     return None
 
 
+@local(aten.reshape.default)
+def unit_dims_before_sum(node: Node, make: Maker) -> Answer:
+    """x + 1 that is read with more axes of size 1 alone, as in (1 + scale)[:, None]: the axes come first."""
+    source = node.args[0]
+    if is_op(source, aten.add.Tensor) and len(source.users) == 1 and _inserted_ones(node):
+        x, other, *rest = source.args
+        if isinstance(other, (int, float)) and not rest and not source.kwargs:
+            return aten.add.Tensor, (make(aten.reshape.default, x, list(shape(node))), other)
+    return None
+
+
 @local(aten.cat.default)
 def cat_rules(node: Node, make: Maker) -> Answer:
     parts, given = arguments(aten.cat.default, node.args, node.kwargs)

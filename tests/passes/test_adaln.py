@@ -24,6 +24,7 @@ FORMS = {
     "formula": lambda x, s, b, m: ln(x) * (1 + s) + b,
     "reordered": lambda x, s, b, m: b + (s + 1.0) * ln(x),
     "addcmul": lambda x, s, b, m: torch.addcmul(b, ln(x), 1 + s),
+    "axes added behind the sum": lambda x, s, b, m: ln(x) * (1 + s[:, 0])[:, None] + b[:, 0, None],
     "affine and modulated": lambda x, s, b, m: ln(x, m.a, m.b) * (1 + s) + b,
     "a shift that is subtracted": lambda x, s, b, m: ln(x) * (1 + s) - b,
     "a scale that is subtracted": lambda x, s, b, m: ln(x) * (1 - s) + b,
