@@ -132,6 +132,21 @@ def test_explain_shows_passes_graphs_json_and_a_page(engine, tmp_path):
     assert "residual_norm" in (tmp_path / "new" / "report.html").read_text()
 
 
+def test_a_terminal_without_unicode_shows_what_it_can(engine, tmp_path):
+    place = tmp_path / "\u5f15\u64ce"  # in no 8-bit encoding
+    place.symlink_to(engine)
+    command = [sys.executable, "-c", "from turbocompile.cli import main; main()", "explain", str(place)]
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.decode("ascii")
+    assert "residual_norm" in text
+    assert " us " in text or " ms " in text
+    nothing = subprocess.run([*command[:-1], str(place / "not")], capture_output=True, env=env, timeout=120)
+    assert nothing.returncode == 2
+    assert nothing.stderr.startswith(b"Error: ")
+
+
 def test_verify_says_that_the_engine_is_whole_and_right(engine):
     result = call("verify", engine, "--numeric")
     assert result.exit_code == 0, result.output

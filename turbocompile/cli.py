@@ -6,8 +6,10 @@ What a command needs is imported when it runs, so that --help and --version answ
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
+import io
 import json
 import logging
 import os
@@ -81,6 +83,21 @@ def main() -> None:
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) == signal.SIG_DFL:  # nohup, or a caller, may have another in mind
                 signal.signal(number, _stopped)
+    codecs.register_error("turbocompile", _in_its_place)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != "turbocompile":
+            stream.reconfigure(errors="turbocompile")
+
+
+PLAIN = str.maketrans({"µ": "u", "…": "...", "×": "x", "✓": "v"})
+
+
+def _in_its_place(error: UnicodeError) -> tuple[str, int]:
+    """What a terminal without Unicode shows for characters that it does not have: a letter, or a question mark."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end].translate(PLAIN)
+    return text.encode("ascii", "replace").decode(), error.end
 
 
 def _stopped(number: int, frame: object) -> None:
