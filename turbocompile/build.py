@@ -316,6 +316,7 @@ def optimize_recipe(
         check_folder(out)
     with stages("open"):
         source = open_source(recipe)
+        components = sum(source.components.sizes().values())  # looks at their files, too
     compiled: dict[str, Compiled] = {}
     recorded = recorded_of(recipe, source)
     for name, transformer in source.transformers.items():
@@ -324,7 +325,6 @@ def optimize_recipe(
         compiled[name] = _compile_transformer(
             name, transformer, tensors, recipe, stages, recorded=recorded.get(name), dry_run=dry_run
         )
-    components = sum(source.components.sizes().values())
     if dry_run or out is None:
         return make_report(compiled, recipe, stages, components=components)
     for item in compiled.values():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 
+import turbocompile.build as build
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.recipe import Recipe
 from turbocompile.wan.components import MODELS, FolderComponents, load_components
@@ -109,6 +111,30 @@ def test_damage_is_one_sentence(example, tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(EngineError):
         load_components(tmp_path, {"tokenizer": {"class": "PreTrainedTokenizerFast"}})
+
+
+@pytest.mark.parametrize("part", ["weights", "configuration", "shard"])
+def test_damage_is_found_before_a_build_takes_its_time(example, tmp_path, monkeypatch, part):
+    folder = tmp_path / "wan"
+    shutil.copytree(example(), folder)
+    if part == "weights":
+        path = next((folder / "vae").glob("*.safetensors"))
+        path.write_bytes(path.read_bytes()[:-1000])
+        words = f"{path}: this is no whole safetensors file"
+    elif part == "configuration":
+        path = folder / "text_encoder" / "config.json"
+        path.write_text(path.read_text()[:-10])
+        words = f"{path}: cannot be read as JSON"
+    else:
+        path = folder / "text_encoder" / "model-00002-of-00002.safetensors"
+        index = {"weight_map": {"a": next((folder / "text_encoder").glob("*.safetensors")).name, "b": path.name}}
+        (folder / "text_encoder" / "model.safetensors.index.json").write_text(json.dumps(index))
+        words = f"{path}: this part of the weights is missing"
+    monkeypatch.setattr(build, "_compile_transformer", None)  # it is not called
+    recipe = Recipe.from_dict({"model": {"path": str(folder)}, "target": "cpu"})
+    with pytest.raises(EngineError, match=re.escape(words)):
+        build.optimize_recipe(recipe, tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
 
 
 def test_an_unknown_class_in_a_pipeline_is_unsupported(example, tmp_path):

@@ -257,6 +257,8 @@ class FolderComponents:
         files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in _KEPT]
         if name in MODELS and not any(p.suffix == ".safetensors" for p in files):
             raise EngineError(f"{folder}: holds no safetensors weights; get the safetensors version of the model")
+        for path in files:
+            _check_file(path)
         return files
 
     def sizes(self) -> dict[str, int]:
@@ -283,6 +285,19 @@ class FolderComponents:
 
     def load(self) -> dict[str, Any]:
         return load_components(self._folder, self.table())
+
+
+def _check_file(path: Path) -> None:
+    """Raises EngineError for weights that are not whole, a configuration that is no JSON, a shard that is missing."""
+    if path.suffix == ".safetensors":
+        for _ in _headers(path):
+            pass
+    elif path.suffix == ".json" and ("config" in path.name or path.name.endswith(".index.json")):
+        values = read_json(path, "the component needs it")
+        shards = values.get("weight_map") if path.name.endswith(".safetensors.index.json") else None
+        for shard in sorted({str(s) for s in shards.values()} if isinstance(shards, dict) else ()):
+            if not (path.parent / shard).is_file():
+                raise EngineError(f"{path.parent / shard}: this part of the weights is missing; download it again")
 
 
 def entry(name: str, cls: str, library: str, dtype: torch.dtype | None) -> dict[str, str]:
