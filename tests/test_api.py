@@ -160,13 +160,13 @@ def test_an_engine_is_not_of_two_states_of_its_module(tiny, tmp_path):
     """Fused weights are copies, the others are the module's: changed later, they would not fit each other."""
     x, t = torch.randn(1, 8, 64), torch.rand(1)
     engine = turbocompile.optimize(tiny, (x, t))
-    before, twin = engine(x, t), copy.deepcopy(engine)
+    before, twin, same = engine(x, t), copy.deepcopy(engine), copy.copy(engine)
     other = copy.deepcopy(tiny)
     with torch.no_grad():
         other.blocks[0].out.weight.mul_(2.0)
     assert torch.equal(engine(x, t), before)
     tiny.load_state_dict(other.state_dict())
-    for use in (lambda: engine(x, t), lambda: engine.save(tmp_path / "engine")):
+    for use in (lambda: engine(x, t), lambda: same(x, t), lambda: engine.save(tmp_path / "engine")):
         with pytest.raises(EngineError, match="was changed after it was compiled"):
             use()
     assert torch.equal(twin(x, t), before)

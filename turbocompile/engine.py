@@ -227,7 +227,7 @@ class Engine(nn.Module):
 
     def __copy__(self) -> Engine:
         copied = type(self).__new__(type(self))
-        copied.__dict__.update(self.__getstate__())
+        copied.__dict__.update(self.__getstate__() | {"_watched": self._watched})  # the same memory
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
