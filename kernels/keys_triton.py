@@ -398,7 +398,7 @@ def _centre(
         root = ((word >> 32).to(tl.int32) - 1).to(tl.float32, bitcast=True)
         place = base + ((word.to(tl.int32) >> shift) & mask) * stride
         t0, t1, t2, t3 = _four(table + place * 4, LOADS_AGAIN, FTZ)
-        a, b, c, d = held[i]  # type: ignore[misc]
+        a, b, c, d = held[i]  # type: ignore[misc, var-annotated]
         a, b = _turned(a, b, root, w0, w1, t0, t1, none, none, DTYPE, FTZ)
         c, d = _turned(c, d, root, w2, w3, t2, t3, none, none, DTYPE, FTZ)
         real = i * CHUNK + member < samples
