@@ -43,9 +43,9 @@ import triton
 import triton.language as tl
 from turbocompile.kernels._common import FUSED
 from turbocompile.kernels.norm_attention import PLACES, TOKENS
-from turbocompile.kernels.norms_triton import _glance, _wait
+from turbocompile.kernels.norms_triton import NAP, _glance, _wait
 from turbocompile.kernels.prepare_triton import Keys, processors
-from turbocompile.kernels.qk_norm_rope import AXES, _check
+from turbocompile.kernels.qk_norm_rope import AXES
 from turbocompile.kernels.quantize_triton import _reciprocal, row_strides, view3
 
 SAMPLES = 64  # tokens whose mean is the centre: off the mean of all by an eighth of k's deviation
@@ -66,8 +66,7 @@ WAIT_FOUR = tl.constexpr(
     "mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7; "
     "again: setp.ne.s32 there, $0, 0; setp.ne.and.s32 there, $1, 0, there; setp.ne.and.s32 there, $2, 0, there; "
     "setp.ne.and.s32 there, $3, 0, there; @there bra done; "
-    "nanosleep.u32 100; add.u32 naps, naps, 1; setp.gt.u32 there, naps, 0x4000000; @there trap; "
-    "ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$8]; bra again; done: }"
+    f"{NAP}ld.relaxed.gpu.global.v4.b32 {{$0, $1, $2, $3}}, [$8]; bra again; done: }}"
 )
 
 
@@ -793,6 +792,7 @@ class Tables:
     groups: torch.Tensor  # (D / 8, 4) int32: shift and mask of the group's places, the first and their distance
     counts: tuple[int, int, int]  # positions along the axes
     bits: tuple[int, int, int]
+    step: int  # how far apart the tokens of the centres are
 
 
 def spread(length: int) -> tuple[int, int]:
@@ -829,7 +829,6 @@ def lay_out(
         raise ValueError(f"{length} tokens are more than the {TOKENS - 1} that the kernel counts")
     if 1 << room > PLACES:
         raise ValueError(f"{1 << room} places of the tables are more than {PLACES}: a grid of {n0} x {n1} x {n2}")
-    _check(x, weight, False, num_heads, cos, sin, grid)
     tables = [[None] * missing + [t.float().contiguous() for t in axes] for axes in (cos, sin)]
     v = _rows16(x)
     x_b, x_l = row_strides(v)
@@ -843,7 +842,7 @@ def lay_out(
         torch.empty(num_heads, dtype=torch.float32, device=dev),
         torch.empty((groups << room, 4), dtype=torch.int32, device=dev),
         torch.empty((groups, 4), dtype=torch.int32, device=dev),
-        (n0, n1, n2), bits,
+        (n0, n1, n2), bits, step,
     )  # fmt: skip
     config, width = KEYS_CONFIGS[0], 256
     taken = config.pieces(num_heads * dim)
@@ -893,13 +892,13 @@ def norm_keys(
     lag = min(int(config.lag * processors(dev)) // programs + 1, batch * n)
     _, n1, n2 = tables.counts
     x_b, x_l = row_strides(v)
-    samples, step = spread(length)
     _keys[(batch * (num_heads + n * programs),)](
         v.view(torch.int32), tables.words, tables.sampled, tables.weights, tables.centres, tables.units, tables.table,
         tables.groups, made.k8.view(torch.int32), made.k_scale,
         None if made.pooled is None else made.pooled.view(torch.int32),
         None if made.k is None else made.k.view(torch.int32), x_b // 2, x_l // 2, length, batch * n, lag,
-        samples, step, 1 / n1, 1 / n2, n1, n2, tables.bits[2], tables.bits[1] + tables.bits[2], eps,
+        tables.sampled.shape[1], tables.step, 1 / n1, 1 / n2, n1, n2, tables.bits[2], tables.bits[1] + tables.bits[2],
+        eps,
         H=num_heads, D=dim, EDGE=block_k, CHUNK=min(block_k, config.warps * 256 // dim), S=SAMPLES, **taken,
         DTYPE=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16,
         ALONE=batch == 1, SIGNED=not x.is_cuda or torch.cuda.get_device_capability(dev) >= (8, 6), FTZ=x.is_cuda,

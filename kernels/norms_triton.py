@@ -74,11 +74,11 @@ from turbocompile.kernels.quantize_triton import (
 _Optional = torch.Tensor | None
 NEAR = tl.constexpr(8)  # neighbours in a thread of a tile: 16 would have each read twice as much of scale and shift
 # 2^26 naps of 0.1 us and a read each, longer than any program runs: what never comes is an error, and no standstill
+NAP = "nanosleep.u32 100; add.u32 naps, naps, 1; setp.gt.u32 there, naps, 0x4000000; @there trap; "
 WAIT = tl.constexpr(
     "{ .reg .pred there; .reg .b32 low, high, naps; mov.b64 $0, $1; mov.b32 naps, 0; "
     "again: mov.b64 {low, high}, $0; setp.ne.s32 there, high, 0; @there bra done; "
-    "nanosleep.u32 100; add.u32 naps, naps, 1; setp.gt.u32 there, naps, 0x4000000; @there trap; "
-    "ld.relaxed.gpu.global.b64 $0, [$2]; bra again; done: }"
+    f"{NAP}ld.relaxed.gpu.global.b64 $0, [$2]; bra again; done: }}"
 )
 
 

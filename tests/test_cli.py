@@ -142,6 +142,7 @@ def test_a_terminal_without_unicode_shows_what_it_can(engine, tmp_path):
     text = done.stdout.decode("ascii")
     assert "residual_norm" in text
     assert " us " in text or " ms " in text
+    assert "12 µs … 引".encode("ascii", "turbocompile") == b"12 us ... ?"  # registered by the engine's build
     nothing = subprocess.run([*command[:-1], str(place / "not")], capture_output=True, env=env, timeout=120)
     assert nothing.returncode == 2
     assert nothing.stderr.startswith(b"Error: ")

@@ -85,7 +85,7 @@ def main() -> None:
                 signal.signal(number, _stopped)
     codecs.register_error("turbocompile", _in_its_place)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors != "turbocompile":
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="turbocompile")
 
 

@@ -145,7 +145,7 @@ def assert_kept(case, block_k, taken, keys, exact, halves, unit):
 @pytest.mark.parametrize(("device", "batch", "heads", "head_dim", "grid", "dtype", "block_k"), where)
 def test_keys_are_the_quantized_norm_turned(unit, device, batch, heads, head_dim, grid, dtype, block_k):
     case = Case(device, batch, heads, head_dim, grid, dtype)
-    if device == "cuda":  # the interpreter, which takes its time, makes such keys in the tests below
+    if device == "cuda" or head_dim == 128:  # the interpreter takes its time, and makes those of 64 in the tests below
         assert_keys(case, block_k, *case.keys(block_k))
     taken, keys = case.keys(block_k, pool=True, keep=True)
     exact, halves = assert_keys(case, block_k, taken, keys)
