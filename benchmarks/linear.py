@@ -1,13 +1,15 @@
 """8-bit linears on one GPU beside bf16 F.linear, at the shapes of Wan: every format, configuration and library product.
 
     python benchmarks/linear.py [--out FOLDER] [--shapes 1536-8960 ...] [--formats fp8 ...] [--rows 32760] [--settle 80]
+                                [--turbodiffusion]
 
 Activations N(0, 1), weights N(0, 1/K), a bias, results in bf16, from 8-bit data or, "from bf16", quantized by the op
 first. Times are milliseconds a call in a CUDA graph, the median over three turns over the variants, so that the card's
 drift meets all alike. Before it is timed each variant runs for --settle milliseconds: a card at its limit of power
 lowers its clock after some, and a model's step lasts longer than that. Calls read and write at least 150 MB, three
-times the L2 of an H100. A variant that the card or the library refuses is named, and left out. FOLDER gets linear.json
-and linear.md.
+times the L2 of an H100. A variant that the card or the library refuses is named, and left out. --turbodiffusion has
+that project's Int8Linear (blocks of 128 x 128, its own quantization) compete too, which must be importable. FOLDER gets
+linear.json and linear.md.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from turbocompile.kernels.quantize import quantize
 
 BF16 = torch.bfloat16
 BASELINE = "bf16 F.linear"
-QUANTIZATION, SUMS = "quantization alone", "_int_mm alone"
+QUANTIZATION, SUMS, PEER = "quantization alone", "_int_mm alone", "TurboDiffusion Int8Linear"
 SHORT = "fp8, short sums"  # what the tensor cores add without help: linear_triton.py
 ROWS = 32760  # tokens of 81 frames of 832 x 480
 SPAN = 30.0  # milliseconds of each turn that are timed
@@ -116,13 +118,26 @@ def codes(x: torch.Tensor, format: str) -> torch.Tensor:
     return ops.quantize(x, format)[0]
 
 
-def variants(shape: Shape, rows: int, formats: list[str]) -> list[Variant]:
+def peer(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor) -> Call:
+    """TurboDiffusion's linear of the same weights, with its quantization of x."""
+    from turbodiffusion.ops import Int8Linear
+
+    linear = torch.nn.Linear(w.shape[1], w.shape[0], device=w.device, dtype=w.dtype)
+    with torch.no_grad():
+        linear.weight.copy_(w)
+        linear.bias.copy_(bias)
+    return partial(Int8Linear.from_linear(linear).to(w.device), x)
+
+
+def variants(shape: Shape, rows: int, formats: list[str], turbodiffusion: bool) -> list[Variant]:
     """The calls at a shape; the first is the baseline."""
     torch.compiler.reset()  # compiled functions are kept for eight shapes, then run uncompiled
     x = torch.randn(rows, shape.k, device="cuda", dtype=BF16)
     w = (torch.randn(shape.n, shape.k, device="cuda") * shape.k**-0.5).to(BF16)
     bias = torch.randn(shape.n, device="cuda", dtype=BF16)
     found = [Variant("bf16", BASELINE, True, partial(F.linear, x, w, bias))]
+    if turbodiffusion:
+        found.append(Variant("int8_block", PEER, True, peer(x, w, bias)))
     for format in (f for f in formats if configs(f, x.device)):
         data, weight = quantize(x, format), quantize(w, format)
         tail = (*weight, bias, format, BF16)
@@ -162,9 +177,11 @@ def errors(found: list[Variant]) -> tuple[list[Variant], list[float], list[str]]
     return kept, distances, refused
 
 
-def measure(shape: Shape, rows: int, formats: list[str], settle: float) -> tuple[list[Result], list[str]]:
+def measure(
+    shape: Shape, rows: int, formats: list[str], settle: float, turbodiffusion: bool
+) -> tuple[list[Result], list[str]]:
     """Results of the variants at a shape, and what was refused."""
-    kept, distances, refused = errors(variants(shape, rows, formats))
+    kept, distances, refused = errors(variants(shape, rows, formats, turbodiffusion))
     times = list(replayed({i: [v.call] for i, v in enumerate(kept)}, settle, SPAN).values())
     base = statistics.median(times[0])
     flops = 2 * rows * shape.k * shape.n
@@ -221,13 +238,14 @@ def main() -> None:
     parser.add_argument(
         "--settle", type=float, default=80.0, help="milliseconds that a variant runs before it is timed"
     )
+    parser.add_argument("--turbodiffusion", action="store_true", help="its Int8Linear, installed here, competes too")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     results: list[Result] = []
     refused: list[str] = []
     about = versions() | {"rows": str(arguments.rows)}
     for shape in (s for s in SHAPES if s.name in arguments.shapes):
-        own, lines = measure(shape, arguments.rows, arguments.formats, arguments.settle)
+        own, lines = measure(shape, arguments.rows, arguments.formats, arguments.settle, arguments.turbodiffusion)
         results += own
         refused += lines
         print(table(own), flush=True)
