@@ -11,7 +11,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from turbocompile.match import Match, uncast
-from turbocompile.program import dtype, is_op, shape
+from turbocompile.program import SHELL, dtype, is_op, shape
 from turbocompile.weights import Constant
 
 aten = torch.ops.aten
@@ -66,14 +66,15 @@ def repeated(m: Match, table: Node, interleaved: bool) -> tuple[Node, Node]:
     found = _repeated(m, table, interleaved)
     if found is not None:
         return found
-    lead, width = list(shape(table)[:-1]), shape(table)[-1]
+    lead, half = list(shape(table)[:-1]), shape(table)[-1] // 2
+    same = _doubled(m, m.graph, table, interleaved)
     if interleaved:
-        split = m.op(aten.reshape.default, table, [*lead, width // 2, 2])
-        first, second = (m.op(aten.slice.Tensor, split, len(lead) + 1, i, i + 1) for i in (0, 1))
-        sizes = [*lead, width // 2]
-        return m.op(aten.reshape.default, first, sizes), m.op(aten.reshape.default, second, sizes)
-    half = width // 2
-    return tuple(m.op(aten.slice.Tensor, table, len(lead), i, i + half) for i in (0, half))
+        split = m.op(aten.reshape.default, table, [*lead, half, 2])
+        parts = [m.op(aten.slice.Tensor, split, len(lead) + 1, i, i + 1) for i in ((0,) if same else (0, 1))]
+        parts = [m.op(aten.reshape.default, p, [*lead, half]) for p in parts]
+    else:
+        parts = [m.op(aten.slice.Tensor, table, len(lead), i, i + half) for i in ((0,) if same else (0, half))]
+    return parts[0], parts[-1]
 
 
 def _repeated(m: Match, table: Node, interleaved: bool) -> tuple[Node, Node] | None:
@@ -114,6 +115,46 @@ def _cat_of_two(m: Match, parts: list[Node]) -> tuple[Node, Node] | None:
         return parts[0], parts[1]
     first = m.op(aten.cat.default, halves[0], last)
     return first, first if halves[0] == halves[1] else m.op(aten.cat.default, halves[1], last)
+
+
+def _doubled(m: Match, graph: str, node: Node, interleaved: bool) -> bool:
+    """Whether the graph shows that both elements of each pair of the last dimension (or both halves of it) are one.
+
+    What a block is given is followed into each of its calls.
+    """
+    if node.op == "placeholder" and graph != SHELL:
+        place = list(m.program.graphs[graph].inputs()).index(node)
+        calls = [c for c in m.program.calls() if c.graph == graph]
+        return all(_doubled(m, SHELL, c.node.args[3:][place], interleaved) for c in calls)
+    source: Any = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    sizes, last = shape(node), len(shape(node)) - 1
+    if not sizes or sizes[-1] % 2:
+        return False
+    if is_op(node, aten.full.default):
+        return True
+    if is_op(node, aten.cat.default):
+        parts = list(node.args[0])
+        if node.args[1] == last and not interleaved:
+            n = len(parts) // 2
+            return len(parts) % 2 == 0 and parts[:n] == parts[n:]
+        return all(_doubled(m, graph, p, interleaved) for p in parts)
+    if source is None:
+        return False
+    if is_op(node, aten.expand.default) and shape(source)[-1:] == (1,):
+        return True
+    keeps = is_op(node, aten.expand.default, aten.reshape.default) and shape(source)[-1:] == sizes[-1:]
+    other = is_op(node, aten.slice.Tensor, aten.index_select.default) and node.args[1] != last
+    turned = is_op(node, aten.permute.default) and node.args[1][-1] == last
+    rows = is_op(node, aten.embedding.default) or (
+        is_op(node, aten.index.Tensor) and all(i is None for i in node.args[1][len(shape(source)) - 1 :])
+    )
+    if pointwise(node) or keeps or other or turned or rows:
+        return _doubled(m, graph, source, interleaved)
+    if interleaved and is_op(node, aten.reshape.default) and shape(source)[-2:] == (sizes[-1] // 2, 2):
+        if is_op(source, aten.stack.default, aten.cat.default) and source.args[1] == len(shape(source)) - 1:
+            return all(p is source.args[0][0] for p in source.args[0])
+        return is_op(source, aten.expand.default) and shape(source.args[0])[-1] == 1
+    return False
 
 
 def pointwise(node: Node) -> bool:

@@ -13,8 +13,11 @@ import pytest
 import torch
 
 import turbocompile
-from turbocompile.errors import CaptureError, EngineError, RecipeError, UnsupportedError
+from turbocompile.build import calibration_inputs
+from turbocompile.capture import capture
+from turbocompile.errors import CaptureError, EngineError, RecipeError, UnsupportedError, VerificationError
 from turbocompile.wan.example import write_example
+from turbocompile.weights import ModuleTensors
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +289,58 @@ def test_an_integer_input_takes_no_fractions():
     assert torch.equal(engine(x, torch.tensor([3.0, 7.0])), engine(x, torch.tensor([3, 7])))
     with pytest.raises(CaptureError, match="numbers that are no integers"):
         engine(x, torch.tensor([3.7, 7.2]))
+
+
+class Indexed(torch.nn.Module):
+    """Rows of tables by indices that the caller gives; of one table there is one row."""
+
+    def __init__(self):
+        super().__init__()
+        self.style, self.table = torch.nn.Embedding(1, 8), torch.nn.Embedding(6, 8)
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, x, style, rows):
+        return self.linear(x) + self.style(style)[:, None] + self.table.weight[rows]
+
+
+@pytest.mark.parametrize("rows", [[[3, 5], [0, 1]], [[0, 0], [0, 0]]])
+def test_rewrites_are_measured_on_the_indices_of_the_example(rows):
+    model = Indexed().requires_grad_(False)
+    call = (torch.randn(2, 2, 8), torch.zeros(2, dtype=torch.int64), torch.tensor(rows))
+    engine = turbocompile.optimize(model, call)
+    assert torch.allclose(engine(*call), model(*call), atol=1e-6)
+    lazy = turbocompile.optimize(model)
+    for length in (1, 2):  # the second compilation measures on the first call's indices
+        part = (call[0][:, :length], call[1], call[2][:, :length])
+        assert torch.allclose(lazy(*part), model(*part), atol=1e-6)
+
+
+def test_what_is_all_zeros_in_the_example_is_measured_as_ones_where_the_model_takes_them():
+    class Moved(torch.nn.Module):
+        def forward(self, x, positions):
+            return x * positions.cos()[..., None]
+
+    call = torch.randn(1, 4, 8), torch.zeros(1, 4, dtype=torch.int64)
+    program = capture(Moved(), call)
+    inputs = calibration_inputs(program, ModuleTensors(Moved()), None, call)
+    assert torch.equal(inputs.calls[0][1], torch.ones(1, 4, dtype=torch.int64))
+    masked = call[0], torch.tensor([[1, 2, 0, 0]])
+    assert torch.equal(calibration_inputs(program, ModuleTensors(Moved()), None, masked).calls[0][1], masked[1])
+
+
+def test_a_model_that_does_not_take_random_inputs_says_so():
+    class Looked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(4, 8)
+
+        def forward(self, x):
+            return self.table((x * 1e6).long())
+
+    with pytest.raises(VerificationError, match=r"cannot be computed on random inputs.*verify: off"):
+        turbocompile.optimize(Looked(), (torch.zeros(2, 3),))
+    engine = turbocompile.optimize(Looked(), (torch.zeros(2, 3),), recipe={"verify": "off"})
+    assert engine(torch.zeros(2, 3)).shape == (2, 3, 8)
 
 
 def test_torch_compile_reaches_the_same_blocks(tiny):

@@ -419,3 +419,30 @@ def test_equal_constants_and_a_region_without_autocast():
     program = capture(model, inputs)
     assert "blocks" in program.graphs
     assert torch.equal(run(program, model, inputs), model(*inputs))
+
+
+class Placed(nn.Module):
+    """Makes a tensor in its forward and fills it through `.data`, as CogVideoX makes its positions."""
+
+    def forward(self, x):
+        rows = torch.arange(x.shape[1], dtype=torch.float32)[:, None] + x[:1, :1, :1].sum()
+        made = rows.new_zeros(1, x.shape[1] + 2, x.shape[2])
+        made.data[:, 2:].copy_(rows.expand(x.shape[1], x.shape[2]))
+        return x + made[:, 2:] + made[:, :1]
+
+
+def test_a_write_through_data_is_in_the_graph():
+    model, x = Placed(), torch.randn(2, 5, 4)
+    program = capture(model, (x,))
+    y = torch.randn(2, 5, 4)
+    assert torch.equal(run(program, model, (y,)), model(y))
+
+
+class Lengths(nn.Module):
+    def forward(self, x, mask):
+        return x[:, : max(set(mask.sum(1).tolist()))]
+
+
+def test_a_length_read_from_a_mask_is_explained_as_a_tensors_value():
+    with pytest.raises(CaptureError, match="decides by a tensor's value"):
+        capture(Lengths(), (torch.randn(2, 5, 4), torch.ones(2, 5, dtype=torch.int64)))

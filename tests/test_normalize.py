@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from turbocompile import simplify
 from turbocompile.capture import capture
+from turbocompile.errors import TurbocompileError
 from turbocompile.normalize import clean, normalize
 from turbocompile.program import call, is_op, module_path
 from turbocompile.verify import Evaluation
@@ -384,6 +385,29 @@ def test_a_write_after_a_read_does_not_reach_back():
         return before + out
 
     normal(form, data(), data())
+
+
+FILLED = {
+    "pad_sequence": lambda x, y, m: aten.pad_sequence([x[0], y[0, :3]], True, 0.5),
+    "block_diag": lambda x, y, m: torch.block_diag(x[0], y[0]),
+    "circular padding": lambda x, y, m: F.pad(x, (2, 3), mode="circular"),
+    "diag_embed": lambda x, y, m: torch.diag_embed(x, offset=1),
+    "combinations of both": lambda x, y, m: torch.cartesian_prod(x[0, :, 0], y[0, 0]),
+}
+
+
+@pytest.mark.parametrize("form", FILLED.values(), ids=FILLED.keys())
+def test_what_an_operation_makes_and_fills_itself_is_filled(form):
+    """The writes of a composite operation into a tensor of its own making are in the form, by numbers and by name."""
+    program, _ = normal(form, data(2, 6, 8), data(2, 6, 8))
+    nodes = [n for n in program.shell.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    assert not [n for n in nodes if n.target._schema.is_mutable]
+
+
+def test_a_write_that_stays_in_the_graph_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.func, "functionalize", lambda function, remove: function)
+    with pytest.raises(TurbocompileError, match="writes into a tensor"):
+        normal(one_in_place, data(2, 6, 8), data(2, 6, 8))
 
 
 def test_a_tensor_that_is_written_after_a_block_read_it_is_not_changed_for_the_block():

@@ -129,14 +129,16 @@ def compile_programs(
     rewrite: bool = True,
     twin: Callable[[], Program] | None = None,
     recorded: Recorded | None = None,
+    example: Sequence[torch.Tensor] = (),
     stages: Stages | None = None,
 ) -> Compiled:
     """Captures and rewrites the Programs of one module.
 
     captured: shape name -> a function that captures it. rewrite: False leaves the graphs as captured. twin: captures
     the small shape at which rewrites are measured; None measures nothing. recorded: what they are measured on, at the
-    twin's shape; random tensors where there is nothing. Raises VerificationError where the shapes end with different
-    rewrites, RecipeError where the recorded tensors do not fit.
+    twin's shape; random tensors where there is nothing, with the masks and integers of `example`, a call of that shape.
+    Raises VerificationError where the shapes end with different rewrites or nothing can be measured, RecipeError where
+    the recorded tensors do not fit.
     """
     stages = stages or Stages()
     options = {k: {**v, "checkpoint_keys": frozenset(source.keys())} for k, v in options.items()}
@@ -152,10 +154,10 @@ def compile_programs(
         with stages("capture"):
             small = twin()
         captured_small = small.copy()
-        inputs = calibration_inputs(small, recorded)
+        inputs = calibration_inputs(small, source, recorded, example)
         normalize(small)
         if in_all_layers(options, target):
-            with stages("calibrate"), _collected():
+            with stages("calibrate"), _collected(), _measuring(name, inputs):
                 calibrated = calibrate(small, source, options, target, inputs, _device(target))
             options = {**options, "w8a8": {**options["w8a8"], **calibrated.options}}
             source = WithVectors(source, calibrated.vectors)
@@ -170,7 +172,8 @@ def compile_programs(
         with stages("verify"):
             # the normal form renames some constants, and what was captured is evaluated too
             constants = {**captured_small.constants, **small.constants}
-            verifier = _Vetoes(small, Evaluator(source, constants), options, list(inputs.calls[0]))
+            with _measuring(name, inputs):
+                verifier = _Vetoes(small, Evaluator(source, constants), options, list(inputs.calls[0]))
             verifier.check_captured(captured_small)
             with _collected():  # said again for the Programs that are built
                 judged = run_passes(small, small_options, target, verifier)
@@ -204,10 +207,16 @@ def compile_programs(
     return Compiled(name, programs, results, printed, views, plan, merged_constants(programs), source, list(warned))
 
 
-def calibration_inputs(program: Program, recorded: Recorded | None) -> Inputs:
+def calibration_inputs(
+    program: Program, source: TensorSource, recorded: Recorded | None, example: Sequence[torch.Tensor] = ()
+) -> Inputs:
     """What a Program's rewrites are measured on. Raises RecipeError where what was recorded does not fit."""
     if recorded is None:
-        return Inputs([random_inputs(program)])
+        tensors = random_inputs(program, example=example)
+        as_given = random_inputs(program, example=example, zeros=True)
+        if not all(map(torch.equal, tensors, as_given)) and not _runs(program, source, tensors):
+            tensors = as_given  # an index of a table with one row
+        return Inputs([tensors])
     calls = recorded.tensors(program.signature)
     tokens = max_tokens(program)
     if tokens > VERIFY_TOKENS:
@@ -216,6 +225,30 @@ def calibration_inputs(program: Program, recorded: Recorded | None) -> Inputs:
             "record them at a smaller size"
         )
     return Inputs(calls, recorded=True)
+
+
+def _runs(program: Program, source: TensorSource, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the captured Program can be computed on these tensors."""
+    try:
+        Verifier(program, Evaluator(source, program.constants), inputs=list(tensors))
+    except (IndexError, RuntimeError):  # what torch raises for an index out of range, on a CPU and elsewhere
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _measuring(name: str, inputs: Inputs) -> Iterator[None]:
+    """Says in a sentence that a model does not take what its rewrites were to be measured on."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        raise VerificationError(
+            f"{name} cannot be computed on {inputs} to measure its rewrites ({reason}); give real ones "
+            "(calibration), or build with verify: off"
+        ) from error
 
 
 def in_all_layers(options: Mapping[str, Mapping[str, Any]], target: str) -> bool:
@@ -590,10 +623,10 @@ def optimize(
     stages = Stages(progress)
     source = ModuleTensors(model)
     captured = {f"call-{i}" if i else "call": _capturing(model, *call) for i, call in enumerate(calls)}
-    twin, unverified = _module_twin(model, calls, verify_args, options, recorded)
+    twin, unverified, example = _module_twin(model, calls, verify_args, options, recorded)
     item = compile_programs(
         "transformer", captured, source, options.pass_options(), options.target,
-        rewrite=options.passes.enabled, twin=twin, recorded=recorded, stages=stages,
+        rewrite=options.passes.enabled, twin=twin, recorded=recorded, example=example, stages=stages,
     )  # fmt: skip
     item.unmeasured = unverified
     if unverified and options.verify == "numeric" and options.passes.enabled:
@@ -746,26 +779,28 @@ def _module_twin(
     verify_args: Any,
     recipe: Recipe,
     recorded: Recorded | None = None,
-) -> tuple[Callable[[], Program] | None, str]:
-    """How to capture the Program that rewrites are measured on, or None and why nothing is measured."""
+) -> tuple[Callable[[], Program] | None, str, list[torch.Tensor]]:
+    """How to capture the Program that rewrites are measured on, or None and why; the tensors of its call."""
     if recipe.verify != "numeric":
-        return None, f"not measured: the recipe says verify: {recipe.verify}"
+        return None, f"not measured: the recipe says verify: {recipe.verify}", []
     if any(p.device.type == "meta" for p in model.parameters()):
-        return None, "not measured: the parameters are on the meta device, so there are no numbers"
+        return None, "not measured: the parameters are on the meta device, so there are no numbers", []
     if recorded is not None:
-        return _capturing_recorded(model, calls[0], recorded), ""
+        return _capturing_recorded(model, calls[0], recorded), "", []
     if verify_args is not None:
-        return _capturing(model, tuple(verify_args[0]), dict(verify_args[1])), ""
+        args, kwargs = tuple(verify_args[0]), dict(verify_args[1])
+        return _capturing(model, args, kwargs), "", describe(model, args, kwargs)[1]
     smallest = min(calls, key=lambda c: sum(t.numel() for t in _tensors(c)))
     make = _capturing(model, *smallest)
     program = make()
     tokens = max_tokens(program)
     if tokens > VERIFY_TOKENS:
-        return None, (
+        reason = (
             f"not measured: the call has {tokens} tokens, more than {VERIFY_TOKENS}; "
             "give optimize() a smaller call as verify_args=(args, kwargs)"
         )
-    return make, ""
+        return None, reason, []
+    return make, "", describe(model, *smallest)[1]
 
 
 def max_tokens(program: Program) -> int:
@@ -786,9 +821,13 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _to_meta(value: Any) -> Any:
-    """The call with tensors that have no memory, so that a module that recompiles keeps no activations."""
+    """The call with tensors that have no memory, so that a module that recompiles keeps no activations.
+
+    Masks and indices are small, and rewrites are measured on them.
+    """
     if isinstance(value, torch.Tensor):
-        return torch.empty_like(value, device="meta")
+        floating = value.is_floating_point() or value.is_complex()
+        return torch.empty_like(value, device="meta") if floating else value.detach().cpu().clone()
     if isinstance(value, dict):
         return {k: _to_meta(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):

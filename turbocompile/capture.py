@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from turbocompile import signature as sig
 from turbocompile.cut import cut, drop_unread
@@ -139,7 +140,7 @@ def _export(
             )
         flat = _Flat(twin, attempt)
         try:
-            with _quiet(), _native_attention(), torch.no_grad():
+            with _quiet(), _native_attention(), torch.no_grad(), _DataIsTraced():
                 exported = torch.export.export(flat, fakes, strict=False)
             if any(isinstance(n.target, torch._ops.HigherOrderOperator) for n in exported.graph.nodes):
                 exported = exported.run_decompositions({})  # inlines no_grad and autocast regions
@@ -150,6 +151,18 @@ def _export(
             if number == len(attempts) - 1:
                 raise CaptureError(_explain(model, error)) from error
     raise AssertionError("unreachable")
+
+
+class _DataIsTraced(TorchFunctionMode):
+    """`t.data` leaves the trace: what it gives would be a constant, and a write to it no operation.
+
+    Where no gradients are recorded, `t.detach()` is the same tensor and does not leave it.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
 
 
 def _explain(model: nn.Module, error: Exception) -> str:
@@ -165,7 +178,7 @@ def _explain(model: nn.Module, error: Exception) -> str:
     name = type(model).__name__
     reason = str(error).strip().split("\n")[0][:300]
     kind = type(error).__name__
-    if "DataDependent" in kind or "data-dependent" in reason or "data dependent" in reason:
+    if "DataDependent" in kind or any(w in reason for w in ("data-dependent", "data dependent", "SymInt", "SymBool")):
         reason = "Python there decides by a tensor's value, which a graph cannot; decide by shape, or use torch.where"
     place = f"{where[2]}, {where[0]}:{where[1]}" if where else "no line of the model's own code"
     return f"{name} cannot be captured: {kind} at {place}: {reason}"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._decomp import get_decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -40,6 +41,9 @@ KEEP = (
     aten.conv3d.default,
     aten.conv3d.padding,
 )
+
+# Operations that export leaves whole, and that an engine has in parts.
+_MORE = (aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_no_training)
 
 
 def normalize(program: Program) -> None:
@@ -94,7 +98,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
     """torch.export's decompositions, without what is kept and what the local rules know."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        table = dict(torch.export.default_decompositions().items())
+        table = dict(torch.export.default_decompositions().items()) | get_decompositions(_MORE)
     stay = {*KEEP, *simplify.RULES, aten.empty_like.default, aten.full_like.default, aten.slice_scatter.default}
     return {target: function for target, function in table.items() if target not in stay}
 
@@ -123,10 +127,30 @@ def _retrace(sub: Subgraph, mode: FakeTensorMode) -> None:
                 env[node] = _HIDDEN.get(node.target, node.target)(*args, **kwargs)
         return [env[n] for n in sub.outputs()] + read
 
-    functional = torch.func.functionalize(run, remove="mutations")
+    def trace(function: Callable[..., Any]) -> fx.GraphModule:
+        functional = torch.func.functionalize(function, remove="mutations")
+        return make_fx(functional, decomposition_table=_table(), tracing_mode="real")(*fakes)
+
     with mode, traceback.preserve_node_meta(), torch.no_grad():
-        traced = make_fx(functional, decomposition_table=_table(), tracing_mode="real")(*fakes)
+        traced = trace(run)
+        if _writes(traced.graph):  # what a composite operation makes and fills itself comes out as it is written there
+            traced = trace(fx.Interpreter(traced).run)
+    if left := _writes(traced.graph):
+        raise TurbocompileError(f"the normal form would hold {left[0].target}, which writes into a tensor; report it")
     sub.graph = _rebuild(traced.graph, sub, given)
+
+
+def _writes(graph: fx.Graph) -> list[fx.Node]:
+    """The operations that write into a tensor, but for those that end a functional trace: what an input became."""
+    return [
+        n
+        for n in graph.nodes
+        if isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable and not _writes_back(n)
+    ]
+
+
+def _writes_back(node: fx.Node) -> bool:
+    return is_op(node, aten.copy_.default) and node.args[0].op == "placeholder" and not node.users  # type: ignore[union-attr]
 
 
 def _fake(value: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
@@ -158,7 +182,7 @@ def _rebuild(traced: fx.Graph, sub: Subgraph, given: list[fx.Node]) -> fx.Graph:
                 made.meta = {**node.meta, "val": gives[node][0].meta["val"]}
     emit_calls()
     for node in traced.nodes:
-        if node.op == "call_function" and not (is_op(node, aten.copy_) and not node.users):
+        if node.op == "call_function" and not _writes_back(node):
             args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
             kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "layout")}
             made = env[node] = new.call_function(_SHOWN.get(node.target, node.target), args, kwargs)

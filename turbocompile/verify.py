@@ -10,7 +10,7 @@ sets a new truth: the graph after it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Generator, Mapping
+from collections.abc import Callable, Container, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -494,19 +494,24 @@ def _formats(sub: Subgraph, rewrite: Any) -> set[str]:
     return found
 
 
-def random_inputs(program: Program, seed: int = 0) -> list[torch.Tensor]:
+def random_inputs(
+    program: Program, seed: int = 0, example: Sequence[torch.Tensor] = (), *, zeros: bool = False
+) -> list[torch.Tensor]:
     """Random tensors of the Program's inputs: N(0, 1), timesteps in (0, 1000), ones for masks and integers.
 
-    A mask of zeros would take every key away, and positions of zero would rotate nothing.
+    example: the tensors of a call of these shapes. Its masks and integers are taken as they are, for what they may be
+    is the model's own: indices, lengths, classes. One that is all zeros becomes ones unless `zeros` says otherwise: a
+    mask of zeros would take every key away, and positions of zero would rotate nothing.
     """
     generator = torch.Generator().manual_seed(seed)
     made = []
-    for i in program.signature.inputs:
+    for k, i in enumerate(program.signature.inputs):
         if i.cast:
             value = torch.rand(i.shape, generator=generator) * 999.0 + 0.5
         elif i.dtype.is_floating_point:
             value = torch.randn(i.shape, generator=generator)
         else:
-            value = torch.ones(i.shape)
+            given = example[k].detach().cpu() if k < len(example) and example[k].device.type != "meta" else None
+            value = given if given is not None and (zeros or bool(given.any())) else torch.ones(i.shape)
         made.append(value.to(i.dtype))
     return made

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from turbocompile.passes.rope import PASS
 
+import turbocompile
 from turbocompile.capture import capture
 from turbocompile.normalize import normalize
 from turbocompile.pipeline import run_pass
@@ -454,3 +456,145 @@ def test_wan_has_two_sites_a_block_with_three_axes(wan, wan_call):
     for rope in ropes(block.graph.nodes):
         assert rope.args[3:] == ([3, 4, 2], True)
         assert [tuple(t.meta["val"].shape) for t in rope.args[1]] == [(3, 12), (4, 10), (2, 10)]
+
+
+class Blocks(nn.Module):
+    """Blocks that turn what they are given by full-width tables, which `tables(positions)` makes outside of them."""
+
+    def __init__(self, tables, interleaved=True, extra=None):
+        super().__init__()
+        self.tables, self.extra = tables, extra
+        self.blocks = nn.ModuleList(Turned(interleaved) for _ in range(3))
+
+    def forward(self, x, positions):
+        cos, sin = self.tables(positions)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin if self.extra is None or i < 2 else self.extra(sin))
+        return x
+
+
+class Turned(nn.Module):
+    def __init__(self, interleaved):
+        super().__init__()
+        self.linear = nn.Linear(H * D, H * D)
+        self.rotated = rotate_pairs if interleaved else rotate_half
+
+    def forward(self, x, cos, sin):
+        y = self.linear(x).unflatten(2, (H, D))
+        return x + (y * cos[None, :, None] + self.rotated(y) * sin[None, :, None]).flatten(2)
+
+
+def of_axes(positions, widths=(4, 8, 4), double=torch.Tensor.repeat_interleave):
+    """Cosines and sines of three axes side by side, each pair's written twice, as Flux writes them."""
+    cos, sin = [], []
+    for axis, width in enumerate(widths):
+        angle = positions[:, axis, None] * 0.3 ** torch.arange(0, width, 2, dtype=torch.float64) / width
+        cos.append(double(angle.cos(), 2, 1).float())
+        sin.append(double(angle.sin(), 2, 1).float())
+    return torch.cat(cos, -1), torch.cat(sin, -1)
+
+
+def stacked(positions):
+    return of_axes(positions, double=lambda t, n, d: torch.stack([t, t], -1).flatten(1))
+
+
+def of_a_text_and_an_image(positions):
+    parts = [of_axes(positions[:5]), of_axes(positions[5:])]
+    return [torch.cat(p, 0) for p in zip(*parts, strict=True)]
+
+
+def of_one_pair(positions):
+    return of_axes(positions, (2, 12, 2))
+
+
+def chosen_rows(positions):
+    return [t[torch.arange(L - 1, -1, -1)] for t in of_axes(positions)]
+
+
+def looked_up(positions):
+    return [F.embedding(torch.arange(L - 1, -1, -1), t) for t in of_axes(positions)]
+
+
+def heads_of_halves(positions):
+    cos, sin = (t[:, ::2] for t in of_axes(positions))
+    return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+
+
+def halves_of_axes(positions):
+    cos, sin = (t[:, ::2] for t in of_axes(positions))
+    return torch.cat([cos[:, :2], cos[:, 2:]] * 2, -1), torch.cat([sin[:, :2], sin[:, 2:]] * 2, -1)
+
+
+def in_blocks(tables, interleaved=True, extra=None):
+    """(rope ops in the block, reasons of the pass) of three blocks that share tables; their numbers are checked."""
+    torch.manual_seed(1)
+    model = Blocks(tables, interleaved, extra).requires_grad_(False)
+    inputs = torch.randn(B, L, H * D), torch.rand(L, 3, dtype=torch.float64) * 6
+    engine = turbocompile.optimize(model, inputs, recipe={"passes": {"w8a8": "off"}})
+    # three blocks, each some hundred sums of 2^-24
+    assert torch.allclose(engine(*inputs), model(*inputs), rtol=1e-4, atol=1e-4)
+    graph = engine.programs["call"].graphs["blocks"].graph
+    return ropes(graph.nodes), [s.reason for s in engine.report.passes["rope"].skipped]
+
+
+@pytest.mark.parametrize("tables", [of_axes, stacked, of_a_text_and_an_image, of_one_pair, chosen_rows, looked_up])
+def test_tables_that_a_block_is_given_are_looked_at_where_they_are_made(tables):
+    found, reasons = in_blocks(tables)
+    assert len(found) == 1
+    assert found[0].args[4] is True
+    assert not reasons
+
+
+@pytest.mark.parametrize("tables", [heads_of_halves, halves_of_axes])
+def test_halves_of_tables_that_a_block_is_given(tables):
+    found, reasons = in_blocks(tables, interleaved=False)
+    assert len(found) == 1
+    assert found[0].args[4] is False
+    assert not reasons
+
+
+def other_of_a_pair(positions):
+    cos, sin = of_axes(positions)
+    return cos * torch.linspace(1, 2, D), sin
+
+
+def of_odd_widths(positions):
+    """Pairs that begin inside of an axis: the last of one and the first of the next are turned as one."""
+    cos, sin = of_axes(positions)
+    return torch.cat([cos[:, :3], cos[:, 4:], cos[:, :1]], -1), torch.cat([sin[:, :3], sin[:, 4:], sin[:, :1]], -1)
+
+
+@pytest.mark.parametrize(
+    ("tables", "interleaved"),
+    [(other_of_a_pair, True), (of_odd_widths, True), (of_axes, False), (heads_of_halves, True)],
+)
+def test_tables_that_turn_the_two_of_a_pair_by_two_angles_stay(tables, interleaved):
+    found, reasons = in_blocks(tables, interleaved)
+    assert not found
+    assert all("not seen to be turned by one angle" in r for r in reasons)
+
+
+def test_one_call_with_other_tables_is_enough_to_leave_all_alone():
+    found, reasons = in_blocks(of_axes, extra=lambda sin: sin * torch.linspace(1, 2, D))
+    assert not found
+    assert all("not seen to be turned by one angle" in r for r in reasons)
+
+
+def test_flux_is_rewritten_as_wan_is():
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(2)
+    model = FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
+    ).requires_grad_(False)  # fmt: skip
+    call = {
+        "hidden_states": torch.randn(1, 16, 4), "encoder_hidden_states": torch.randn(1, 8, 32),
+        "pooled_projections": torch.randn(1, 32), "timestep": torch.tensor([0.7]),
+        "img_ids": torch.randint(0, 4, (16, 3)).float(), "txt_ids": torch.zeros(8, 3),
+    }  # fmt: skip
+    engine = turbocompile.optimize(model, (), call, recipe={"passes": {"w8a8": "off"}})
+    passes = engine.report.passes
+    counts = {name: (passes[name].rewritten, passes[name].sites) for name in ("rope", "fuse_qkv", "qk_norm_rope")}
+    assert counts == {"rope": (8, 8), "fuse_qkv": (6, 6), "qk_norm_rope": (4, 4)}
+    assert torch.allclose(engine(**call).sample, model(**call).sample, rtol=1e-4, atol=1e-4)
