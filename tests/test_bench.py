@@ -75,6 +75,16 @@ def test_expanded_operands_are_timed_too():
     assert list(time_attentions(program, torch.device("cpu"))) == ["shell:"]
 
 
+@pytest.mark.parametrize("mask", [torch.ones(1, 1, 5, 5, dtype=torch.bool), torch.zeros(5, 5)])
+def test_masks_are_timed_as_masks(mask):
+    class Masked(torch.nn.Module):
+        def forward(self, q, mask):
+            return torch.nn.functional.scaled_dot_product_attention(q, q, q, mask)
+
+    program = capture(Masked(), (torch.randn(1, 2, 5, 8), mask))
+    assert list(time_attentions(program, torch.device("cpu"))) == ["shell:"]
+
+
 def test_the_inputs_are_what_the_program_takes(folder):
     program = next(iter(load(folder).programs.values()))
     tensors = example(program, torch.device("cpu"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import importlib.util
 import json
 
 import pytest
@@ -258,6 +259,21 @@ def test_a_model_that_cannot_be_captured_names_the_module_and_the_line(model):
     assert "Branching" in message
     assert "test_capture.py:" in message
     assert "value" in message
+
+
+def test_a_line_is_named_wherever_the_models_file_lies(tmp_path):
+    """torch's own files are those of its package, not of every folder of that name."""
+    path = tmp_path / "torch" / "mine.py"
+    path.parent.mkdir()
+    path.write_text(
+        "import torch\n\n\nclass Mine(torch.nn.Module):\n"
+        "    def forward(self, x):\n        return x if x.sum() > 0 else -x\n"
+    )
+    spec = importlib.util.spec_from_file_location("mine", path)
+    mine = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mine)
+    with pytest.raises(CaptureError, match=r"at Mine, .*torch/mine\.py:6"):
+        capture(mine.Mine(), (torch.randn(3),))
 
 
 def test_autocast_around_the_capture_is_refused():

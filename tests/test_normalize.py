@@ -141,6 +141,11 @@ SAME = {
     "scalar difference": [lambda x, y, m: 1 - x, lambda x, y, m: -x + 1, lambda x, y, m: torch.rsub(x, 1)],
     "quotient": [lambda x, y, m: x / (y * y + 1), lambda x, y, m: x * (y.square() + 1).reciprocal()],
     "quotient by a number": [lambda x, y, m: x / 4, lambda x, y, m: x * 0.25, lambda x, y, m: 0.25 * x],
+    "a number first": [
+        lambda x, y, m: (x * 3 + 2) * (2 / y.exp()),
+        lambda x, y, m: torch.add(2.0, torch.mul(3.0, x)) * torch.div(2.0, y.exp()),
+        lambda x, y, m: torch.add(2, x, alpha=3) * (y.exp().reciprocal() * 2),
+    ],
     "root": [
         lambda x, y, m: torch.rsqrt(y**2 + 1),
         lambda x, y, m: 1 / torch.sqrt(y * y + 1),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from turbocompile.kernels import attend_triton, linear_choice
+from turbocompile.kernels import attend_triton, linear_choice, linear_triton
 from turbocompile.kernels.linear_triton import CONFIGS, LinearConfig
 
 from turbocompile import tuning
@@ -76,6 +76,14 @@ def test_the_winners_are_those_of_this_engine(folder, picks):
     assert set(found) == {"linears"}
     assert len(found["linears"]) == 5
     assert KEY not in found["linears"]
+
+
+def test_what_no_kernel_takes_does_not_compete(folder, picks, monkeypatch):
+    programs = load(folder).programs
+    taken = [one for one in tuning.linears(programs) if one.k == 256]
+    monkeypatch.setattr(linear_triton, "takes", lambda format, dtype, k, device: k == 256)
+    found = tuning.tune(programs, torch.device("cpu"))
+    assert len(picks) == len(found["linears"]) == len(taken) == 4
 
 
 def test_a_build_keeps_them_in_the_folder_and_a_load_takes_them(tmp_path, picks, monkeypatch):

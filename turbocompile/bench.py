@@ -260,19 +260,25 @@ def _wake(device: torch.device, seconds: float = 0.3) -> None:
 
 
 def time_attentions(program: Program, device: torch.device) -> dict[str, float]:
-    """Seconds of one run of each attention, by its site, on N(0, 1) in the shapes and strides of its operands."""
+    """Seconds of one run of each attention, by its site, on N(0, 1) in the shapes and strides of its operands.
+
+    Masks keep every key.
+    """
     found = {}
     if device.type == "cuda":
         _wake(device)
     for graph, sub in program.graphs.items():
         for site, node in named_attentions(graph, sub) if program.count(graph) else ():
-            values = {n: _normal(n.meta["val"], device) for n in node.all_input_nodes}
+            values = {n: _filled(n.meta["val"], device) for n in node.all_input_nodes}
             args, kwargs = (fx.map_arg(x, values.__getitem__) for x in (node.args, dict(node.kwargs)))
             found[site] = _alone(lambda t=node.target, a=args, k=kwargs: t(*a, **k), device.type == "cuda")  # type: ignore[misc]
     return found
 
 
-def _normal(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _filled(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """N(0, 1) in the shape and strides of a value; ones where it is a mask or whole numbers."""
+    if not value.dtype.is_floating_point:
+        return torch.ones(value.shape, dtype=value.dtype, device=device)
     if 0 in value.stride():  # expanded: its numbers share memory, which nothing may write at random
         return torch.randn(value.shape, dtype=value.dtype, device=device)
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device).normal_()

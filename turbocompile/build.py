@@ -174,7 +174,7 @@ def compile_programs(
             constants = {**captured_small.constants, **small.constants}
             with _measuring(name, inputs):
                 verifier = _Vetoes(small, Evaluator(source, constants), options, list(inputs.calls[0]))
-            verifier.check_captured(captured_small)
+            verifier.check_captured(captured_small, small)
             with _collected():  # said again for the Programs that are built
                 judged = run_passes(small, small_options, target, verifier)
     for number, program in enumerate(programs.values()):

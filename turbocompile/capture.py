@@ -167,11 +167,11 @@ class _DataIsTraced(TorchFunctionMode):
 
 def _explain(model: nn.Module, error: Exception) -> str:
     """One sentence that names the module and the line of the user's code at which export gave up."""
-    here = str(Path(__file__).resolve().parent)
+    not_theirs = tuple(f"{Path(f).parent}/" for f in (__file__, torch.__file__))
     where = None
     for frame, line in traceback.walk_tb(error.__traceback__):
         filename = frame.f_code.co_filename
-        if "/torch/" in filename or filename.startswith((here, "<")) or filename == __file__:
+        if filename.startswith((*not_theirs, "<")):
             continue
         module = frame.f_locals.get("self")
         where = (filename, line, type(module).__name__ if isinstance(module, nn.Module) else frame.f_code.co_name)

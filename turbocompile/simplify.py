@@ -132,7 +132,11 @@ def merge_equal(graph: fx.Graph, moved: dict[str, str]) -> bool:
         if node.op not in ("call_function", "get_attr") or not pure or _random(node):
             continue
         args = node.args
-        if is_op(node, aten.add.Tensor, aten.mul.Tensor) and isinstance(args[1], fx.Node) and len(args) == 2:
+        if (
+            is_op(node, aten.add.Tensor, aten.mul.Tensor)
+            and len(args) == 2
+            and all(isinstance(a, fx.Node) for a in args)
+        ):
             args = tuple(sorted(args, key=lambda a: a.name))
         key = (node.op, node.target, _frozen(args), _frozen(node.kwargs))
         first = seen.setdefault(key, node)
@@ -587,6 +591,8 @@ def add_rules(node: Node, make: Maker) -> Answer:
     if alpha != 1:
         b = make(aten.mul.Tensor, b, alpha) if isinstance(b, fx.Node) else b * alpha
         return aten.add.Tensor, (a, b)
+    if not isinstance(a, fx.Node):  # torch.add(1.0, x)
+        return aten.add.Tensor, (b, a)
     if node.target is aten.add.Scalar or node.kwargs or len(node.args) > 2:
         return aten.add.Tensor, (a, b)
     if not isinstance(b, fx.Node) and dtype(a) == dtype(node):
@@ -607,6 +613,8 @@ def mul_rules(node: Node, make: Maker) -> Answer:
     a, b = arguments(node.target, node.args, node.kwargs)
     if node.target is aten.mul.Scalar:
         return aten.mul.Tensor, (a, b)
+    if not isinstance(a, fx.Node):  # torch.mul(2.0, x)
+        return aten.mul.Tensor, (b, a)
     if not isinstance(b, fx.Node):
         if b == 1 and dtype(a) == dtype(node):
             return a
@@ -674,6 +682,9 @@ def div_is_mul_pow(node: Node, make: Maker) -> Answer:
             return None
         return aten.mul.Tensor, (_as_dtype(a, dtype(node), make), 1.0 / b)
     inverse = make(aten.pow.Tensor_Scalar, _as_dtype(b, _opmath(node), make), -1)
+    if not isinstance(a, fx.Node):  # torch.div(1.0, x)
+        product = make(aten.mul.Tensor, inverse, a)
+        return aten.to.dtype, (product, dtype(node))
     if dtype(node) == _opmath(node):
         return aten.mul.Tensor, (a, inverse)
     return aten.to.dtype, (make(aten.mul.Tensor, _as_dtype(a, _opmath(node), make), inverse), dtype(node))

@@ -62,9 +62,10 @@ def tune(
     programs: Mapping[str, Program], device: torch.device, progress: Progress = lambda stage, fraction: None
 ) -> Tuning:
     """Lets the kernels of each linear compete on the device, about a second each; this process uses the winners."""
-    from turbocompile.kernels import linear_choice
+    from turbocompile.kernels import linear_choice, linear_triton
 
-    wanted = linears(programs)
+    # What no kernel takes runs on the reference, where there is nothing to choose.
+    wanted = [one for one in linears(programs) if linear_triton.takes(one.format, one.dtype, one.k, device)]
     for done, one in enumerate(wanted):
         linear_choice.choose(*one, device)
         progress("tune", (done + 1) / len(wanted))

@@ -83,6 +83,14 @@ def test_tiles_that_do_not_fit_are_refused(rewrite):
     assert any(r.startswith("int8_block needs K % 128 == 0") for r in done.reasons("w8a8"))
 
 
+def test_what_no_kernel_takes_stays_where_a_kernel_would_run(rewrite):
+    style = zoo.Style(head_dim=12, num_heads=2)
+    for target, count in (("cpu", 12), ("sm90", 2)):  # of 24 channels, and of the 96 of the MLPs
+        done = rewrite(zoo.build(style), zoo.example(style), until="w8a8", options=options("int8"), target=target)
+        assert done.results["w8a8"].rewritten == count
+    assert any(r == "the kernels need K % 16 == 0, and this weight is [24, 24]" for r in done.reasons("w8a8"))
+
+
 def test_auto_follows_the_target(rewrite):
     for target, format in (("cpu", None), ("sm80", "int8"), ("sm86", "int8"), ("sm90", "fp8")):
         done = rewrite(zoo.build(), zoo.example(zoo.Style()), until="w8a8", options=options("auto"), target=target)
