@@ -152,7 +152,7 @@ def _doubled(m: Match, graph: str, node: Node, interleaved: bool) -> bool:
         return _doubled(m, graph, source, interleaved)
     if interleaved and is_op(node, aten.reshape.default) and shape(source)[-2:] == (sizes[-1] // 2, 2):
         if is_op(source, aten.stack.default, aten.cat.default) and source.args[1] == len(shape(source)) - 1:
-            return all(p is source.args[0][0] for p in source.args[0])
+            return len(source.args[0]) == 2 and source.args[0][0] is source.args[0][1]
         return is_op(source, aten.expand.default) and shape(source.args[0])[-1] == 1
     return False
 

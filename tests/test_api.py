@@ -328,6 +328,19 @@ def test_what_is_all_zeros_in_the_example_is_measured_as_ones_where_the_model_ta
     assert torch.equal(calibration_inputs(program, ModuleTensors(Moved()), None, masked).calls[0][1], masked[1])
 
 
+def test_a_mask_that_hides_all_keys_of_a_token_is_measured_as_ones():
+    class Padded(torch.nn.Module):
+        def forward(self, x, mask):
+            both = mask[:, None, :, None] & mask[:, None, None, :]
+            return torch.where(both, x @ x.transpose(-1, -2), -torch.inf).softmax(-1) @ x
+
+    model, call = Padded(), (torch.randn(1, 2, 4, 8), torch.tensor([[True, True, True, False]]))
+    program = capture(model, call)
+    assert calibration_inputs(program, ModuleTensors(model), None, call).calls[0][1].all()
+    engine = turbocompile.optimize(model, call)
+    assert torch.allclose(engine(*call), model(*call), atol=1e-6, equal_nan=True)
+
+
 def test_a_model_that_does_not_take_random_inputs_says_so():
     class Looked(torch.nn.Module):
         def __init__(self):

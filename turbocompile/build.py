@@ -30,7 +30,7 @@ from turbocompile.passes.w8a8 import chosen_format
 from turbocompile.pipeline import PASSES, PassResult, load_pass, run_passes
 from turbocompile.places import check_folder
 from turbocompile.printer import print_program
-from turbocompile.program import Program, is_op
+from turbocompile.program import SHELL, Program, is_op
 from turbocompile.recipe import Recipe, Shape, load_recipe
 from turbocompile.recording import MAX_TOKENS, Recorded, given_inputs, read_inputs
 from turbocompile.report import Report
@@ -212,11 +212,12 @@ def calibration_inputs(
 ) -> Inputs:
     """What a Program's rewrites are measured on. Raises RecipeError where what was recorded does not fit."""
     if recorded is None:
-        tensors = random_inputs(program, example=example)
-        as_given = random_inputs(program, example=example, zeros=True)
-        if not all(map(torch.equal, tensors, as_given)) and not _runs(program, source, tensors):
-            tensors = as_given  # an index of a table with one row
-        return Inputs([tensors])
+        made = random_inputs(program, example=example)
+        if all(t.is_floating_point() for t in made):
+            return Inputs([made])
+        # Next for an index of a table with one row, then for a mask that hides all keys of a token.
+        others = [random_inputs(program, example=example, zeros=True), random_inputs(program)]
+        return Inputs([next((t for t in (made, *others) if _computes(program, source, t)), made)])
     calls = recorded.tensors(program.signature)
     tokens = max_tokens(program)
     if tokens > VERIFY_TOKENS:
@@ -227,13 +228,13 @@ def calibration_inputs(
     return Inputs(calls, recorded=True)
 
 
-def _runs(program: Program, source: TensorSource, tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether the captured Program can be computed on these tensors."""
+def _computes(program: Program, source: TensorSource, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the captured Program gives numbers for these tensors."""
     try:
-        Verifier(program, Evaluator(source, program.constants), inputs=list(tensors))
+        verifier = Verifier(program, Evaluator(source, program.constants), inputs=list(tensors))
     except (IndexError, RuntimeError):  # what torch raises for an index out of range, on a CPU and elsewhere
         return False
-    return True
+    return all(bool(t.isfinite().all()) for t in verifier.outputs[SHELL])
 
 
 @contextlib.contextmanager
