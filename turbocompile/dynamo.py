@@ -7,6 +7,7 @@ their module paths, and the paths recorded on its nodes let the repeated blocks 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from torch import fx, nn
 from torch.fx import traceback as fx_traceback
 
-from turbocompile.errors import UnsupportedError
+from turbocompile.errors import CaptureError, UnsupportedError
 
+NAMED = "turbocompile_named"
 _PART = re.compile(r"\.(\w+)|\[['\"]?(\w+)['\"]?\]")
 
 
@@ -24,6 +26,10 @@ def backend(
 ) -> Callable[..., Any]:
     """Compiles a graph that Dynamo captured. options: `recipe`, `target` and `backend` as `turbocompile.optimize` takes
     them.
+
+    Dynamo calls the graph of a block with the parameters of every block of its kind, where it met the blocks one by one
+    (regional compilation): each set of parameters gets an engine. What cannot be captured, as a part that writes into
+    what it is given, runs as it is, with a warning that says why.
 
     Raises UnsupportedError under autograd: an engine is for inference.
     """
@@ -34,20 +40,37 @@ def backend(
             "torch.compile(backend='turbocompile') compiles for inference; "
             "call the model under torch.no_grad(), or model.requires_grad_(False)"
         )
-    compiled: dict[tuple[Any, ...], nn.Module] = {}
+    fixed = set(static)
+    compiled: dict[tuple[Any, ...], tuple[Callable[..., Any] | None, list[torch.Tensor]]] = {}
 
     def run(*given: Any) -> Any:
         from turbocompile.build import optimize
 
         tensors = [a for i, a in enumerate(given) if i not in fixed and isinstance(a, torch.Tensor)]
-        sizes = tuple((i, int(a)) for i, a in enumerate(given) if not isinstance(a, torch.Tensor))
-        if sizes not in compiled:
-            replay = Replay(graph, {i: given[i] for i in static}, dict(sizes), placeholders)
-            compiled[sizes] = optimize(replay, **dict(options or {}))
-        return compiled[sizes](*tensors)
+        if not tensors:  # it makes tensors and nothing else
+            return graph(*given)
+        sizes = {i: int(a) for i, a in enumerate(given) if not isinstance(a, torch.Tensor)}
+        weights = [given[i] for i in static]
+        key = (*sizes.items(), *map(_identity, weights))
+        if key not in compiled:  # the weights are kept, so that no other tensor takes their identity
+            replay = Replay(graph, dict(zip(static, weights, strict=True)), sizes, placeholders)
+            compiled[key] = optimize(replay, **dict(options or {})), weights
+        engine = compiled[key][0]
+        if engine is not None:
+            try:
+                return engine(*tensors)  # its first call of a shape compiles
+            except (CaptureError, UnsupportedError) as error:
+                warnings.warn(f"a part of the model runs as it is, not compiled: {error}", RuntimeWarning, stacklevel=2)
+                compiled[key] = None, weights
+        return graph(*given)
 
-    fixed = set(static)
     return run
+
+
+def _identity(weight: torch.Tensor) -> tuple[int, int]:
+    """What tells a parameter from others, and from itself with other data."""
+    plain = type(weight) in (torch.Tensor, nn.Parameter, nn.Buffer)
+    return id(weight), weight.data_ptr() if plain else 0
 
 
 def _is_static(node: fx.Node, value: Any) -> bool:
@@ -80,10 +103,11 @@ class Replay(nn.Module):
     ) -> None:
         super().__init__()
         object.__setattr__(self, "graph_module", graph)
-        for node in graph.graph.nodes:
+        for node in graph.graph.nodes if not graph.meta.get(NAMED) else ():
             stack = node.meta.get("nn_module_stack") or {}
             named = {k: (f"model.{module_name(path)}", kind) for k, (path, kind) in stack.items()}
             node.meta["nn_module_stack"] = named
+        graph.meta[NAMED] = True  # several modules replay one graph
         self.places: dict[int, str] = {}
         self.sizes = dict(sizes)
         self.count = len(placeholders)
