@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def backend(
             "call the model under torch.no_grad(), or model.requires_grad_(False)"
         )
     fixed = set(static)
-    compiled: dict[tuple[Any, ...], tuple[Callable[..., Any] | None, list[torch.Tensor]]] = {}
+    compiled: dict[tuple[Any, ...], _Made] = {}
 
     def run(*given: Any) -> Any:
         from turbocompile.build import optimize
@@ -51,26 +52,36 @@ def backend(
             return graph(*given)
         sizes = {i: int(a) for i, a in enumerate(given) if not isinstance(a, torch.Tensor)}
         weights = [given[i] for i in static]
-        key = (*sizes.items(), *map(_identity, weights))
-        if key not in compiled:  # the weights are kept, so that no other tensor takes their identity
+        key, places = (*sizes.items(), *map(id, weights)), [*map(_place, weights)]
+        made = compiled.get(key)
+        if made is None or made.places != places:
             replay = Replay(graph, dict(zip(static, weights, strict=True)), sizes, placeholders)
-            compiled[key] = optimize(replay, **dict(options or {})), weights
-        engine = compiled[key][0]
-        if engine is not None:
+            made = compiled[key] = _Made(optimize(replay, **dict(options or {})), weights, places)
+        if made.engine is not None:
             try:
-                return engine(*tensors)  # its first call of a shape compiles
+                return made.engine(*tensors)  # its first call of a shape compiles
             except (CaptureError, UnsupportedError) as error:
                 warnings.warn(f"a part of the model runs as it is, not compiled: {error}", RuntimeWarning, stacklevel=2)
-                compiled[key] = None, weights
+                made.engine = None
         return graph(*given)
 
     return run
 
 
-def _identity(weight: torch.Tensor) -> tuple[int, int]:
-    """What tells a parameter from others, and from itself with other data."""
-    plain = type(weight) in (torch.Tensor, nn.Parameter, nn.Buffer)
-    return id(weight), weight.data_ptr() if plain else 0
+@dataclass
+class _Made:
+    """What computes a graph with some weights; engine None: the graph itself. The weights are kept, so that no other
+    tensor takes the identity of one; `places` tells them from themselves with other data.
+    """
+
+    engine: Callable[..., Any] | None
+    weights: list[torch.Tensor]
+    places: list[int]
+
+
+def _place(weight: torch.Tensor) -> int:
+    """The address of its data; 0 for one of several parts, as torchao's are."""
+    return weight.data_ptr() if type(weight) in (torch.Tensor, nn.Parameter, nn.Buffer) else 0
 
 
 def _is_static(node: fx.Node, value: Any) -> bool:
