@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import hashlib
 import io
 import logging
@@ -141,7 +140,7 @@ def _export(
             )
         flat = _Flat(twin, attempt)
         try:
-            with _quiet(), _native_attention(), torch.no_grad(), _DataIsTraced(), _uncollected():
+            with _quiet(), _native_attention(), torch.no_grad(), _DataIsTraced():
                 exported = torch.export.export(flat, fakes, strict=False)
             if any(isinstance(n.target, torch._ops.HigherOrderOperator) for n in exported.graph.nodes):
                 exported = exported.run_decompositions({})  # inlines no_grad and autocast regions
@@ -152,20 +151,6 @@ def _export(
             if number == len(attempts) - 1:
                 raise CaptureError(_explain(model, error)) from error
     raise AssertionError("unreachable")
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """No cyclic garbage collection: a trace is many small objects that live, and looking for cycles among them took a
-    fifth of its time.
-    """
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 class _DataIsTraced(TorchFunctionMode):
