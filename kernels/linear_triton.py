@@ -45,6 +45,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from turbocompile.kernels import w8a8_linear
 from turbocompile.kernels._common import FUSED, check
 from turbocompile.kernels.quantize import BLOCK
+from turbocompile.kernels.w8a8_linear import ALIGNED
 
 from turbocompile.errors import UnsupportedError
 
@@ -249,7 +250,6 @@ LONG = 2048  # of K: below it a tile's way out is worth to be overlapped in int8
 MIDDLE = 8192  # of K: below it a tile's way out is worth to be overlapped, beyond it the plain loop is faster
 LARGE_SHARED = 200 << 10  # bytes a multiprocessor
 DEEP = 1 << 17  # of K: sums of int8 products, at most 2^14 each, fit int32 below it
-ALIGNED = 16  # bytes: what a tensor descriptor asks of addresses and strides, and a vector load of K
 
 
 @dataclass(frozen=True)

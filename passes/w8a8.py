@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 from turbocompile.kernels import ops
+from turbocompile.kernels.w8a8_linear import ALIGNED
 
 from turbocompile.hardware import choose_linear_format
 from turbocompile.match import Match, Pass, rewrite
@@ -21,7 +22,6 @@ from turbocompile.sites import HOLDS, first_weight, rows
 from turbocompile.weights import BLOCK, Cast, Cat, Dequantize, Expr, Quantize
 
 aten = torch.ops.aten
-KERNEL_K = 16  # elements: a kernel loads rows of 8-bit data in vectors of so many bytes
 
 
 def all_linears(sub: Subgraph) -> Iterator[fx.Node]:
@@ -73,8 +73,8 @@ def refusal(m: Match, x: fx.Node, weight: fx.Node, expr: Expr | None, format: st
     channels_out, channels_in = shape(weight)
     if format == "int8_block" and (channels_in % BLOCK or channels_out % 8):
         return f"int8_block needs K % {BLOCK} == 0 and N % 8 == 0, and this weight is {list(shape(weight))}"
-    if m.options.get("target", "cpu") != "cpu" and channels_in % KERNEL_K:
-        return f"the kernels need K % {KERNEL_K} == 0, and this weight is {list(shape(weight))}"
+    if m.options.get("target", "cpu") != "cpu" and channels_in % ALIGNED:
+        return f"the kernels need K % {ALIGNED} == 0, and this weight is {list(shape(weight))}"
     return None
 
 
