@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import time
@@ -24,23 +25,34 @@ from turbocompile.capture import capture
 from turbocompile.engine import Engine, module_entry, new_folder, seal, weight_plan
 from turbocompile.errors import CaptureError, EngineError, RecipeError, VerificationError
 from turbocompile.hardware import AttentionChoice, target_of
+from turbocompile.isolation import compiling
 from turbocompile.lineage import GraphView, begin, graph_views
 from turbocompile.normalize import normalize
+from turbocompile.original import NOT_COMPARED, Comparison, Original
 from turbocompile.passes.w8a8 import chosen_format
 from turbocompile.pipeline import PASSES, PassResult, load_pass, run_passes
 from turbocompile.places import check_folder
 from turbocompile.printer import print_program
-from turbocompile.program import SHELL, Program, is_op
+from turbocompile.program import SHELL, Program, Signature, is_op
 from turbocompile.recipe import Recipe, Shape, load_recipe
 from turbocompile.recording import MAX_TOKENS, Recorded, given_inputs, read_inputs
 from turbocompile.report import Report
 from turbocompile.serialize import to_json
-from turbocompile.signature import describe
+from turbocompile.signature import bound, describe, differs, fits, float_timesteps, tensors_of
 from turbocompile.tuning import FILE as TUNING
 from turbocompile.tuning import Tuning, merge, tune
 from turbocompile.verify import Verifier, random_inputs
 from turbocompile.wan.source import BOUNDARY, Source, TransformerSource, open_source
-from turbocompile.weights import Emission, Evaluator, ModuleTensors, TensorSource, WithVectors, nbytes, write_shards
+from turbocompile.weights import (
+    Emission,
+    Evaluator,
+    ModuleTensors,
+    TensorSource,
+    WithVectors,
+    copied,
+    nbytes,
+    write_shards,
+)
 
 MODULES_OWN = "the module's"  # where the weights of a report come from
 VERIFY_TOKENS = MAX_TOKENS  # a larger call is verified at a smaller shape, or not at all
@@ -68,6 +80,7 @@ class Compiled:
     source: TensorSource
     warnings: list[str] = field(default_factory=list)
     unmeasured: str = ""
+    compared: str = ""
     times: dict[str, float] = field(default_factory=dict)
     measured_on: str = ""
     tuning: Tuning = field(default_factory=dict)
@@ -539,7 +552,7 @@ def make_report(
     for name, item in compiled.items():
         reports[name] = Report.from_results(
             item.results, item.programs, unmeasured=item.unmeasured or _unmeasured(recipe), times=item.times,
-            measured_on=item.measured_on,
+            measured_on=item.measured_on, compared=item.compared,
             module=name, model=model or recipe.model.path or recipe.model.preset or "", target=recipe.target,
             dtype=recipe.dtype, backend=recipe.backend, weights=weights or recipe.model.weights,
             stages=dict(stages.seconds), warnings=tuple(item.warnings), versions=versions(),
@@ -600,9 +613,9 @@ def optimize(
 ) -> nn.Module:
     """Compiles a module into an Engine that is called the same way.
 
-    model: any module; it is left as it was. On a CPU the engine shares memory with it, and refuses calls once its
-    weights were changed in place. args, kwargs: an example call, or several (a list of (args, kwargs) pairs given as
-    `args`), one Program each. Without an example the returned module captures at its first call. recipe: what the
+    model: any module; it is left as it was, and what is done to it later does not reach the engine. args, kwargs: an
+    example call, or several (a list of (args, kwargs) pairs given as `args`), one Program each. Without an example the
+    returned module captures at its first call, and again at calls of other shapes or plain arguments. recipe: what the
     passes do: a Recipe, its fields as a mapping (`{"passes": {"w8a8": "int8"}}`), or a file; its model, shapes and
     dtype are not looked at. target: "cpu", "sm90", ...; by default what the model's device is.
     verify_args: a smaller example call to measure rewrites on, for calls of over 4,096 tokens.
@@ -613,6 +626,7 @@ def optimize(
     Raises CaptureError, VerificationError, UnsupportedError, RecipeError.
     """
     _check_arguments(model, verify_args)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile: what it wraps is captured
     options = module_recipe(model, recipe, backend, target)
     get_backend(options.backend).check(options.target)
     if calibration is None:
@@ -620,33 +634,70 @@ def optimize(
     recorded = given_inputs(calibration, model) if calibration is not None else None
     if args is None and kwargs is None:
         return LazyEngine(model, options, verify_args, progress, recorded)
-    calls = _calls(args, kwargs)
-    stages = Stages(progress)
+    with compiling():
+        return _engine_of(model, _calls(args, kwargs), options, verify_args, recorded, Stages(progress))
+
+
+def _engine_of(
+    model: nn.Module,
+    calls: Sequence[tuple[Any, Any]],
+    options: Recipe,
+    verify_args: Any,
+    recorded: Recorded | None,
+    stages: Stages,
+) -> Engine:
+    """The engine of a module for some calls of it."""
     source = ModuleTensors(model)
-    captured = {f"call-{i}" if i else "call": _capturing(model, *call) for i, call in enumerate(calls)}
-    twin, unverified, example = _module_twin(model, calls, verify_args, options, recorded)
+    with stages("capture"):
+        taken = take(model, calls, verify_args, options, recorded)
     item = compile_programs(
-        "transformer", captured, source, options.pass_options(), options.target,
-        rewrite=options.passes.enabled, twin=twin, recorded=recorded, example=example, stages=stages,
+        "transformer", {k: p.copy for k, p in taken.programs.items()}, source, options.pass_options(), options.target,
+        rewrite=options.passes.enabled, twin=taken.twin.copy if taken.twin else None, recorded=recorded,
+        example=taken.example, stages=stages,
     )  # fmt: skip
-    item.unmeasured = unverified
-    if unverified and options.verify == "numeric" and options.passes.enabled:
-        item.warnings.append(f"the rewrites were {unverified}")
+    item.unmeasured = taken.unmeasured
+    item.compared = taken.comparison.words
+    item.warnings += taken.comparison.warnings
+    if taken.unmeasured and options.verify == "numeric" and options.passes.enabled:
+        item.warnings.append(f"the rewrites were {taken.unmeasured}")
     measure(item, options, stages)
     evaluate = Evaluator(item.source, item.constants)
     with stages("weights"):
         weights = {name: evaluate(e.expr, e.prefix) for name, e in item.plan.items()}
     report = make_report({"transformer": item}, options, stages, model=type(model).__name__, weights=MODULES_OWN)
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    if device.type == "cpu":  # what is written to the model later does not reach the engine
+        weights = {k: copied(t) if source.shares(t) else t for k, t in weights.items()}
     engine = Engine(
-        item.programs, weights, name=type(model).__name__, config=getattr(model, "config", None) or {},
+        item.programs, weights, name=type(model).__name__, config=config_of(model),
         dtype=_module_dtype(model), report=report, backend=options.backend,
     )  # fmt: skip
     engine.build = EngineBuild(options, item, stages)
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     engine.to(device)
-    # On a CPU weights that no pass changed stay the module's memory: a copy takes room, and sums in another order.
-    engine.watch(source.shares)
+    if taken.original is not None and not taken.original.unchanged():
+        raise VerificationError(
+            f"{type(model).__name__} gives another result after the build than before it, so that something which it "
+            "reads was changed; make it anew, and report it"
+        )
     return engine
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """A module's configuration as a dictionary: of diffusers, transformers, dataclasses, namespaces, and other objects
+    that have attributes. Empty where there is none.
+    """
+    config = getattr(model, "config", None)
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        found: Any = {f.name: getattr(config, f.name, None) for f in dataclasses.fields(config)}
+    elif isinstance(config, Mapping):
+        found = config
+    elif isinstance(config, tuple) and hasattr(config, "_asdict"):
+        found = config._asdict()
+    elif callable(getattr(config, "to_dict", None)):  # transformers' PretrainedConfig
+        found = config.to_dict()
+    else:
+        found = getattr(config, "__dict__", {}) if not isinstance(config, type) else {}
+    return {str(k): v for k, v in found.items() if not str(k).startswith("_")} if isinstance(found, Mapping) else {}
 
 
 def _check_arguments(model: Any, verify_args: Any) -> None:
@@ -676,7 +727,9 @@ class EngineBuild:
 
 
 class LazyEngine(nn.Module):
-    """A module that compiles itself at its first call, for that call's shapes; calls of other shapes add theirs."""
+    """A module that compiles itself at its first call, for that call's shapes and plain arguments; other calls add
+    theirs. In a pipeline it stands for the module: it has the module's attributes, and moves with it.
+    """
 
     model: nn.Module
     engine: Engine | None
@@ -696,15 +749,43 @@ class LazyEngine(nn.Module):
         self.engine = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.engine is None or not self.engine.accepts(args, kwargs):
-            example = [*self.calls, (args, kwargs)]
-            made = optimize(
-                self.model, example, recipe=self.recipe, backend=self.recipe.backend, target=self.recipe.target,
-                verify_args=self.verify_args, calibration=self.recorded, progress=self.progress,
-            )  # fmt: skip
-            assert isinstance(made, Engine)  # there is an example, so it is no LazyEngine
-            self.engine, self.calls = made, [(_to_meta(a), _to_meta(k)) for a, k in example]
-        return self.engine(*args, **kwargs)
+        engine = self.engine
+        if engine is None or not engine.accepts(args, kwargs):
+            engine = self._grown(args, kwargs)
+        return engine(*args, **kwargs)
+
+    def _grown(self, args: Any, kwargs: Any) -> Engine:
+        """The engine with a Program for this call, too; another thread may have added it meanwhile."""
+        with compiling():
+            if self.engine is None or not self.engine.accepts(args, kwargs):
+                calls = [*self.calls, (args, kwargs)]
+                self.engine = _engine_of(
+                    self.model, calls, self.recipe, self.verify_args, self.recorded, Stages(self.progress)
+                )
+                self.calls = [(_to_meta(a), _to_meta(k)) for a, k in calls]
+            return self.engine
+
+    def __getattr__(self, name: str) -> Any:
+        """The module's own attributes: config, dtype, device, cache_context, ..."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or "model" not in self.__dict__:
+                raise
+            return getattr(self.model, name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LazyEngine:
+        """Moves the module, and the engine with it. Where that changes the module's dtype, it is compiled anew."""
+        before = _module_dtype(self.model)
+        self.model._apply(fn)
+        if self.engine is not None:
+            self.engine = self.engine._apply(fn) if _module_dtype(self.model) == before else None
+            self.calls = self.calls if self.engine is not None else []
+        return self
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The module's."""
+        return self.model.parameters(recurse)
 
     @property
     def report(self) -> Report | None:
@@ -757,51 +838,124 @@ def _calls(args: Any, kwargs: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]
     return [(tuple(given), dict(kwargs or {}))]
 
 
-def _capturing(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Program]:
-    return lambda: capture(model, args, kwargs)
+@dataclass(frozen=True)
+class Taken:
+    """What was captured of a module. twin: the Program that rewrites are measured on, None and `unmeasured` why.
+
+    example: the tensors of the twin's call. comparison: of the module with the graph; original: what it was made by.
+    """
+
+    programs: dict[str, Program]
+    twin: Program | None
+    unmeasured: str
+    example: list[torch.Tensor]
+    comparison: Comparison = NOT_COMPARED
+    original: Original | None = None
 
 
-def _capturing_recorded(model: nn.Module, call: tuple[Any, Any], recorded: Recorded) -> Callable[[], Program]:
-    """Captures the model at the shape of its recorded calls, with the plain arguments of the example call."""
+@dataclass(frozen=True)
+class _Way:
+    """How calls are captured. numbers: Python floats that they give are inputs. float_timesteps: integers are taken as
+    floats first.
+    """
 
-    def make() -> Program:
-        args, kwargs = recorded.example(describe(model, *call)[0])
+    numbers: bool = False
+    float_timesteps: bool = True
+
+
+def take(
+    model: nn.Module, calls: Sequence[tuple[Any, Any]], verify_args: Any, recipe: Recipe, recorded: Recorded | None
+) -> Taken:
+    """Captures a module for some calls, in the way that serves most calls of those whose graph is the module.
+
+    Raises CaptureError where it cannot be captured, or where no graph gives the module's own results.
+    """
+    ways = _ways(model, calls, recipe, recorded)
+    for way in ways:
         try:
-            return capture(model, args, kwargs)
-        except CaptureError as error:
-            raise RecipeError(f"{recorded.where}: the model does not take these inputs ({error})") from error
+            taken = _taken(model, calls, verify_args, recipe, recorded, way)
+        except CaptureError:
+            if way == ways[-1]:
+                raise
+            continue
+        if not taken.comparison.wrong:
+            return taken
+    raise CaptureError(taken.comparison.wrong)
 
-    return make
+
+def _ways(model: nn.Module, calls: Sequence[tuple[Any, Any]], recipe: Recipe, recorded: Recorded | None) -> list[_Way]:
+    """The ways to try, the last of which is the example call alone. Where nothing is compared, only what is sure."""
+    if recipe.verify == "off":
+        return [_Way()]
+    ways = [_Way()]
+    args, kwargs = calls[0]
+    signature, _ = describe(model, args, kwargs, numbers=True)
+    if recorded is None and any(i.number for i in signature.inputs):
+        ways.insert(0, _Way(numbers=True))
+    if float_timesteps(signature) != signature:
+        ways.append(_Way(float_timesteps=False))
+    return ways
 
 
-def _module_twin(
+def _taken(
     model: nn.Module,
     calls: Sequence[tuple[Any, Any]],
     verify_args: Any,
     recipe: Recipe,
-    recorded: Recorded | None = None,
-) -> tuple[Callable[[], Program] | None, str, list[torch.Tensor]]:
-    """How to capture the Program that rewrites are measured on, or None and why; the tensors of its call."""
-    if recipe.verify != "numeric":
-        return None, f"not measured: the recipe says verify: {recipe.verify}", []
+    recorded: Recorded | None,
+    way: _Way,
+) -> Taken:
+    """Captures in one way, and compares."""
+
+    def captured(args: Any, kwargs: Any) -> Program:
+        return capture(model, args, kwargs, numbers=way.numbers, float_timesteps=way.float_timesteps)
+
+    programs: dict[str, Program] = {}
+    made: list[tuple[tuple[Any, Any], Program]] = []
+    for args, kwargs in calls:
+        if not any(_is_of(program.signature, args, kwargs) for program in programs.values()):
+            program = captured(args, kwargs)
+            programs[f"call-{len(programs)}" if programs else "call"] = program
+            made.append(((args, kwargs), program))
+    if recipe.verify == "off":
+        return Taken(programs, None, f"not measured: the recipe says verify: {recipe.verify}", [])
     if any(p.device.type == "meta" for p in model.parameters()):
-        return None, "not measured: the parameters are on the meta device, so there are no numbers", []
+        reason = "not measured: the parameters are on the meta device, so there are no numbers"
+        return Taken(programs, None, reason, [])
+    call, twin = min(made, key=lambda one: sum(t.numel() for t in _tensors(one[0])))
     if recorded is not None:
-        return _capturing_recorded(model, calls[0], recorded), "", []
-    if verify_args is not None:
-        args, kwargs = tuple(verify_args[0]), dict(verify_args[1])
-        return _capturing(model, args, kwargs), "", describe(model, args, kwargs)[1]
-    smallest = min(calls, key=lambda c: sum(t.numel() for t in _tensors(c)))
-    make = _capturing(model, *smallest)
-    program = make()
-    tokens = max_tokens(program)
+        call = recorded.example(model, *calls[0])
+        try:
+            twin = captured(*call)
+        except CaptureError as error:
+            raise RecipeError(f"{recorded.where}: the model does not take these inputs ({error})") from error
+    elif verify_args is not None:
+        call = tuple(verify_args[0]), dict(verify_args[1])
+        twin = captured(*call)
+    original = Original(model, *call)
+    tokens = max_tokens(twin)
     if tokens > VERIFY_TOKENS:
         reason = (
             f"not measured: the call has {tokens} tokens, more than {VERIFY_TOKENS}; "
             "give optimize() a smaller call as verify_args=(args, kwargs)"
         )
-        return None, reason, []
-    return make, "", describe(model, *smallest)[1]
+        if original.device.type == "cpu":
+            return Taken(programs, None, reason, [])
+        return Taken(
+            programs, None, reason, [], original.compare(twin, ModuleTensors(model, original.device)), original
+        )
+    compared = original.compare(twin, ModuleTensors(model, original.device))
+    if recipe.verify != "numeric":
+        reason = f"not measured: the recipe says verify: {recipe.verify}"
+        return Taken(programs, None, reason, [], compared, original)
+    example = [] if recorded is not None else describe(model, *call, numbers=way.numbers)[1]
+    return Taken(programs, twin, "", example, compared, original)
+
+
+def _is_of(signature: Signature, args: Any, kwargs: Any) -> bool:
+    """Whether a call is one that the signature stands for already."""
+    given = bound(signature, args, kwargs)
+    return not differs(signature, given) and fits(signature, tensors_of(signature, given))
 
 
 def max_tokens(program: Program) -> int:

@@ -1,21 +1,18 @@
 """Capture: a module and one example call become a Program.
 
-The module is copied with parameters that have a shape but no memory, exported once (`torch.export`, non-strict), turned
-into a graph whose weights are named tensors of the checkpoint, and cut into a shell and its repeated blocks. The source
-module is never run and never changed: helper objects that cache tensors at their first call would otherwise be left
-holding fake ones.
+The module is lent parameters that have a shape but no memory, exported once (`torch.export`, non-strict), turned into a
+graph whose weights are named tensors of the checkpoint, and cut into a shell and its repeated blocks. The module itself
+is traced, not a copy, because a wrapped `forward`, a hook or a closure would lead out of a copy; then the module gets
+its own parameters back, with whatever else the trace changed (isolation.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
-import io
-import logging
+import operator
 import sys
 import traceback
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,8 +25,10 @@ from torch.overrides import TorchFunctionMode
 from turbocompile import signature as sig
 from turbocompile.cut import cut, drop_unread
 from turbocompile.errors import CaptureError
+from turbocompile.hooks import check_hooks
+from turbocompile.isolation import State, compiling, process_kept, quiet
 from turbocompile.program import SHELL, Program, Subgraph
-from turbocompile.quantized import DATA, SCALE, Quantized, is_torchao, quantized
+from turbocompile.quantized import DATA, SCALE, Quantized, is_torchao, named_tensors, quantized
 from turbocompile.wan.guards import check_call
 from turbocompile.weights import Constant, Dequantize, Expr, Load
 
@@ -40,11 +39,16 @@ def capture(
     model: nn.Module,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
+    *,
+    numbers: bool = False,
+    float_timesteps: bool = True,
 ) -> Program:
     """The Program of `model` at the shapes of the example call.
 
-    model: any module; its parameters may be on the meta device. args, kwargs: as the model is called; tensors may be on
-    any device, meta included, their values are not read.
+    model: any module; its parameters may be on the meta device. No other thread may call it meanwhile. args, kwargs: as
+    the model is called, which is how it is traced; tensors may be on any device, meta included, their values are not
+    read. numbers: Python floats that the call gives are inputs of the Program, not fixed. float_timesteps: integer
+    timesteps are tried as float32 first, since samplers give either.
 
     Raises CaptureError where the model cannot be exported, with the module and the line at fault; UnsupportedError for
     a weight that torchao quantized in a format that is not known here.
@@ -54,51 +58,75 @@ def capture(
             "capture was called under torch.autocast, which a graph does not record; "
             "cast the model instead (model.to(torch.bfloat16)) and call it outside autocast"
         )
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    state = {name: quantized(name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
-    for wrapper in (True, False):
-        signature, tensors = sig.describe(model, args, dict(kwargs or {}), wrapper)
-        check_call(model, signature)
-        signature, exported, recorder = _export(model, fake_copy(model, mode), signature, tensors, mode)
-        if not signature.return_dict or recorder.record.output["kind"] == "class":
-            break  # else `return_dict` means something of the model's own here
-    program = _program(exported, signature, state, mode)
+    with compiling():
+        check_hooks(model)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        state = {name: quantized(name, tensor) for name, tensor, saved in named_tensors(model) if saved}
+        for wrapper in (True, False):
+            signature, tensors = sig.describe(model, args, dict(kwargs or {}), wrapper, numbers)
+            check_call(model, signature)
+            spelling = sig.Spelling.of(signature, args, kwargs or {})
+            with lent(model, mode, call=(args, kwargs)):
+                signature, exported, recorder = _export(model, signature, spelling, tensors, mode, float_timesteps)
+            if not signature.return_dict or recorder.record.output["kind"] == "class":
+                break  # else `return_dict` means something of the model's own here
+        program = _program(exported, signature, state, mode)
     program.signature = sig.with_output(program.signature, recorder.record.output)
     lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     return cut(program, lists)
 
 
-def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A deep copy whose parameters are fake CPU tensors (no memory) and whose buffers are real CPU tensors.
+@contextlib.contextmanager
+def lent(model: nn.Module, mode: FakeTensorMode, **more: Any) -> Iterator[None]:
+    """The model, ready to be traced: parameters are fake CPU tensors (no memory), other tensors real ones on the CPU,
+    dropout is off. more: what the trace may change, too, by a name.
 
     Buffers keep their values because those that are not persistent are in no checkpoint. What torchao quantized becomes
     a tensor of the dtype that it stands for: its operations must not be in the graph.
     """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for t in (*module._parameters.values(), *module._buffers.values()):
-            if t is not None and id(t) not in memo and (isinstance(t, nn.Parameter) or is_torchao(t)):
+    state = State(model=model, **more)
+    given: dict[int, torch.Tensor] = {}
+
+    def made(t: torch.Tensor) -> torch.Tensor:
+        if id(t) not in given:
+            if isinstance(t, nn.Parameter) or is_torchao(t):
                 with mode:
                     fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
-                memo[id(t)] = nn.Parameter(fake, requires_grad=False) if isinstance(t, nn.Parameter) else fake
-    twin = copy.deepcopy(model, memo)
-    for module in twin.modules():
-        for name, buffer in module._buffers.items():
+                given[id(t)] = nn.Parameter(fake, requires_grad=False) if isinstance(t, nn.Parameter) else fake
+            elif t.device.type == "meta" and id(t) in stored:  # not loaded: shape and dtype are enough
+                with mode:
+                    given[id(t)] = torch.empty(t.shape, dtype=t.dtype, device="cpu")
+            else:
+                given[id(t)] = t.cpu() if t.device.type not in ("cpu", "meta") else t
+        return given[id(t)]
+
+    stored = {id(t) for _, t, saved in named_tensors(model) if saved}
+    _check_buffers(model)
+    try:
+        with process_kept(), torch.device("cpu"):
+            state.replace(made)
+            for module in model.modules():
+                held = vars(module)
+                held["training"] = False  # a graph has one mode
+                held["_compiled_call_impl"] = None
+                # Another attention backend than SDPA would export as an opaque operator and lose the site.
+                processor = getattr(module, "processor", None)
+                if getattr(processor, "_attention_backend", None) is not None:
+                    processor._attention_backend = None  # type: ignore[union-attr]
+            yield
+    finally:
+        state.restore()
+
+
+def _check_buffers(model: nn.Module) -> None:
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers.get(name)
             if buffer is not None and buffer.device.type == "meta":
-                if name in module._non_persistent_buffers_set:
-                    raise CaptureError(
-                        f"the buffer {name!r} of {type(module).__name__} is on the meta device and in no checkpoint, "
-                        "so its values are unknown; build the model with its buffers on the CPU"
-                    )
-                with mode:  # a buffer of the checkpoint that was not loaded: shape and dtype are enough
-                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
-            elif buffer is not None and buffer.device.type != "cpu":
-                module._buffers[name] = buffer.cpu()
-        # Another attention backend than SDPA would export as an opaque operator and lose the site.
-        processor = getattr(module, "processor", None)
-        if getattr(processor, "_attention_backend", None) is not None:
-            processor._attention_backend = None  # type: ignore[union-attr]
-    return twin.requires_grad_(False).eval()  # a graph has one mode: dropout is off
+                raise CaptureError(
+                    f"the buffer {name!r} of {type(module).__name__} is on the meta device and in no checkpoint, "
+                    "so its values are unknown; build the model with its buffers on the CPU"
+                )
 
 
 class _Record:
@@ -108,16 +136,17 @@ class _Record:
 
 
 class _Flat(nn.Module):
-    """Calls the model with flat tensors and returns flat tensors, recording the tree of what it returned."""
+    """Calls the model as its user does with flat tensors, and returns flat tensors; records what tree they were in."""
 
-    def __init__(self, model: nn.Module, signature: sig.Signature) -> None:
+    def __init__(self, model: nn.Module, signature: sig.Signature, spelling: sig.Spelling) -> None:
         super().__init__()
         self.model = model
-        self.signature = signature
+        self.signature, self.spelling = signature, spelling
         self.record = _Record()
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        args, kwargs = sig.rebuild(self.signature, tensors)
+        leaves = {i.path: t for i, t in zip(self.signature.inputs, tensors, strict=True)}
+        args, kwargs = self.spelling.call(leaves)
         flat: list[torch.Tensor] = []
         self.record.output = sig.describe_output(self.model(*args, **kwargs), flat)
         if not flat:
@@ -126,10 +155,15 @@ class _Flat(nn.Module):
 
 
 def _export(
-    model: nn.Module, twin: nn.Module, signature: sig.Signature, tensors: list[torch.Tensor], mode: FakeTensorMode
+    model: nn.Module,
+    signature: sig.Signature,
+    spelling: sig.Spelling,
+    tensors: list[torch.Tensor],
+    mode: FakeTensorMode,
+    float_timesteps: bool,
 ) -> tuple[sig.Signature, torch.export.ExportedProgram, _Flat]:
     """Exports; integer timesteps are first tried as float32, since samplers give either."""
-    attempts = [sig.float_timesteps(signature)]
+    attempts = [sig.float_timesteps(signature)] if float_timesteps else [signature]
     if attempts[0] != signature:
         attempts.append(signature)
     for number, attempt in enumerate(attempts):
@@ -138,12 +172,12 @@ def _export(
                 torch.empty_strided(t.shape, t.stride(), dtype=i.dtype, device="cpu")
                 for t, i in zip(tensors, attempt.inputs, strict=True)
             )
-        flat = _Flat(twin, attempt)
+        flat = _Flat(model, attempt, spelling)
         try:
-            with _quiet(), _native_attention(), torch.no_grad(), _DataIsTraced():
+            with quiet(), _native_attention(), torch.no_grad(), _DataIsTraced():
                 exported = torch.export.export(flat, fakes, strict=False)
-            if any(isinstance(n.target, torch._ops.HigherOrderOperator) for n in exported.graph.nodes):
-                exported = exported.run_decompositions({})  # inlines no_grad and autocast regions
+                if not all(_is_plain(n) for n in exported.graph.nodes):
+                    exported = exported.run_decompositions({})  # inlines no_grad and autocast regions, and torch.vmap
             return attempt, exported, flat
         except CaptureError:
             raise
@@ -151,6 +185,13 @@ def _export(
             if number == len(attempts) - 1:
                 raise CaptureError(_explain(model, error)) from error
     raise AssertionError("unreachable")
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether a node of an exported graph is an operator, and no region or level of a transform."""
+    return (
+        node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+    )
 
 
 class _DataIsTraced(TorchFunctionMode):
@@ -182,25 +223,6 @@ def _explain(model: nn.Module, error: Exception) -> str:
         reason = "Python there decides by a tensor's value, which a graph cannot; decide by shape, or use torch.where"
     place = f"{where[2]}, {where[0]}:{where[1]}" if where else "no line of the model's own code"
     return f"{name} cannot be captured: {kind} at {place}: {reason}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Export logs the partial graph of a failure, and warns of what it does on its own; the sentence is enough."""
-    loggers = [logging.getLogger(n) for n in ("torch", "torch.export", "torch.fx.experimental.symbolic_shapes")]
-    levels = [logger.level for logger in loggers]
-    stderr = sys.stderr
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.CRITICAL)
-            sys.stderr = io.StringIO()
-            yield
-        finally:
-            sys.stderr = stderr
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 def _native_attention() -> contextlib.AbstractContextManager[Any]:
@@ -314,7 +336,7 @@ def _weight(
                 f"the model computes the tensor {name!r} outside its graph while it is captured; "
                 "register it as a buffer in __init__"
             )
-        tensor = tensor.detach().cpu()
+        tensor = tensor.detach().cpu().clone()  # what is done to the model later does not reach the Program
         if spec.kind == torch.export.graph_signature.InputKind.CONSTANT_TENSOR:
             name = "lifted." + hashlib.sha256(_bytes(tensor)).hexdigest()[:16]
         program.shell.weights[name] = Constant(name, shape, dtype)
@@ -367,7 +389,57 @@ def _operation(graph: fx.Graph, node: Any, env: dict[fx.Node, fx.Node]) -> fx.No
             target, args, kwargs = aten.to.dtype, (source, cast), {}
     args = fx.map_arg(args, env.__getitem__)
     kwargs = fx.map_arg(kwargs, env.__getitem__)
+    if isinstance(target, torch._ops.OpOverload):
+        target, args, kwargs = _with_dtype(graph, target, args, kwargs, node.meta.get("val"))
     return graph.create_node(node.op, target, args, kwargs, name=node.name)
+
+
+# Operators that compute integers and booleans in torch's default dtype: each is the same on a cast of its input.
+_IN_DEFAULT_DTYPE = (
+    aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.true_divide, aten.pow, aten.float_power, aten.lerp,
+    aten.sin, aten.cos, aten.tan, aten.asin, aten.acos, aten.atan, aten.atan2, aten.sinh, aten.cosh, aten.tanh,
+    aten.exp, aten.exp2, aten.expm1, aten.log, aten.log2, aten.log10, aten.log1p, aten.sqrt, aten.rsqrt,
+    aten.reciprocal, aten.sigmoid, aten.erf, aten.erfc,
+)  # fmt: skip
+
+
+def _with_dtype(
+    graph: fx.Graph, target: Any, args: Any, kwargs: dict[str, Any], value: Any
+) -> tuple[Any, Any, dict[str, Any]]:
+    """An operation whose floating result does not depend on torch's default dtype, which another process may set.
+
+    What makes a tensor out of numbers says its dtype; integers are cast before they are computed with.
+    """
+    if not isinstance(value, torch.Tensor) or not (value.dtype.is_floating_point or value.dtype.is_complex):
+        return target, args, kwargs
+    tensors = [n for n in (*args, *kwargs.values()) if isinstance(n, fx.Node)]
+    if target is aten.where.Scalar:
+        chosen = [graph.call_function(aten.scalar_tensor.default, (a,), {"dtype": value.dtype}) for a in args[1:]]
+        for node in chosen:
+            with value.fake_mode:  # type: ignore[attr-defined]
+                node.meta["val"] = torch.empty((), dtype=value.dtype)
+        return aten.where.self, (args[0], *chosen), kwargs
+    if any(t.meta["val"].dtype.is_floating_point or t.meta["val"].dtype.is_complex for t in tensors if _one(t)):
+        return target, args, kwargs
+    names = [a.name for a in target._schema.arguments]
+    if not tensors and "dtype" in names:
+        given = names.index("dtype") < len(args) and args[names.index("dtype")] is not None
+        return target, args, kwargs if given else {**kwargs, "dtype": value.dtype}
+    if target.overloadpacket not in _IN_DEFAULT_DTYPE:
+        return target, args, kwargs
+
+    def cast(n: fx.Node) -> fx.Node:
+        made = graph.call_function(aten.to.dtype, (n, value.dtype))
+        with value.fake_mode:  # type: ignore[attr-defined]
+            made.meta["val"] = torch.empty_like(n.meta["val"], dtype=value.dtype)
+        made.meta |= {k: n.meta[k] for k in ("nn_module_stack", "stack_trace") if k in n.meta}
+        return made
+
+    return target, fx.map_arg(args, cast), fx.map_arg(kwargs, cast)
+
+
+def _one(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _refuse_symbols(graph: fx.Graph) -> None:

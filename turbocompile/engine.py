@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +124,6 @@ class Engine(nn.Module):
         self.tuning: Tuning = {}  # which kernels its 8-bit linears run, by card
         self._graphs: dict[str, CudaGraph] = {}
         self._pool: Pool | None = None
-        self._watched: dict[str, int] = {}  # the version of each weight that is someone else's memory
         self.report = report
         self.manifest = dict(manifest or {})
         self.folder = folder
@@ -144,7 +143,7 @@ class Engine(nn.Module):
     @property
     def shapes(self) -> list[dict[str, Any]]:
         """The input shapes that the engine has, in the order they were built."""
-        return [{i.path: list(i.shape) for i in p.signature.inputs} for p in self.programs.values()]
+        return [{i.path: list(i.shape) for i in p.signature.inputs if not i.number} for p in self.programs.values()]
 
     @contextlib.contextmanager
     def cache_context(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -159,39 +158,49 @@ class Engine(nn.Module):
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the Program whose shapes the call has. CaptureError where there is none, or an argument differs."""
-        self._check_watched()
-        first = next(iter(self.programs.values()))
-        tensors, wrapped = sig.bind(first.signature, args, kwargs, self.model_name)
+        """Runs the Program that the call is of, by its shapes and plain arguments. CaptureError where there is none."""
+        name, given = self._program_of(args, kwargs)
+        signature = self.programs[name].signature
+        tensors = sig.cast(signature, sig.tensors_of(signature, given), self.model_name)
+        flat = self.runner(name)(*(t.to(self._device) for t in tensors))
+        return sig.wrap_output(signature, flat, given.wrapped)
+
+    def _program_of(self, args: Any, kwargs: Any) -> tuple[str, sig.Bound]:
+        """The name of the Program that a call is of, and the call's arguments. Raises CaptureError in a sentence."""
+        known: list[tuple[Any, sig.Bound]] = []  # Programs of one module declare the same parameters
+        fitting = None  # a Program of the call's plain arguments, for the message
+        reasons: list[tuple[bool, str]] = []
         for name, program in self.programs.items():
-            if sig.fits(program.signature, tensors):
-                tensors = sig.cast(program.signature, tensors, self.model_name)
-                flat = self.runner(name)(*(t.to(self._device) for t in tensors))
-                return sig.wrap_output(program.signature, flat, wrapped)
-        given = {i.path: list(t.shape) for i, t in zip(first.signature.inputs, tensors, strict=True)}
-        raise CaptureError(f"{self.model_name} has no program for the shapes {given}; it has {self.shapes}")
-
-    def watch(self, shares: Callable[[torch.Tensor], bool]) -> None:
-        """Remembers the versions of the weights that share memory with the module that the engine was compiled from.
-
-        Others are copies already: fused, quantized, or on a GPU.
-        """
-        found = {k: t for k, t in self.weights.items() if t.device.type == "cpu" and shares(t) and not t.is_inference()}
-        self._watched = {k: t._version for k, t in found.items()}
-
-    def _check_watched(self) -> None:
-        for name, version in self._watched.items():
-            if self.weights[name]._version != version:
-                raise EngineError(
-                    f"{self.model_name} was changed after it was compiled (the weight {name!r}, in place), and the "
-                    "engine has parts of both; compile it again, or compile a copy.deepcopy of it"
-                )
+            signature = program.signature
+            given = next((g for p, g in known if p == signature.parameters), None)
+            if given is None:
+                given = sig.bound(signature, args, kwargs, self.model_name)
+                known.append((signature.parameters, given))
+            reason = sig.differs(signature, given)
+            if not reason:
+                tensors = sig.tensors_of(signature, given)
+                if sig.fits(signature, tensors):
+                    return name, given
+                fitting = fitting or (signature, tensors)
+            else:
+                reasons.append((sig.same_shapes(signature, given), reason))
+        alike = [reason for same, reason in reasons if same]  # of a Program of the call's shapes
+        if fitting is not None:
+            signature, tensors = fitting
+            shown = {i.path: list(t.shape) for i, t in zip(signature.inputs, tensors, strict=True) if not i.number}
+            if alike:
+                raise CaptureError(f"{self.model_name} with the shapes {shown} {alike[0]}")
+            raise CaptureError(f"{self.model_name} has no program for the shapes {shown}; it has {self.shapes}")
+        reason = next(iter([*alike, *(r for _, r in reasons)]), "holds no program; build it again")
+        raise CaptureError(f"{self.model_name} {reason}")
 
     def accepts(self, args: Any, kwargs: Any) -> bool:
-        """Whether there is a Program of the call's shapes."""
-        first = next(iter(self.programs.values()))
-        tensors, _ = sig.bind(first.signature, args, kwargs, self.model_name)
-        return any(sig.fits(p.signature, tensors) for p in self.programs.values())
+        """Whether there is a Program of the call's shapes and plain arguments."""
+        for program in self.programs.values():
+            given = sig.bound(program.signature, args, kwargs, self.model_name)
+            if not sig.differs(program.signature, given) and sig.same_shapes(program.signature, given):
+                return True
+        return False
 
     def compiled(self, name: str) -> Any:
         """The callable of a shape as its backend made it, over flat tensors on the engine's device."""
@@ -223,11 +232,11 @@ class Engine(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy compiles and records anew."""
-        return {**self.__dict__, "_runners": {}, "_graphs": {}, "_pool": None, "_watched": {}}
+        return {**self.__dict__, "_runners": {}, "_graphs": {}, "_pool": None}
 
     def __copy__(self) -> Engine:
         copied = type(self).__new__(type(self))
-        copied.__dict__.update(self.__getstate__() | {"_watched": self._watched})  # the same memory
+        copied.__dict__.update(self.__getstate__())
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
@@ -259,7 +268,6 @@ class Engine(nn.Module):
             self._device = device
             self._graphs.clear()
             self._pool = None
-            self._watched.clear()  # these are copies
             self._runners.clear()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
@@ -281,10 +289,8 @@ class Engine(nn.Module):
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
         """Writes the engine folder, atomically. force: an empty folder may stand there already.
 
-        Raises EngineError where something is there or the module's weights have changed, UnsupportedError for an engine
-        opened from a folder that is gone.
+        Raises EngineError where something is there, UnsupportedError for an engine opened from a folder that is gone.
         """
-        self._check_watched()
         target = Path(folder)
         if force and target.is_dir() and not any(target.iterdir()):
             target.rmdir()

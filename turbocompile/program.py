@@ -86,13 +86,15 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 class Input:
     """One tensor of the call. `path` is its place in the bound arguments, as in `hidden_states` or `kwargs.freqs.0`.
 
-    `cast` says that a tensor of another dtype is cast to `dtype` (timesteps); otherwise it is refused.
+    `cast` says that a tensor of another dtype is cast to `dtype` (timesteps); otherwise it is refused. `number` says
+    that the call gives a Python float there.
     """
 
     path: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     cast: bool = False
+    number: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ is refused.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from turbocompile.errors import UnsupportedError
 from turbocompile.kernels.quantize import FORMATS
@@ -34,6 +36,20 @@ class Quantized:
     format: str
     data: torch.Tensor
     scale: torch.Tensor
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """Parameters and buffers by the names that they have in the module, and whether a checkpoint holds them.
+
+    Shared ones come once a name. Neither `state_dict` nor `named_parameters` is asked, because a class may override
+    them: to save halves, or to leave its own level out of the names.
+    """
+    for path, part in nn.Module.named_modules(module, remove_duplicate=False):
+        prefix = path + "." if path else ""
+        for held, saved in ((part._parameters, None), (part._buffers, part._non_persistent_buffers_set)):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    yield prefix + name, tensor, saved is None or name not in saved
 
 
 def is_torchao(tensor: torch.Tensor) -> bool:

@@ -25,7 +25,7 @@ from torch import nn
 from turbocompile.errors import RecipeError
 from turbocompile.places import check_file, replacing
 from turbocompile.program import Signature
-from turbocompile.signature import describe, rebuild
+from turbocompile.signature import Spelling, describe
 
 CALLS = 8
 MAX_TOKENS = 4096  # of a call that a build measures on: its truth is computed in float64, on a CPU mostly
@@ -144,11 +144,13 @@ class Recorded:
     def _refuse(self, what: str) -> None:
         raise RecipeError(f"{self.where}: {what}; record the inputs again, from the model that is compiled")
 
-    def example(self, signature: Signature) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The first call as arguments of the model, whose other arguments are those of the signature's call."""
+    def example(self, model: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The first call, made as the given one is, with its other arguments."""
+        signature, _ = describe(model, args, kwargs)
         self._check_names(0, self.calls[0], signature)
-        args, kwargs = rebuild(signature, [self.calls[0][i.path].to(i.dtype) for i in signature.inputs])
-        return tuple(args), kwargs
+        leaves = {i.path: self.calls[0][i.path].to(i.dtype) for i in signature.inputs}
+        made, named = replace(Spelling.of(signature, args, kwargs), return_dict=None).call(leaves)
+        return tuple(made), named
 
     def between(self, low: float, high: float) -> Recorded:
         """The calls whose timestep is at least `low` and below `high`."""

@@ -139,7 +139,8 @@ class Report:
     the first shape. measured_on: the card on which attentions were timed, empty where none was. parameters: bytes of
     the stored weights by dtype. stages: seconds by stage. engine_bytes: of the engine folder; predicted_bytes: what it
     should come to, known without building. weights: where they come from ("checkpoint", "synthetic"). others: the
-    reports of further modules of the same engine (a second expert).
+    reports of further modules of the same engine (a second expert). compared: how the captured graph stood beside the
+    module's own calls.
     """
 
     passes: dict[str, PassReport]
@@ -159,6 +160,7 @@ class Report:
     engine_bytes: int | None = None
     predicted_bytes: int | None = None
     warnings: tuple[str, ...] = ()
+    compared: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     others: dict[str, Report] = field(default_factory=dict)
 
@@ -213,7 +215,7 @@ class Report:
             "parameter_bytes": self.parameter_bytes, "parameters": dict(self.parameters),
             "activation_bytes": self.activation_bytes, "flops": self.flops,
             "engine_bytes": self.engine_bytes, "predicted_bytes": self.predicted_bytes,
-            "warnings": list(self.warnings), "versions": dict(self.versions),
+            "compared": self.compared, "warnings": list(self.warnings), "versions": dict(self.versions),
             "others": {name: report.to_dict() for name, report in self.others.items()},
         }  # fmt: skip
 
@@ -245,6 +247,7 @@ class Report:
             engine_bytes=_optional(data["engine_bytes"]),
             predicted_bytes=_optional(data["predicted_bytes"]),
             warnings=tuple(str(w) for w in data["warnings"]),
+            compared=str(data.get("compared", "")),
             versions={str(k): str(v) for k, v in data["versions"].items()},
             others={str(k): cls._from_dict(v, nested=True) for k, v in others.items()},
         )
@@ -339,6 +342,7 @@ class Report:
             ("model", self.model or self.module),
             ("target", f"{self.target}, {self.dtype}, {self.backend} backend"),
             ("weights", self.weights),
+            ("the model itself", self.compared),
             *((f"shape {s.name}", _shape_line(s)) for s in self.shapes),
             ("parameters", _parameters_line(self.parameters)),
             *((f"parameters of {name}", _parameters_line(other.parameters)) for name, other in self.others.items()),

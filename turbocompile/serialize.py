@@ -131,7 +131,9 @@ def _signature_json(s: Signature) -> dict[str, Any]:
     return {
         "parameters": [list(p) for p in s.parameters],
         "inputs": [
-            {"path": i.path, "shape": list(i.shape), "dtype": dtype_name(i.dtype), "cast": i.cast} for i in s.inputs
+            {"path": i.path, "shape": list(i.shape), "dtype": dtype_name(i.dtype), "cast": i.cast}
+            | ({"number": True} if i.number else {})
+            for i in s.inputs
         ],
         "guards": {k: _number(v) for k, v in s.guards.items()},
         "output": s.output,
@@ -142,7 +144,16 @@ def _signature_json(s: Signature) -> dict[str, Any]:
 def _signature(d: dict[str, Any]) -> Signature:
     return Signature(
         tuple((str(n), str(k), bool(h), v) for n, k, h, v in d["parameters"]),
-        tuple(Input(str(i["path"]), _shape(i["shape"]), parse_dtype(i["dtype"]), bool(i["cast"])) for i in d["inputs"]),
+        tuple(
+            Input(
+                str(i["path"]),
+                _shape(i["shape"]),
+                parse_dtype(i["dtype"]),
+                bool(i["cast"]),
+                bool(i.get("number", False)),
+            )
+            for i in d["inputs"]
+        ),
         {str(k): _plain(v) for k, v in d["guards"].items()},
         d["output"],
         bool(d["return_dict"]),

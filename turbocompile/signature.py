@@ -2,18 +2,21 @@
 result.
 
 A graph takes flat tensors. `describe` records how a call of `forward` maps to them, and `bind` maps any later spelling
-of the call (positional, keyword, omitted defaults) the same way, or says in one sentence why it does not fit.
+of the call (positional, keyword, omitted defaults) the same way, or says in one sentence why it does not fit. A
+`Spelling` makes the call again as its user wrote it, because a model may look at how it was called.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import inspect
+import math
 import re
 from collections import OrderedDict, namedtuple
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from turbocompile.errors import CaptureError
 from turbocompile.program import Input, Signature
 
 PLAIN = (bool, int, float, str, type(None))
+NUMBER = torch.float64  # of a Python float that is an input
 TIMESTEP = re.compile(r"(^|\.)(timesteps?|t|time)$")
 OUTPUT_CLASSES = {  # what a loaded engine may construct; anything else becomes an `Output`
     "diffusers.models.modeling_outputs.Transformer2DModelOutput",
@@ -59,22 +63,27 @@ _DEFAULT = _Default()
 
 
 def describe(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wrapper: bool = True
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wrapper: bool = True, numbers: bool = False
 ) -> tuple[Signature, list[torch.Tensor]]:
     """The signature of a call (its output is filled in after the export) and its tensors, in order.
 
     wrapper: whether a `return_dict` that is on by default means what diffusers means by it: the same results, in an
-    object or in a tuple. Else it is an argument like any other.
+    object or in a tuple. Else it is an argument like any other. numbers: whether a Python float that the call gives is
+    an input, a tensor of float64 without dimensions, rather than fixed.
     """
     declared = list(inspect.signature(model.forward).parameters.values())
     parameters = tuple((p.name, p.kind.name, p.default is not p.empty, _as_data(p.default)) for p in declared)
     has_return_dict = wrapper and any(p.name == "return_dict" and p.default in (True, None) for p in declared)
     bound = _bind(parameters, args, kwargs, type(model).__name__)
+    given = _given(parameters, args, kwargs) if numbers else {}
     inputs, guards, tensors = [], {}, []
     for path, value in _walk(bound):
         if isinstance(value, torch.Tensor):
             inputs.append(Input(path, tuple(value.shape), value.dtype, bool(TIMESTEP.search(path))))
             tensors.append(value)
+        elif type(value) is float and math.isfinite(value) and path in given:
+            inputs.append(Input(path, (), NUMBER, number=True))
+            tensors.append(torch.tensor(value, dtype=NUMBER))
         elif isinstance(value, PLAIN) or _is_marker(value):
             guards[path] = value
         else:
@@ -82,11 +91,85 @@ def describe(
                 f"the argument {path!r} of {type(model).__name__} is a {type(value).__name__}; "
                 "a captured call takes tensors, plain values, and tuples, lists and dicts of them"
             )
-    if not inputs:
+    if not any(not i.number for i in inputs):
         raise CaptureError(f"the example call of {type(model).__name__} has no tensor; pass args= or kwargs=")
     if has_return_dict:
         guards["return_dict"] = True
     return Signature(parameters, tuple(inputs), guards, {}, has_return_dict), tensors
+
+
+def _given(parameters: Sequence[tuple[str, str, bool, Any]], args: Any, kwargs: Any) -> dict[str, Any]:
+    """What the call itself gives, by path: without the defaults."""
+    positional = [n for n, kind, _, _ in parameters if kind in ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD")]
+    rest = next((n for n, kind, _, _ in parameters if kind == "VAR_POSITIONAL"), "")
+    more = next((n for n, kind, _, _ in parameters if kind == "VAR_KEYWORD"), "")
+    known = {n for n, kind, _, _ in parameters if not kind.startswith("VAR_")}
+    found: dict[str, Any] = {}
+    for i, value in enumerate(args):
+        found |= _walk(value, positional[i] if i < len(positional) else f"{rest}.{i - len(positional)}")
+    for name, value in kwargs.items():
+        found |= _walk(value, name if name in known else f"{more}.{name}")
+    return found
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """A call as its user wrote it: what is positional and what is named, in which containers, and what is left out.
+
+    Its tensors, and the numbers that are inputs, have a place by their paths. return_dict: the value that the call is
+    made with where that selects the wrapper alone, None where the call's own stays.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    parameters: tuple[tuple[str, str, bool, Any], ...]
+    return_dict: bool | None = None
+
+    @classmethod
+    def of(cls, signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Spelling:
+        """The spelling of the call that `signature` describes."""
+        return cls(tuple(args), dict(kwargs), signature.parameters, True if signature.return_dict else None)
+
+    def call(self, leaves: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """args and kwargs with `leaves[path]` in the places that have one, in new containers of the same kinds."""
+        kinds = [(n, kind) for n, kind, _, _ in self.parameters]
+        positional = [n for n, kind in kinds if kind in ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD")]
+        rest = next((n for n, kind in kinds if kind == "VAR_POSITIONAL"), "")
+        more = next((n for n, kind in kinds if kind == "VAR_KEYWORD"), "")
+        known = {n for n, kind in kinds if not kind.startswith("VAR_")}
+        args = []
+        for i, value in enumerate(self.args):
+            args.append(
+                _filled(value, positional[i] if i < len(positional) else f"{rest}.{i - len(positional)}", leaves)
+            )
+        kwargs = {k: _filled(v, k if k in known else f"{more}.{k}", leaves) for k, v in self.kwargs.items()}
+        if self.return_dict is not None:
+            place = positional.index("return_dict") if "return_dict" in positional else len(args)
+            default = next(d for n, _, _, d in self.parameters if n == "return_dict")
+            if place < len(args):
+                args[place] = self.return_dict
+            elif "return_dict" in kwargs or default is not self.return_dict:
+                kwargs["return_dict"] = self.return_dict
+        return args, kwargs
+
+
+def _filled(value: Any, path: str, leaves: Mapping[str, Any]) -> Any:
+    if path in leaves:
+        return leaves[path]
+    if isinstance(value, Mapping):
+        items = {k: _filled(v, f"{path}.{k}", leaves) for k, v in value.items()}
+        if type(value) is dict:
+            return items
+        made: Any = copy.copy(value)
+        for k, v in items.items():
+            made[k] = v
+        return made
+    if isinstance(value, (tuple, list)):
+        parts = [_filled(v, f"{path}.{k}", leaves) for k, v in enumerate(value)]
+        if hasattr(value, "_fields"):
+            return type(value)(*parts)
+        return type(value)(parts) if type(value) in (tuple, list, torch.Size) else tuple(parts)
+    return value
 
 
 def float_timesteps(signature: Signature) -> Signature:
@@ -202,31 +285,100 @@ def bind(signature: Signature, args: Any, kwargs: Any, name: str = "the engine")
 
     Raises CaptureError where an argument that was fixed at capture differs. Shapes and dtypes are checked by `fits`.
     """
-    bound = _bind(signature.parameters, args, kwargs, name)
-    wrapped = bool(bound.get("return_dict", True))
-    found = dict(_walk(bound))
-    wanted = {i.path for i in signature.inputs}
-    for path, value in found.items():
+    given = bound(signature, args, kwargs, name)
+    reason = differs(signature, given)
+    if reason:
+        raise CaptureError(f"{name} {reason}")
+    return tensors_of(signature, given), given.wrapped
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A call's arguments: its tensors and plain values by path, and whether the wrapped output is wanted."""
+
+    values: Mapping[str, Any]
+    wrapped: bool
+
+
+def bound(signature: Signature, args: Any, kwargs: Any, name: str = "the engine") -> Bound:
+    """The arguments of a call by their paths. Raises CaptureError where the call does not fit `forward`."""
+    arguments = _bind(signature.parameters, args, kwargs, name)
+    return Bound(dict(_walk(arguments)), bool(arguments.get("return_dict", True)))
+
+
+def tensors_of(signature: Signature, given: Bound) -> list[torch.Tensor]:
+    """The call's tensors in the order of `signature.inputs`; numbers that are inputs become tensors."""
+    found = []
+    for i in signature.inputs:
+        value = given.values[i.path]
+        found.append(value if isinstance(value, torch.Tensor) else torch.tensor(float(value), dtype=NUMBER))
+    return found
+
+
+def differs(signature: Signature, given: Bound) -> str:
+    """Why a call is not the captured one, shapes and dtypes aside; "" where it is. Reads on after the engine's name."""
+    wanted = {i.path: i for i in signature.inputs}
+    for path, value in given.values.items():
         if isinstance(value, torch.Tensor):
             if path not in wanted:
-                raise CaptureError(f"{name} was captured without the tensor {path!r}; compile it with one to pass one")
+                return f"was captured without the tensor {path!r}; compile it with one to pass one"
+            if wanted[path].number:
+                return f"was captured with a number for {path!r}, and got a tensor; compile it with one to pass one"
         elif path in wanted:
-            raise CaptureError(f"{name} was captured with a tensor for {path!r}, and got {value!r}")
+            if not (wanted[path].number and type(value) in (float, int)):
+                return f"was captured with a tensor for {path!r}, and got {_shown(path, given.values)}"
         elif path == "return_dict" and signature.return_dict:
             continue
-        elif path not in signature.guards or signature.guards[path] != value:
-            was = signature.guards.get(path, "absent")
-            was, value = (_DEFAULT if v == BY_DEFAULT else v for v in (was, value))
-            raise CaptureError(f"{name} was captured with {path}={was!r}, and got {value!r}; compile it for that value")
-    missing = [path for path in wanted if path not in found]
+        elif path not in signature.guards or not _same(signature.guards[path], value):
+            was = _shown(path, signature.guards, wanted) if path in signature.guards else "absent"
+            got = _shown(path, given.values)
+            return f"was captured with {path}={was}, and got {got}; compile it for that value"
+    missing = [path for path in wanted if path not in given.values]
     if missing:
-        raise CaptureError(f"{name} was captured with a tensor for {missing[0]!r}, which is missing from this call")
-    return [found[i.path] for i in signature.inputs], wrapped
+        return f"was captured with a tensor for {missing[0]!r}, which is missing from this call"
+    gone = [path for path in signature.guards if path not in given.values and path != "return_dict"]
+    if gone:
+        return (
+            f"was captured with {gone[0]}={_shown(gone[0], signature.guards, wanted)}, which is missing from this call"
+        )
+    return ""
+
+
+def _same(was: Any, value: Any) -> bool:
+    """Whether a plain value is the captured one. An int may stand for an equal float; a bool stands for itself."""
+    if type(was) is float and type(value) in (float, int):
+        return was == value or (was != was and value != value)
+    return type(was) is type(value) and was == value
+
+
+def _shown(path: str, values: Mapping[str, Any], inputs: Mapping[str, Input] | None = None) -> str:
+    """A value at a path as its user wrote it."""
+    value = values.get(path)
+    if inputs and path in inputs:
+        return "a number" if inputs[path].number else f"a tensor {list(inputs[path].shape)}"
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {list(value.shape)}"
+    if value == BY_DEFAULT:
+        return repr(_DEFAULT)
+    if not _is_marker(value):
+        return repr(value)
+    items = [_shown(f"{path}.{key}", values, inputs) for key in value["keys"]]
+    if value["container"] == "dict":
+        return "{" + ", ".join(f"{k!r}: {v}" for k, v in zip(value["keys"], items, strict=True)) + "}"
+    if value["container"] == "tuple":
+        return "(" + ", ".join(items) + ("," if len(items) == 1 else "") + ")"
+    return "[" + ", ".join(items) + "]"
 
 
 def fits(signature: Signature, tensors: Sequence[torch.Tensor]) -> bool:
     """Whether the tensors have the captured shapes."""
     return all(tuple(t.shape) == i.shape for t, i in zip(tensors, signature.inputs, strict=True))
+
+
+def same_shapes(signature: Signature, given: Bound) -> bool:
+    """Whether the call's tensors have the captured shapes wherever both have a tensor."""
+    pairs = ((i.shape, given.values.get(i.path)) for i in signature.inputs)
+    return all(tuple(t.shape) == shape for shape, t in pairs if isinstance(t, torch.Tensor))
 
 
 def cast(signature: Signature, tensors: Sequence[torch.Tensor], name: str = "the engine") -> list[torch.Tensor]:

@@ -522,7 +522,9 @@ def random_inputs(
     generator = torch.Generator().manual_seed(seed)
     made = []
     for k, i in enumerate(program.signature.inputs):
-        if i.cast:
+        if i.number and k < len(example):
+            value = example[k].detach().cpu()
+        elif i.cast:
             value = torch.rand(i.shape, generator=generator) * 999.0 + 0.5
         elif i.dtype.is_floating_point:
             value = torch.randn(i.shape, generator=generator)

@@ -18,7 +18,7 @@ import torch
 
 from turbocompile.errors import EngineError
 from turbocompile.kernels.quantize import BLOCK, FORMATS, dequantize, quantize
-from turbocompile.quantized import DATA, SCALE, quantized
+from turbocompile.quantized import DATA, SCALE, named_tensors, quantized
 
 ALIGNMENT = 64  # bytes: a cache line, and what matrix libraries align to
 SHARD_BYTES = 1 << 30  # one shard is in memory while it is made
@@ -419,14 +419,19 @@ class WithVectors:
 
 
 class ModuleTensors:
-    """A module's parameters and buffers as a TensorSource; what torchao quantized, as its data and its scale."""
+    """A module's parameters and buffers as a TensorSource; what torchao quantized, as its data and its scale.
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    device: where values are given; the CPU where nothing is said.
+    """
+
+    def __init__(self, module: torch.nn.Module, device: torch.device | None = None) -> None:
+        self._device = device or torch.device("cpu")
         self._state: dict[str, torch.Tensor] = {}
         self._places: set[int] | None = None
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            parts = quantized(name, tensor)
-            self._state |= {name: tensor} if parts is None else {name + DATA: parts.data, name + SCALE: parts.scale}
+        for name, tensor, saved in named_tensors(module):
+            parts = quantized(name, tensor) if saved else None
+            if saved:
+                self._state |= {name: tensor} if parts is None else {name + DATA: parts.data, name + SCALE: parts.scale}
 
     def keys(self) -> Iterable[str]:
         return self._state.keys()
@@ -440,13 +445,27 @@ class ModuleTensors:
             raise EngineError(
                 f"the parameter {name!r} is on the meta device, so it has no values; load the weights first"
             )
-        return tensor.cpu()
+        return tensor.to(self._device)
 
     def shares(self, tensor: torch.Tensor) -> bool:
         """Whether a value is the module's own memory, which what is done to the module would change."""
         if self._places is None:
             self._places = {t.untyped_storage().data_ptr() for t in self._state.values() if t.device.type == "cpu"}
         return tensor.untyped_storage().data_ptr() in self._places
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that starts as far from a multiple of 64 bytes as the tensor does.
+
+    CPU matrix products take other paths for other alignments: a copy elsewhere gives other sums, by an ulp.
+    """
+    offset = tensor.data_ptr() % ALIGNMENT
+    if not offset or not tensor.is_contiguous() or tensor.is_complex():
+        return tensor.clone()
+    room = torch.empty(tensor.nbytes + ALIGNMENT, dtype=torch.uint8)
+    start = (offset - room.data_ptr()) % ALIGNMENT
+    made = room[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    return made.copy_(tensor)
 
 
 def write_shards(
