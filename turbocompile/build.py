@@ -687,16 +687,19 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     that have attributes. Empty where there is none.
     """
     config = getattr(model, "config", None)
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        found: Any = {f.name: getattr(config, f.name, None) for f in dataclasses.fields(config)}
-    elif isinstance(config, Mapping):
+    found: Any = {}
+    if isinstance(config, Mapping):
         found = config
-    elif isinstance(config, tuple) and hasattr(config, "_asdict"):
-        found = config._asdict()
+    elif isinstance(config, type):
+        found = {}
     elif callable(getattr(config, "to_dict", None)):  # transformers' PretrainedConfig
         found = config.to_dict()
+    elif dataclasses.is_dataclass(config):
+        found = {f.name: getattr(config, f.name, None) for f in dataclasses.fields(config)}
+    elif isinstance(config, tuple) and hasattr(config, "_asdict"):
+        found = config._asdict()
     else:
-        found = getattr(config, "__dict__", {}) if not isinstance(config, type) else {}
+        found = getattr(config, "__dict__", {})
     return {str(k): v for k, v in found.items() if not str(k).startswith("_")} if isinstance(found, Mapping) else {}
 
 

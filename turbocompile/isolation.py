@@ -30,7 +30,7 @@ from torch import nn
 # Packages whose functions and classes are not walked: their state is not a model's, or `process_kept` knows it.
 FOREIGN = frozenset(
     {
-        *sys.stdlib_module_names, "PIL", "accelerate", "av", "huggingface_hub", "numpy", "onnx", "onnxruntime",
+        *sys.stdlib_module_names, "PIL", "_pytest", "accelerate", "av", "hypothesis", "huggingface_hub", "numpy", "onnx", "onnxruntime", "pytest",
         "regex", "safetensors", "sympy", "tokenizers", "torch", "torchvision", "tqdm", "triton", "turbocompile",
     }
 )  # fmt: skip
@@ -49,6 +49,7 @@ OPAQUE = (  # state that is not data, or that nobody may put back
 ATOMS = (type(None), bool, int, float, complex, str, bytes, range, slice, type(Ellipsis))
 _LOCK = threading.RLock()
 _MISSING: Any = object()
+_CACHE = type(functools.lru_cache(lambda: None))
 
 
 @contextlib.contextmanager
@@ -231,7 +232,7 @@ class State:
         elif isinstance(value, functools.partial):
             for part in (value.func, value.args, value.keywords):
                 self._later(part, label)
-        elif hasattr(value, "cache_info") and hasattr(value, "cache_clear"):
+        elif isinstance(value, _CACHE):
             self._caches.append((value, value.cache_info().misses))
             self._later(getattr(value, "__wrapped__", None), label)
         elif isinstance(value, (property, staticmethod, classmethod, functools.cached_property)):

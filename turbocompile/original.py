@@ -51,12 +51,13 @@ NOT_COMPARED = Comparison()
 
 @dataclass
 class _Made:
-    """Calls that were made of a module and their results, flat; what of its Python state the second call changed; why
-    there are no more.
+    """Calls that were made of a module and their results, flat; what of its Python state all of them changed, and the
+    second one by itself; why there are no more.
     """
 
     calls: list[Leaves] = field(default_factory=list)
     results: list[list[torch.Tensor]] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
     moving: list[str] = field(default_factory=list)
     failure: str = ""
 
@@ -92,7 +93,7 @@ class Original:
                 difference, bound = run.difference(leaves, outputs)
                 worst = max(worst, difference)
                 if not difference <= bound:
-                    return Comparison(number + 1, self._wrong(number, difference, made.moving))
+                    return Comparison(number + 1, self._wrong(number, difference, made))
         if made.failure:
             return Comparison(len(made.results), f"{self.name} {made.failure}, and its graph does not; {STATELESS}")
         self._first = spelling, made.calls[0], made.results[0]
@@ -151,6 +152,7 @@ class Original:
                         made.moving = before.changed()
                     if len(made.results) >= CALLS and not made.moving:
                         break
+                made.kept = [k for k in state.changed() if not k.endswith(".training")]
         finally:
             state.restore()
         return made
@@ -177,16 +179,12 @@ class Original:
         sig.describe_output(self.model(*args, **kwargs), flat)
         return [t.detach().clone() for t in flat]
 
-    def _wrong(self, number: int, difference: float, moving: list[str]) -> str:
+    def _wrong(self, number: int, difference: float, made: _Made) -> str:
         place = "first" if not number else "second" if number == 1 else f"{number + 1}th"
-        words = (
-            f"{self.name} gives another result at its {place} call than its graph (largest difference {difference:.1e})"
-        )
-        if moving:
-            return (
-                f"{words}, because it keeps something between calls: {_listed(moving)} changes; compile a model whose "
-                "forward depends on its arguments alone"
-            )
+        words = f"{self.name} gives another result at its {place} call than its graph (off by {difference:.1e})"
+        kept = made.moving or (made.kept if number else [])
+        if kept:
+            return f"{words}, because it keeps something between calls ({_listed(kept)}); {STATELESS}"
         return f"{words}; compile it with verify: off only if you know why, and report it"
 
 

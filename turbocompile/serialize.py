@@ -54,7 +54,7 @@ transpose tril tril_indices triu triu_indices trunc type_as unbind unflatten unf
 _unsafe_view unsqueeze upsample_bicubic2d _upsample_bicubic2d_aa upsample_bilinear2d _upsample_bilinear2d_aa
 upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
 _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_trilinear3d var var_mean vector_norm view view_as
-view_as_complex view_as_real where xlogy __xor__ zero_ zeros zeros_ zeros_like
+view_as_complex view_as_real _weight_norm where xlogy __xor__ zero_ zeros zeros_ zeros_like
 """
 
 
