@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -441,18 +442,37 @@ def _compile_transformer(
     options = recipe.pass_options()
     if dry_run:  # synthetic weights say nothing of a layer
         options["w8a8"]["layers"] = "first"
-    layers = transformer.config["num_layers"]
-    if not in_all_layers(options, recipe.target):  # two layers show what repeats
-        layers = min(2, layers)
-    shallow = replace(transformer, config={**transformer.config, "num_layers": layers})
     smallest = min((*recipe.shapes, replace(TWIN, batch=recipe.shapes[0].batch)), key=lambda s: s.tokens)
     if recorded is not None:
         smallest = recorded_shape(recorded)
-    twin = capturing(shallow, smallest) if recipe.verify == "numeric" else None
-    return compile_programs(
+    layers = min(2, transformer.config["num_layers"])  # two show what repeats
+    shallow = replace(transformer, config={**transformer.config, "num_layers": layers})
+    small = functools.cache(capturing(shallow, smallest))
+    compared = NOT_COMPARED
+    if recipe.verify != "off" and not dry_run:
+        with stages("compare"):
+            compared = _compared(shallow, small(), smallest, recipe)
+    twin: Callable[[], Program] | None = None
+    if recipe.verify == "numeric":
+        everywhere = in_all_layers(options, recipe.target)
+        twin = capturing(transformer, smallest) if everywhere else lambda: small().copy()
+    item = compile_programs(
         name, captured, tensors, options, recipe.target,
         rewrite=recipe.passes.enabled, twin=twin, recorded=recorded, stages=stages,
     )  # fmt: skip
+    item.compared = compared.words
+    item.warnings += compared.warnings
+    return item
+
+
+def _compared(transformer: TransformerSource, program: Program, shape: Shape, recipe: Recipe) -> Comparison:
+    """The first blocks of the eager transformer beside their graph. Raises VerificationError where they differ."""
+    model = transformer.load().to(_device(recipe.target))
+    args, kwargs = transformer.example_inputs(shape)
+    comparison = Original(model, args, kwargs).compare(program, ModuleTensors(model, _device(recipe.target)))
+    if comparison.wrong:
+        raise VerificationError(f"{transformer.where}: {comparison.wrong}")
+    return replace(comparison, words=f"of {transformer.config['num_layers']} blocks: {comparison.words}")
 
 
 def measure(item: Compiled, recipe: Recipe, stages: Stages) -> None:
