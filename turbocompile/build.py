@@ -450,8 +450,10 @@ def _compile_transformer(
     small = functools.cache(capturing(shallow, smallest))
     compared = NOT_COMPARED
     if recipe.verify != "off" and not dry_run:
+        with stages("capture"):
+            program = small()
         with stages("compare"):
-            compared = _compared(shallow, small(), smallest, recipe)
+            compared = _compared(shallow, program, smallest, recipe)
     twin: Callable[[], Program] | None = None
     if recipe.verify == "numeric":
         everywhere = in_all_layers(options, recipe.target)

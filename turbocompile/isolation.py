@@ -30,8 +30,9 @@ from torch import nn
 # Packages whose functions and classes are not walked: their state is not a model's, or `process_kept` knows it.
 FOREIGN = frozenset(
     {
-        *sys.stdlib_module_names, "PIL", "_pytest", "accelerate", "av", "hypothesis", "huggingface_hub", "numpy", "onnx", "onnxruntime", "pytest",
-        "regex", "safetensors", "sympy", "tokenizers", "torch", "torchvision", "tqdm", "triton", "turbocompile",
+        *sys.stdlib_module_names, "PIL", "_pytest", "accelerate", "av", "huggingface_hub", "hypothesis", "numpy",
+        "onnx", "onnxruntime", "pytest", "regex", "safetensors", "sympy", "tokenizers", "torch", "torchvision", "tqdm",
+        "triton", "turbocompile",
     }
 )  # fmt: skip
 # Of diffusers, transformers and peft the modules that load, save and convert models: no forward comes through them.
