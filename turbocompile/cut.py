@@ -3,12 +3,16 @@
 Nodes are grouped by the first `X.<index>` of their module path. A group that can be taken out whole (nothing leaves it
 and comes back) becomes a piece; pieces that are alike in every operation, shape and weight suffix share one graph. What
 a piece reads that is computed from constants alone (RoPE tables) moves into it, so that passes on the block see it.
+
+Constants are compared by value. Where they take few values, each of which several layers share (a local and a global
+rotary base), each value makes a kind of block; where they differ otherwise, each layer has its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import operator
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,8 +21,9 @@ import torch
 from torch import fx
 
 from turbocompile.program import SHELL, Program, Subgraph, call
-from turbocompile.weights import RELATIVE, Dequantize, Expr, Load
+from turbocompile.weights import RELATIVE, Constant, Dequantize, Expr, Load
 
+MAX_KINDS = 4  # of blocks that differ in the values of constants alone: each is rewritten, checked and tuned
 MIN_NODES = 8  # a smaller repeated piece (a linear, an activation) is not worth a call
 ATTENTION = ("scaled_dot_product_attention", "softmax", "_softmax")
 
@@ -51,11 +56,12 @@ def cut(program: Program, lists: set[str]) -> Program:
     lists: paths of the model's ModuleLists; an attention block that is alone in such a list is cut too.
     """
     constant = _constants(program.shell.graph)
+    digests = {key: _digest(tensor) for key, tensor in program.constants.items()}
     for depth in (1, 2):
         pieces = _pieces(program.shell, depth, constant)
-        chosen = _alike(pieces, lists, program.shell.weights)
+        chosen = _alike(pieces, lists, program.shell.weights, digests)
         if chosen:
-            return _assemble(program, chosen)
+            return _assemble(program, chosen, digests)
     return program
 
 
@@ -162,10 +168,18 @@ def _writes_outside(piece: Piece, members: set[fx.Node]) -> bool:
     return False
 
 
-def _alike(pieces: list[Piece], lists: set[str], weights: Mapping[str, Expr]) -> list[Piece]:
+def _alike(
+    pieces: list[Piece], lists: set[str], weights: Mapping[str, Expr], digests: Mapping[str, bytes]
+) -> list[Piece]:
     """The pieces worth a call: alike at least twice, or a lone attention block of a ModuleList."""
     for piece in pieces:
         piece.key = _structure(piece, weights)
+    for alike in _by_key(pieces).values():
+        values = [tuple(digests[key] for key in _keys(piece, weights)) for piece in alike]
+        seen = Counter(values)
+        if 1 < len(seen) <= MAX_KINDS and min(seen.values()) > 1:
+            for piece, value in zip(alike, values, strict=True):
+                piece.key = (*piece.key, value)
     counts: dict[Any, int] = defaultdict(int)
     for piece in pieces:
         counts[piece.key] += 1
@@ -178,14 +192,39 @@ def _alike(pieces: list[Piece], lists: set[str], weights: Mapping[str, Expr]) ->
     return chosen
 
 
+def _by_key(pieces: list[Piece]) -> dict[Any, list[Piece]]:
+    found: dict[Any, list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault(piece.key, []).append(piece)
+    return found
+
+
+def _constants_read(piece: Piece, weights: Mapping[str, Expr]) -> list[fx.Node]:
+    """The constants that a piece reads, in the order of the first reading."""
+    read = (n for node in piece.nodes for n in node.all_input_nodes if n.op == "get_attr")
+    return list(dict.fromkeys(n for n in read if isinstance(weights[str(n.target)], Constant)))
+
+
+def _keys(piece: Piece, weights: Mapping[str, Expr]) -> list[str]:
+    """The keys of the constants that a piece reads, in the order of the first reading."""
+    return [weights[str(n.target)].key for n in _constants_read(piece, weights)]  # type: ignore[attr-defined]
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    return hashlib.sha256(tensor.resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy()).digest()
+
+
 def _structure(piece: Piece, weights: Mapping[str, Expr]) -> Any:
     """What two pieces must share to be one graph: operations, arguments, shapes, weights by names after the prefix, and
-    the format in which the model has them.
+    the format in which the model has them; constants by the order in which they are read.
     """
     number = {n: f"in{i}" for i, n in enumerate(piece.inputs)}
     number |= {n: f"n{i}" for i, n in enumerate(piece.nodes)}
+    constants = {n: f"c{i}" for i, n in enumerate(_constants_read(piece, weights))}
 
     def name(node: fx.Node) -> str:
+        if node in constants:
+            return constants[node] + _spec(node)
         if node.op == "get_attr":
             expr = weights[str(node.target)]
             format = expr.format if isinstance(expr, Dequantize) else ""
@@ -212,19 +251,45 @@ def _spec(node: fx.Node) -> str:
     return f":{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else ""
 
 
-def _assemble(program: Program, pieces: list[Piece]) -> Program:
+def _assemble(program: Program, pieces: list[Piece], digests: Mapping[str, bytes]) -> Program:
     names: dict[Any, str] = {}
     graphs: dict[str, Subgraph] = {}
-    for piece in pieces:
-        if piece.key not in names:
-            base = piece.list_path.replace(".", "_")
-            name = base if base not in graphs and base != SHELL else f"{base}_{len(graphs)}"
-            names[piece.key] = name
-            graphs[name] = _extract(piece, program.shell)
+    values = dict(program.constants)
+    for key, alike in _by_key(pieces).items():
+        piece = alike[0]
+        base = piece.list_path.replace(".", "_")
+        name = base if base not in graphs and base != SHELL else f"{base}_{len(graphs)}"
+        names[key] = name
+        graphs[name] = _extract(piece, program.shell, _own_constants(alike, program, digests, values))
     shell = _shell(program.shell, pieces, names)
-    used = {expr.key for sub in (shell, *graphs.values()) for expr in sub.weights.values() if hasattr(expr, "key")}
-    constants = {k: v for k, v in program.constants.items() if k in used}
-    return Program({SHELL: shell, **graphs}, program.signature, constants, program.fake_mode)
+    made = Program({SHELL: shell, **graphs}, program.signature, values, program.fake_mode)
+    read = made.constants_read()
+    made.constants = {key: tensor for key, tensor in values.items() if key in read}
+    return made
+
+
+def _own_constants(
+    alike: list[Piece], program: Program, digests: Mapping[str, bytes], values: dict[str, torch.Tensor]
+) -> dict[fx.Node, str]:
+    """The constants of the first piece that are not equal in all pieces of its kind, by their names below the prefix.
+
+    Their values are entered in `values` under the full name that each call reads. One that is no buffer of the blocks
+    (a literal tensor) is named by its values: those of another shape may be others.
+    """
+    weights = program.shell.weights
+    found: dict[fx.Node, str] = {}
+    of_pieces = zip(*(_keys(piece, weights) for piece in alike), strict=True)
+    for node, keys in zip(_constants_read(alike[0], weights), of_pieces, strict=True):
+        seen = [digests[key] for key in keys]
+        if len(set(seen)) == 1:
+            continue
+        pairs = list(zip(keys, (piece.prefix for piece in alike), strict=True))
+        below = {key.removeprefix(prefix) if key.startswith(prefix) else "" for key, prefix in pairs}
+        local = below.pop() if len(below) == 1 else ""
+        local = local or f"constant.{hashlib.sha256(b''.join(seen)).hexdigest()[:16]}"
+        found[node] = local
+        values |= {prefix + local: program.constants[key] for key, prefix in pairs}
+    return found
 
 
 def _local(name: str, expr: Expr, prefix: str) -> tuple[str, Expr]:
@@ -241,7 +306,8 @@ def _relative_to(prefix: str, expr: Expr) -> Expr:
     return replace(expr, data=_relative_to(prefix, expr.data), scale=_relative_to(prefix, expr.scale))
 
 
-def _extract(piece: Piece, shell: Subgraph) -> Subgraph:
+def _extract(piece: Piece, shell: Subgraph, own: Mapping[fx.Node, str]) -> Subgraph:
+    """The graph of a kind of block, from its first piece. own: the constants that each layer has its own of."""
     block = Subgraph(fx.Graph())
     env: dict[fx.Node, fx.Node] = {}
     for i, node in enumerate(piece.inputs):
@@ -251,7 +317,11 @@ def _extract(piece: Piece, shell: Subgraph) -> Subgraph:
 
     def value(node: fx.Node) -> fx.Node:
         if node not in env:  # a weight, read where it is first used
-            local, expr = _local(str(node.target), shell.weights[str(node.target)], piece.prefix)
+            expr = shell.weights[str(node.target)]
+            if node in own:
+                local, expr = own[node], replace(expr, key=RELATIVE + own[node])  # type: ignore[type-var]
+            else:
+                local, expr = _local(str(node.target), expr, piece.prefix)
             block.weights[local] = expr
             env[node] = block.graph.create_node("get_attr", local)
             env[node].meta = dict(node.meta)
