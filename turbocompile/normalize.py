@@ -219,7 +219,8 @@ def _real_constants(graph: str, program: Program) -> None:
         expr = sub.weights[name]
         if isinstance(expr, Constant):
             for key in program.keys(graph, expr):
-                program.constants[key + ".pairs"] = torch.view_as_real(program.constants[key].resolve_conj()).contiguous()
+                value = program.constants[key].resolve_conj()
+                program.constants[key + ".pairs"] = torch.view_as_real(value).contiguous()
             pairs = node.meta["val"]
             sub.weights[name + ".pairs"] = Constant(expr.key + ".pairs", tuple(pairs.shape), pairs.dtype)
             with sub.graph.inserting_before(node):
