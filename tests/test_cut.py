@@ -13,7 +13,7 @@ from turbocompile.capture import capture
 from turbocompile.engine import weight_plan
 from turbocompile.normalize import normalize
 from turbocompile.program import SHELL
-from turbocompile.weights import Constant
+from turbocompile.weights import Constant, Evaluator, ModuleTensors
 
 DIM, HEADS = 32, 2
 
@@ -108,6 +108,13 @@ def inputs():
     return torch.randn(2, 8, DIM), torch.randn(1, 12, DIM)
 
 
+def run(program, model, args):
+    """The Program's one output, with the module's weights."""
+    evaluate = Evaluator(ModuleTensors(model), program.constants)
+    weights = {name: evaluate(e.expr, e.prefix) for name, e in weight_plan({"call": program}).items()}
+    return Runner(program, weights, torch.device("cpu"))(*args)[0]
+
+
 @torch.no_grad()
 def error(found, truth):
     """The largest difference, in parts of the largest value."""
@@ -180,3 +187,120 @@ def test_the_normal_form_keeps_what_the_layers_own():
     assert own == [".cis.pairs"]
     assert {f"blocks.{i}.cis.pairs" for i in range(3)} == set(program.constants)
     assert {f"constants.blocks.{i}.cis.pairs" for i in range(3)} <= set(weight_plan({"call": program}))
+
+
+class Places(nn.Module):
+    """Four blocks, standing where `place` says."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.place = place
+        blocks = [Layer("plain", i) for i in range(4)]
+        self.head = nn.Linear(DIM, DIM)
+        if place == "dict":
+            self.blocks = nn.ModuleDict(dict(zip(("first", "b", "c-3", "last"), blocks, strict=True)))
+        elif place == "dict of lists":
+            self.streams = nn.ModuleDict({"a": nn.ModuleList(blocks[:2]), "b": nn.ModuleList(blocks[2:])})
+        elif place == "attributes":
+            for i, block in enumerate(blocks):
+                setattr(self, f"layer{i + 1}", block)
+        elif place == "stages":  # each followed by a linear of its own shape
+            self.stages = nn.ModuleList(Stage(blocks[2 * i : 2 * i + 2], DIM * (i + 1)) for i in range(2))
+        elif place == "three deep":
+            deep = nn.ModuleList(Stage(blocks[2 * i : 2 * i + 2], DIM * (i + 1)) for i in range(2))
+            self.groups = nn.ModuleList([Stage(deep, 3 * DIM)])
+        elif place == "named sequence":
+            self.blocks = nn.Sequential()
+            for name, block in zip("abcd", blocks, strict=True):
+                self.blocks.add_module(name, block)
+
+    def forward(self, x):
+        held = next(m for name, m in self.named_children() if name != "head")
+        if self.place == "attributes":
+            held = [self.layer1, self.layer2, self.layer3, self.layer4]
+        elif self.place == "dict":
+            held = list(held.values())
+        elif self.place == "dict of lists":
+            held = [*held["a"], *held["b"]]
+        for block in held:
+            x = block(x)
+        return self.head(x)
+
+
+class Stage(nn.Module):
+    def __init__(self, blocks, width: int) -> None:
+        super().__init__()
+        self.blocks, self.out = nn.ModuleList(blocks), nn.Sequential(nn.Linear(DIM, width), nn.Linear(width, DIM))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x + self.out(x)
+
+
+PLACES = {
+    "dict": ("blocks", ["blocks.first.", "blocks.b.", "blocks.c-3.", "blocks.last."]),
+    "dict of lists": ("streams_a", ["streams.a.0.", "streams.a.1.", "streams.b.0.", "streams.b.1."]),
+    "attributes": ("layer", ["layer1.", "layer2.", "layer3.", "layer4."]),
+    "stages": ("stages_0_blocks", [f"stages.{i}.blocks.{j}." for i in (0, 1) for j in (0, 1)]),
+    "three deep": ("groups_0_blocks_0_blocks", [f"groups.0.blocks.{i}.blocks.{j}." for i in (0, 1) for j in (0, 1)]),
+    "named sequence": ("blocks", ["blocks.a.", "blocks.b.", "blocks.c.", "blocks.d."]),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_blocks_are_found_wherever_they_stand(place):
+    model, (x, _) = Places(place).eval(), inputs()
+    program = capture(model, (x,))
+    name, prefixes = PLACES[place]
+    assert [(c.graph, c.prefix) for c in program.calls()] == [(name, prefix) for prefix in prefixes]
+    assert torch.equal(run(program, model, (x,)), model(x))
+
+
+def test_blocks_that_are_the_children_of_the_model_itself_are_found_and_saved(tmp_path):
+    torch.manual_seed(0)
+    model, (x, _) = nn.Sequential(nn.Linear(DIM, DIM), *(Layer("scale", i) for i in range(12))).eval(), inputs()
+    engine = turbocompile.optimize(model, (x,))
+    program = engine.programs["call"]
+    assert [(c.graph, c.prefix) for c in program.calls()] == [("blocks", f"{i}.") for i in range(1, 13)]
+    assert error(engine(x), model(x)) <= 100 * EPS
+    assert torch.equal(turbocompile.load(engine.save(tmp_path / "engine"))(x), engine(x))
+
+
+def test_alike_stages_are_taken_whole_and_the_blocks_of_another_stage_beside_them():
+    model, (x, _) = Places("stages").eval(), inputs()
+    model.stages.insert(0, Stage([Layer("plain", i) for i in range(2)], DIM))
+    program = capture(model.eval(), (x,))
+    assert [c.prefix for c in program.calls()] == ["stages.0.", "stages.1.", "stages.2.blocks.0.", "stages.2.blocks.1."]
+    assert torch.equal(run(program, model, (x,)), model(x))
+
+
+def test_a_lone_attention_block_stays_whole_beside_what_repeats_in_it():
+    class Experts(Layer):
+        def __init__(self):
+            super().__init__("plain", 0)
+            parts = [nn.Linear(DIM, DIM), nn.SiLU(), nn.Linear(DIM, DIM), nn.Sigmoid(), nn.LayerNorm(DIM), nn.Tanh()]
+            self.experts = nn.ModuleList(nn.Sequential(*parts, *parts[1:4]) for _ in range(8))
+
+        def forward(self, x):
+            x = super().forward(x)
+            return x + sum(expert(x) for expert in self.experts)
+
+    torch.manual_seed(0)
+    model, x = Places("none"), inputs()[0]
+    model.blocks = nn.ModuleList([Experts()])
+    assert [c.prefix for c in capture(model.eval(), (x,)).calls()] == ["blocks.0."]
+
+
+def test_two_attributes_with_a_number_that_are_a_small_part_of_a_model_are_no_blocks():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn1, self.attn2 = Layer("plain", 0), Layer("plain", 1)
+            self.rest = nn.Sequential(*(nn.Linear(DIM, DIM) for _ in range(40)))
+
+        def forward(self, x):
+            return self.rest(self.attn2(self.attn1(x)))
+
+    assert list(capture(Two().eval(), inputs()[:1]).graphs) == [SHELL]

@@ -74,14 +74,10 @@ def block_places(path: str, called: Mapping[str, str]) -> list[tuple[str, str]]:
         holder, prefix = ".".join(parts[:i]), ".".join(parts[: i + 1])
         keyed = (holder or holder in called) and called.get(holder, "Sequential").endswith("Sequential")
         numbered = NUMBERED.fullmatch(part)
-        if part.isdigit() or (keyed and prefix in called):
-            family.append("*")
-        elif numbered and prefix in called:
-            family.append(f"{numbered[1]}*")
-        else:
-            family.append(part)
-            continue
-        found.append((".".join(family), prefix + "."))
+        told = "*" if part.isdigit() or keyed else f"{numbered[1]}*" if numbered and prefix in called else part
+        family.append(told)
+        if part.isdigit() or (told != part and prefix in called):
+            found.append((".".join(family), prefix + "."))
     return found
 
 
