@@ -21,7 +21,7 @@ from turbocompile.normalize import normalize
 from turbocompile.pipeline import load_pass, run_pass
 from turbocompile.program import SHELL, Program, Subgraph, call, is_op, walk_tensors
 from turbocompile.sites import SAGE, SLA
-from turbocompile.weights import Constant, emitted_name
+from turbocompile.weights import Constant, emitted_name, full_name
 
 aten = torch.ops.aten
 
@@ -77,13 +77,14 @@ def refuse_quantized(program: Program, backend: str) -> None:
 def _plain(program: Program, weights: Mapping[str, torch.Tensor]) -> Program:
     """A copy in normal form without turbocompile's operators, whose constants have their values."""
     plain = program.copy()
-    for sub in plain.graphs.values():
+    for name, sub in plain.graphs.items():
         for node in sub.graph.nodes:
             if node.op == "call_function" and node.target in DECOMPOSITIONS:
                 node.target = DECOMPOSITIONS[node.target]  # traced through by the normalization below
         for expr in sub.weights.values():
-            if isinstance(expr, Constant) and f"constants.{expr.key}" in weights:
-                plain.constants[expr.key] = weights[f"constants.{expr.key}"].cpu()
+            for key in plain.keys(name, expr):
+                if f"constants.{key}" in weights:
+                    plain.constants[key] = weights[f"constants.{key}"].cpu()
     normalize(plain)
     run_pass(
         plain, load_pass("norms"), {"target": "cpu"}
@@ -138,8 +139,8 @@ class _Flattener:
         key = emitted_name(graph == SHELL, graph, local, expr, prefix)
         if key in self.weights:
             return key, self.weights[key].cpu()
-        if isinstance(expr, Constant) and expr.key in self.program.constants:
-            return f"folded.{expr.key}", self.program.constants[expr.key]
+        if isinstance(expr, Constant) and (own := full_name(expr.key, prefix)) in self.program.constants:
+            return f"folded.{own}", self.program.constants[own]
         raise EngineError(f"the engine lacks the weight {key!r}; it is damaged, build it again")
 
     def _buffer(self, name: str, value: torch.Tensor) -> fx.Node:

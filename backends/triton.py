@@ -6,7 +6,7 @@ A block's graph is compiled once and called with the weights of each of its plac
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import torch
 from torch import fx, nn
 
 from turbocompile.errors import EngineError
-from turbocompile.program import SHELL, Program, Subgraph, call
-from turbocompile.weights import emitted_name, is_relative
+from turbocompile.program import SHELL, Program, Subgraph, call, walk_tensors
+from turbocompile.weights import Constant, Expr, emitted_name, is_relative
 
+LAYER_BYTES = 1 << 20  # of a tensor that a layer computes from its constants and keeps: a table of 4096 x 64
 SOURCE = "source"  # in the meta of a node of generated code: the program's node that it comes from
 
 
@@ -87,16 +88,22 @@ class _Compiled:
     ) -> None:
         self.sub, self.name = sub, name
         self.single = len(sub.outputs()) == 1
+        self.device = device
         folded = foldable(sub)
-        kept = [n for n in folded if any(u not in folded for u in n.users)]
-        self.locals = [n for n in sub.graph.nodes if n.op == "get_attr" and any(u not in folded for u in n.users)]
-        self.constants = _evaluate(sub, folded, kept, device, lambda n: self._weight(n, "", weights))
+        self.of_layer = foldable_in_layer(sub, folded)
+        gone = folded | self.of_layer
+        self.values = _evaluate(sub, folded, _read_outside(folded), device, lambda n: self._weight(n, "", weights))
+        self.locals, kept, self.kept_of_layer = (
+            [n for n in sub.graph.nodes if n in some and any(u not in gone for u in n.users)]
+            for some in ({n for n in sub.graph.nodes if n.op == "get_attr"}, folded, self.of_layer)
+        )
+        self.constants = [self.values[n] for n in kept]
         root, graph = nn.Module(), fx.Graph()
         env: dict[fx.Node, fx.Node] = {}
-        for i, node in enumerate([*self.locals, *kept]):
+        for i, node in enumerate([*self.locals, *kept, *self.kept_of_layer]):
             env[node] = graph.placeholder(f"w{i}")
         for node in sub.graph.nodes:
-            if node in env or node in folded or (node.op == "get_attr"):
+            if node in env or node in gone or (node.op == "get_attr"):
                 continue
             args = fx.map_arg(node.args, env.__getitem__)
             kwargs = fx.map_arg(dict(node.kwargs), env.__getitem__)
@@ -116,8 +123,12 @@ class _Compiled:
         return weights[key]
 
     def bound(self, prefix: str, weights: Mapping[str, torch.Tensor]) -> _Bound:
-        operands = [self._weight(n, prefix, weights) for n in self.locals]
-        return _Bound(self.code, [*operands, *self.constants], self.single)
+        def weight(node: fx.Node) -> torch.Tensor:
+            return self._weight(node, prefix, weights)
+
+        own = _evaluate(self.sub, self.of_layer, self.kept_of_layer, self.device, weight, self.values)
+        operands = [*map(weight, self.locals), *self.constants, *(own[n] for n in self.kept_of_layer)]
+        return _Bound(self.code, operands, self.single)
 
 
 def place(node: fx.Node, kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -133,29 +144,61 @@ def foldable(sub: Subgraph) -> set[fx.Node]:
 
     A graph that writes in place is left alone, since a folded tensor could be written to.
     """
-    operations = [n for n in sub.graph.nodes if n.op == "call_function"]
-    schemas = [n.target._schema for n in operations if isinstance(n.target, torch._ops.OpOverload)]
-    if any(s.is_mutable for s in schemas):
-        return set()
     found: set[fx.Node] = set()
-    for node in operations:
-        if node.target is call:
-            continue
-        seeded = getattr(node.target, "tags", ())
-        if torch.Tag.nondeterministic_seeded in seeded:
-            continue
-        fixed = [
-            n in found or (n.op == "get_attr" and not is_relative(sub.weights[str(n.target)]))
-            for n in node.all_input_nodes
-        ]
-        if all(fixed):
+    for node in _pure(sub):
+        if all(n in found or (n.op == "get_attr" and not is_relative(_expr(sub, n))) for n in node.all_input_nodes):
             found.add(node)
     return found
 
 
-def _evaluate(sub: Subgraph, folded: set[fx.Node], kept: list[fx.Node], device: torch.device, weight: Any) -> list[Any]:
-    """The values of the kept nodes, computed in order; intermediates are freed at the end."""
-    env: dict[fx.Node, Any] = {}
+def foldable_in_layer(sub: Subgraph, folded: set[fx.Node]) -> set[fx.Node]:
+    """Operations whose value is the same in every run of a layer: they read only its constants, and what is folded.
+
+    A larger value than LAYER_BYTES is computed anew in each run, since every layer would hold one.
+    """
+    found: set[fx.Node] = set()
+    for node in _pure(sub):
+        fixed = (
+            n in found or n in folded or (n.op == "get_attr" and _is_fixed(_expr(sub, n))) for n in node.all_input_nodes
+        )
+        if node not in folded and all(fixed) and sum(t.nbytes for t in walk_tensors(node.meta["val"])) <= LAYER_BYTES:
+            found.add(node)
+    return found
+
+
+def _expr(sub: Subgraph, node: fx.Node) -> Expr:
+    return sub.weights[str(node.target)]
+
+
+def _is_fixed(expr: Expr) -> bool:
+    return isinstance(expr, Constant) or not is_relative(expr)
+
+
+def _pure(sub: Subgraph) -> list[fx.Node]:
+    """The operations of a graph that are no calls and draw no random numbers; none where one writes in place."""
+    operations = [n for n in sub.graph.nodes if n.op == "call_function"]
+    schemas = [n.target._schema for n in operations if isinstance(n.target, torch._ops.OpOverload)]
+    if any(s.is_mutable for s in schemas):
+        return []
+    seeded = torch.Tag.nondeterministic_seeded
+    return [n for n in operations if n.target is not call and seeded not in getattr(n.target, "tags", ())]
+
+
+def _read_outside(nodes: set[fx.Node]) -> list[fx.Node]:
+    """Those of the nodes that others read."""
+    return [n for n in nodes if any(u not in nodes for u in n.users)]
+
+
+def _evaluate(
+    sub: Subgraph,
+    folded: set[fx.Node],
+    kept: list[fx.Node],
+    device: torch.device,
+    weight: Callable[[fx.Node], torch.Tensor],
+    known: Mapping[fx.Node, Any] = {},
+) -> dict[fx.Node, Any]:
+    """The values of the kept nodes, computed in order from those known; intermediates are freed at the end."""
+    env: dict[fx.Node, Any] = dict(known)
     with torch.no_grad():
         for node in sub.graph.nodes:
             if node in folded:
@@ -165,7 +208,7 @@ def _evaluate(sub: Subgraph, folded: set[fx.Node], kept: list[fx.Node], device: 
                 args = fx.map_arg(node.args, env.__getitem__)
                 kwargs = place(node, fx.map_arg(dict(node.kwargs), env.__getitem__), device)
                 env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return [_own(env[n]) for n in kept]
+    return {n: _own(env[n]) for n in kept}
 
 
 def _own(value: Any) -> Any:

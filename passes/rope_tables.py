@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from turbocompile.match import Match, uncast
 from turbocompile.program import SHELL, dtype, is_op, shape
-from turbocompile.weights import Constant
+from turbocompile.weights import Constant, full_name
 
 aten = torch.ops.aten
 Node = Any  # an fx.Node, whose arguments fx types too widely to read them
@@ -26,12 +26,17 @@ def alike(m: Match, a: Node, b: Node) -> bool:
     """Whether two tables have the same values: the same node, or constants that are equal when computed."""
     if uncast(a) is uncast(b):
         return True
-    left, right = value(m, a), value(m, b)
-    return left is not None and right is not None and torch.equal(left, right)
+    return all(_equal(value(m, a, p), value(m, b, p)) for p in m.program.prefixes(m.graph) or [""])
 
 
-def value(m: Match, node: Node) -> torch.Tensor | None:
-    """The value of a node that depends on stored constants alone; None where it depends on anything else."""
+def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is not None and b is not None and torch.equal(a, b)
+
+
+def value(m: Match, node: Node, prefix: str) -> torch.Tensor | None:
+    """The value that a node has in the call of its graph with this prefix, where it depends on stored constants alone;
+    None where it depends on anything else.
+    """
     values: dict[Node, Any] = {}
     stack = [node]
     while stack:
@@ -39,7 +44,8 @@ def value(m: Match, node: Node) -> torch.Tensor | None:
         waiting = [n for n in top.all_input_nodes if n not in values]
         if top.op == "get_attr":
             expr = m.sub.weights[str(top.target)]
-            known = m.program.constants.get(expr.key) if isinstance(expr, Constant) else None
+            key = full_name(expr.key, prefix) if isinstance(expr, Constant) else ""
+            known = m.program.constants.get(key)
             if known is None or isinstance(known, FakeTensor):
                 return None
             values[top] = known

@@ -1,15 +1,22 @@
 """Cuts the repeated blocks out of a flat graph.
 
-Nodes are grouped by the first `X.<index>` of their module path. A group that can be taken out whole (nothing leaves it
-and comes back) becomes a piece; pieces that are alike in every operation, shape and weight suffix share one graph. What
-a piece reads that is computed from constants alone (RoPE tables) moves into it, so that passes on the block see it.
+A block is a module that has siblings like it: it stands in a list under an index, in a dictionary under a key, or in an
+attribute whose name ends in a number. A block's nodes that can be taken out whole (nothing leaves them and comes back)
+become a piece; pieces that are alike in every operation, shape and weight suffix share one graph. Of blocks in blocks
+those are taken that cover most repeated work. What a piece reads that is computed from constants alone (RoPE tables)
+moves into it, so that passes on the block see it.
+
+Constants are compared by value. Where they take few values, each of which several layers share (a local and a global
+rotary base), each value makes a kind of block; where they differ otherwise, each layer has its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import operator
+import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,32 +24,61 @@ import torch
 from torch import fx
 
 from turbocompile.program import SHELL, Program, Subgraph, call
-from turbocompile.weights import RELATIVE, Dequantize, Expr, Load
+from turbocompile.weights import RELATIVE, Constant, Dequantize, Expr, Load
 
+MAX_KINDS = 4  # of blocks that differ in the values of constants alone: each is rewritten, checked and tuned
 MIN_NODES = 8  # a smaller repeated piece (a linear, an activation) is not worth a call
+NUMBERED = re.compile(r"(.*\D)\d+")
 ATTENTION = ("scaled_dot_product_attention", "softmax", "_softmax")
 
 
 @dataclass
 class Piece:
-    """The nodes of one block of the flat graph. `nodes` includes the constant computations it takes with it."""
+    """The nodes of one block of the flat graph.
+
+    family: the block's path with a star for what tells it from its siblings. inside: the nodes that its module made;
+    `nodes` includes the constant computations that it takes with it. structure: equal in pieces that may share a graph.
+    constants: digests of the constants that it reads.
+    """
 
     prefix: str
-    list_path: str
-    nodes: list[fx.Node]
+    family: str
+    inside: set[fx.Node]
+    nodes: list[fx.Node] = field(default_factory=list)
     inputs: list[fx.Node] = field(default_factory=list)
     outputs: list[fx.Node] = field(default_factory=list)
-    key: Any = None
+    structure: str = ""
+    constants: tuple[bytes, ...] = ()
+
+    @property
+    def list_path(self) -> str:
+        """The path of what holds the block."""
+        return self.prefix.rstrip(".").rpartition(".")[0]
+
+    @property
+    def attention(self) -> int:
+        """How many attentions it computes."""
+        return sum(getattr(n.target, "_opname", "") in ATTENTION for n in self.nodes)
 
 
-def block_key(path: str, depth: int) -> tuple[str, int] | None:
-    """(list path, index) of the `depth`-th `X.<index>` in a module path; None where there is none."""
-    parts = path.split(".")
-    places = [i for i, part in enumerate(parts) if part.isdigit() and i]
-    if len(places) < depth:
-        return None
-    i = places[depth - 1]
-    return ".".join(parts[:i]), int(parts[i])
+def block_places(path: str, called: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(family, prefix) of each module on a module path that may be a block, from the outermost in.
+
+    called: path -> class of the modules that made nodes. What was never called, and a Sequential, holds modules under
+    keys; another module's attribute may be a block where its name ends in a number.
+    """
+    parts = path.split(".") if path else []
+    found: list[tuple[str, str]] = []
+    family: list[str] = []
+    for i, part in enumerate(parts):
+        holder, prefix = ".".join(parts[:i]), ".".join(parts[: i + 1])
+        keyed = (holder or holder in called) and called.get(holder, "Sequential").endswith("Sequential")
+        numbered = NUMBERED.fullmatch(part)
+        told = "*" if part.isdigit() or keyed else f"{numbered[1]}*" if numbered and prefix in called else part
+        family.append(told)
+        if part.isdigit() or (told != part and prefix in called):
+            found.append((".".join(family), prefix + "."))
+    return found
 
 
 def cut(program: Program, lists: set[str]) -> Program:
@@ -50,13 +86,98 @@ def cut(program: Program, lists: set[str]) -> Program:
 
     lists: paths of the model's ModuleLists; an attention block that is alone in such a list is cut too.
     """
-    constant = _constants(program.shell.graph)
-    for depth in (1, 2):
-        pieces = _pieces(program.shell, depth, constant)
-        chosen = _alike(pieces, lists, program.shell.weights)
-        if chosen:
-            return _assemble(program, chosen)
-    return program
+    places = _Places(program, lists)
+    chosen = places.cover(places.outermost)
+    if not chosen:
+        return program
+    chosen.sort(key=lambda piece: min(places.order[n] for n in piece.inside))
+    return _assemble(program, kinds(chosen))
+
+
+class _Places:
+    """Where blocks may stand in a program, and which of them to cut out."""
+
+    def __init__(self, program: Program, lists: set[str]) -> None:
+        graph = program.shell.graph
+        self.lists = lists
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.size = sum(n.op == "call_function" for n in graph.nodes)
+        self.pieces: dict[str, list[Piece]] = defaultdict(list)  # by family; those that can be taken out whole
+        self.prefixes: dict[str, list[str]] = defaultdict(list)  # by family, of all
+        self.outermost: list[str] = []  # families
+        self.within: dict[str, list[str]] = defaultdict(list)  # the families next inside a family
+        inside: dict[tuple[str, str], set[fx.Node]] = defaultdict(set)
+        called = {p: kind for n in graph.nodes for p, kind in (n.meta.get("nn_module_stack") or {}).values()}
+        for node in graph.nodes:
+            outer = self.outermost
+            for place in block_places(_path(node), called) if node.op == "call_function" else ():
+                inside[place].add(node)
+                outer += [] if place[0] in outer else [place[0]]
+                outer = self.within[place[0]]
+        constant = _constants(graph)
+        digests = {key: _digest(tensor) for key, tensor in program.constants.items()}
+        for (family, prefix), nodes in inside.items():
+            self.prefixes[family].append(prefix)
+            piece = Piece(prefix, family, nodes)
+            if _complete(piece, self.order, constant) and len(piece.nodes) >= MIN_NODES:
+                piece.structure = _structure(piece, program.shell.weights)
+                piece.constants = tuple(digests[key] for key in _keys(piece, program.shell.weights))
+                self.pieces[family].append(piece)
+
+    def cover(self, families: Iterable[str], under: tuple[str, ...] = ("",)) -> list[Piece]:
+        """The blocks to cut out of the families' modules whose paths start with one of `under`."""
+        return [piece for family in families for piece in self._cover(family, under)]
+
+    def _cover(self, family: str, under: tuple[str, ...]) -> list[Piece]:
+        """Those of a family, or those inside it, or some of both: what covers most repeated work."""
+        alike, alone = self._worth(family, under)
+        inner = self.within[family]
+        if not alike and not alone:
+            return self.cover(inner, under)
+        everywhere = [p for p in self.prefixes[family] if p.startswith(under)]
+        taken = {piece.prefix for piece in alike}
+        left = tuple(p for p in everywhere if p not in taken)
+        rest = tuple(p for p in left if p not in {piece.prefix for piece in alone})
+        covers = [
+            [*alike, *alone, *self.cover(inner, rest)],
+            [*alike, *self.cover(inner, left)],
+            self.cover(inner, under),
+        ]
+        return max(covers, key=_work)  # the first of equals: the outermost blocks
+
+    def _worth(self, family: str, under: tuple[str, ...]) -> tuple[list[Piece], list[Piece]]:
+        """The blocks of a family that are worth a call: alike at least twice; and lone attention blocks in lists."""
+        groups = kinds([p for p in self.pieces[family] if p.prefix.startswith(under)])
+        alike = [piece for group in groups if len(group) > 1 for piece in group]
+        alone = [g[0] for g in groups if len(g) == 1 and g[0].attention and g[0].list_path in self.lists]
+        if family.rpartition(".")[2] != "*":
+            # Names that end in a number are common: they are blocks where they are most of the model.
+            most = 2 * sum(len(piece.inside) for piece in alike) > self.size
+            alike = [piece for piece in alike if piece.attention and most]
+        return alike, alone
+
+
+def kinds(pieces: list[Piece]) -> list[list[Piece]]:
+    """The pieces by the graph that they share."""
+    found: list[list[Piece]] = []
+    for alike in _grouped(pieces, lambda p: (p.family, p.structure)):
+        by_value = _grouped(alike, lambda p: p.constants)
+        few = 1 < len(by_value) <= MAX_KINDS and min(map(len, by_value)) > 1
+        found += by_value if few else [alike]
+    return found
+
+
+def _grouped(pieces: Iterable[Piece], key: Callable[[Piece], Any]) -> list[list[Piece]]:
+    found: dict[Any, list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault(key(piece), []).append(piece)
+    return list(found.values())
+
+
+def _work(pieces: list[Piece]) -> tuple[int, float]:
+    """What blocks are worth: the attentions that they compute, then their operations; half of those of a lone block."""
+    sizes = [(len(piece.inside), len(group)) for group in kinds(pieces) for piece in group]
+    return sum(piece.attention for piece in pieces), sum(n if count > 1 else n / 2 for n, count in sizes)
 
 
 def _schema(node: fx.Node) -> Any:
@@ -87,26 +208,11 @@ def _path(node: fx.Node) -> str:
     return list(stack.values())[-1][0] if stack else ""
 
 
-def _pieces(sub: Subgraph, depth: int, constant: set[fx.Node]) -> list[Piece]:
-    groups: dict[tuple[str, int], list[fx.Node]] = defaultdict(list)
-    for node in sub.graph.nodes:
-        key = block_key(_path(node), depth) if node.op == "call_function" else None
-        if key is not None:
-            groups[key].append(node)
-    order = {node: i for i, node in enumerate(sub.graph.nodes)}
-    pieces = []
-    for (list_path, index), nodes in groups.items():
-        piece = Piece(f"{list_path}.{index}.", list_path, nodes)
-        if _complete(piece, sub, order, constant):
-            pieces.append(piece)
-    return pieces
-
-
-def _complete(piece: Piece, sub: Subgraph, order: dict[fx.Node, int], constant: set[fx.Node]) -> bool:
-    """Fills in the piece's inputs and outputs; False where it cannot be taken out whole."""
-    inside = set(piece.nodes)
+def _complete(piece: Piece, order: dict[fx.Node, int], constant: set[fx.Node]) -> bool:
+    """Fills in the piece's nodes, inputs and outputs; False where it cannot be taken out whole."""
+    inside = piece.inside
     taken: set[fx.Node] = set()
-    todo = [n for node in piece.nodes for n in node.all_input_nodes if n in constant and n not in inside]
+    todo = [n for node in inside for n in node.all_input_nodes if n in constant and n not in inside]
     while todo:  # the constants it reads come along, copied
         node = todo.pop()
         if node not in taken:
@@ -162,30 +268,32 @@ def _writes_outside(piece: Piece, members: set[fx.Node]) -> bool:
     return False
 
 
-def _alike(pieces: list[Piece], lists: set[str], weights: Mapping[str, Expr]) -> list[Piece]:
-    """The pieces worth a call: alike at least twice, or a lone attention block of a ModuleList."""
-    for piece in pieces:
-        piece.key = _structure(piece, weights)
-    counts: dict[Any, int] = defaultdict(int)
-    for piece in pieces:
-        counts[piece.key] += 1
-    chosen = []
-    for piece in pieces:
-        attention = any(getattr(n.target, "_opname", "") in ATTENTION for n in piece.nodes)
-        big = len(piece.nodes) >= MIN_NODES
-        if big and (counts[piece.key] > 1 or (attention and piece.list_path in lists)):
-            chosen.append(piece)
-    return chosen
+def _constants_read(piece: Piece, weights: Mapping[str, Expr]) -> list[fx.Node]:
+    """The constants that a piece reads, in the order of the first reading."""
+    read = (n for node in piece.nodes for n in node.all_input_nodes if n.op == "get_attr")
+    return list(dict.fromkeys(n for n in read if isinstance(weights[str(n.target)], Constant)))
 
 
-def _structure(piece: Piece, weights: Mapping[str, Expr]) -> Any:
+def _keys(piece: Piece, weights: Mapping[str, Expr]) -> list[str]:
+    """The keys of the constants that a piece reads, in the order of the first reading."""
+    return [weights[str(n.target)].key for n in _constants_read(piece, weights)]  # type: ignore[attr-defined]
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    return hashlib.sha256(tensor.resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy()).digest()
+
+
+def _structure(piece: Piece, weights: Mapping[str, Expr]) -> str:
     """What two pieces must share to be one graph: operations, arguments, shapes, weights by names after the prefix, and
-    the format in which the model has them.
+    the format in which the model has them; constants by the order in which they are read.
     """
     number = {n: f"in{i}" for i, n in enumerate(piece.inputs)}
     number |= {n: f"n{i}" for i, n in enumerate(piece.nodes)}
+    constants = {n: f"c{i}" for i, n in enumerate(_constants_read(piece, weights))}
 
     def name(node: fx.Node) -> str:
+        if node in constants:
+            return constants[node] + _spec(node)
         if node.op == "get_attr":
             expr = weights[str(node.target)]
             format = expr.format if isinstance(expr, Dequantize) else ""
@@ -198,7 +306,7 @@ def _structure(piece: Piece, weights: Mapping[str, Expr]) -> Any:
         kwargs = fx.map_arg(node.kwargs, lambda n: _Name(name(n)))
         lines.append(f"{node.target}{args}{kwargs}{_spec(node)}")
     lines.append(",".join(number[n] for n in piece.outputs))
-    return (piece.list_path, "\n".join(lines))
+    return "\n".join(lines)
 
 
 class _Name(str):
@@ -212,19 +320,50 @@ def _spec(node: fx.Node) -> str:
     return f":{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else ""
 
 
-def _assemble(program: Program, pieces: list[Piece]) -> Program:
-    names: dict[Any, str] = {}
+def _assemble(program: Program, pieces: list[list[Piece]]) -> Program:
+    """The program with each kind of piece as a graph and each piece as a call."""
+    names: dict[str, str] = {}  # of the graphs, by prefix
     graphs: dict[str, Subgraph] = {}
-    for piece in pieces:
-        if piece.key not in names:
-            base = piece.list_path.replace(".", "_")
-            name = base if base not in graphs and base != SHELL else f"{base}_{len(graphs)}"
-            names[piece.key] = name
-            graphs[name] = _extract(piece, program.shell)
-    shell = _shell(program.shell, pieces, names)
-    used = {expr.key for sub in (shell, *graphs.values()) for expr in sub.weights.values() if hasattr(expr, "key")}
-    constants = {k: v for k, v in program.constants.items() if k in used}
-    return Program({SHELL: shell, **graphs}, program.signature, constants, program.fake_mode)
+    values = dict(program.constants)
+    for alike in pieces:
+        base = _graph_name(alike[0])
+        name = base if base not in graphs and base != SHELL else f"{base}_{len(graphs)}"
+        names |= {piece.prefix: name for piece in alike}
+        graphs[name] = _extract(alike[0], program.shell, _own_constants(alike, program, values))
+    shell = _shell(program.shell, [piece for alike in pieces for piece in alike], names)
+    made = Program({SHELL: shell, **graphs}, program.signature, values, program.fake_mode)
+    read = made.constants_read()
+    made.constants = {key: tensor for key, tensor in values.items() if key in read}
+    return made
+
+
+def _graph_name(piece: Piece) -> str:
+    """As in `blocks` for the blocks of a list (of the model itself, too), and of attributes block_0, block_1."""
+    stem = piece.family.rpartition(".")[2].rstrip("*").rstrip("_")
+    return re.sub(r"\W", "_", ".".join(filter(None, (piece.list_path, stem)))) or "blocks"
+
+
+def _own_constants(alike: list[Piece], program: Program, values: dict[str, torch.Tensor]) -> dict[fx.Node, str]:
+    """The constants of the first piece that are not equal in all pieces of its kind, by their names below the prefix.
+
+    Their values are entered in `values` under the full name that each call reads. One that is no buffer of the blocks
+    (a literal tensor) is named by its values: those of another shape may be others.
+    """
+    weights = program.shell.weights
+    found: dict[fx.Node, str] = {}
+    keys_of_pieces = zip(*(_keys(piece, weights) for piece in alike), strict=True)
+    digests_of_pieces = zip(*(piece.constants for piece in alike), strict=True)
+    nodes = _constants_read(alike[0], weights)
+    for node, keys, digests in zip(nodes, keys_of_pieces, digests_of_pieces, strict=True):
+        if len(set(digests)) == 1:
+            continue
+        pairs = list(zip(keys, (piece.prefix for piece in alike), strict=True))
+        below = {key.removeprefix(prefix) if key.startswith(prefix) else "" for key, prefix in pairs}
+        local = below.pop() if len(below) == 1 else ""
+        local = local or f"constant.{hashlib.sha256(b''.join(digests)).hexdigest()[:16]}"
+        found[node] = local
+        values |= {prefix + local: program.constants[key] for key, prefix in pairs}
+    return found
 
 
 def _local(name: str, expr: Expr, prefix: str) -> tuple[str, Expr]:
@@ -241,7 +380,8 @@ def _relative_to(prefix: str, expr: Expr) -> Expr:
     return replace(expr, data=_relative_to(prefix, expr.data), scale=_relative_to(prefix, expr.scale))
 
 
-def _extract(piece: Piece, shell: Subgraph) -> Subgraph:
+def _extract(piece: Piece, shell: Subgraph, own: Mapping[fx.Node, str]) -> Subgraph:
+    """The graph of a kind of block, from its first piece. own: the constants that each layer has its own of."""
     block = Subgraph(fx.Graph())
     env: dict[fx.Node, fx.Node] = {}
     for i, node in enumerate(piece.inputs):
@@ -251,7 +391,11 @@ def _extract(piece: Piece, shell: Subgraph) -> Subgraph:
 
     def value(node: fx.Node) -> fx.Node:
         if node not in env:  # a weight, read where it is first used
-            local, expr = _local(str(node.target), shell.weights[str(node.target)], piece.prefix)
+            expr = shell.weights[str(node.target)]
+            if node in own:
+                local, expr = own[node], replace(expr, key=RELATIVE + own[node])  # type: ignore[type-var]
+            else:
+                local, expr = _local(str(node.target), expr, piece.prefix)
             block.weights[local] = expr
             env[node] = block.graph.create_node("get_attr", local)
             env[node].meta = dict(node.meta)
@@ -280,12 +424,12 @@ def _relative(stack: Any, prefix: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _shell(flat: Subgraph, pieces: list[Piece], names: dict[Any, str]) -> Subgraph:
+def _shell(flat: Subgraph, pieces: list[Piece], names: Mapping[str, str]) -> Subgraph:
     """The flat graph with a call in place of each piece, emitted as soon as its inputs are there."""
     owner = {}
     for piece in pieces:
         for node in piece.nodes:
-            if _path(node).startswith(piece.prefix.rstrip(".")) or node in piece.outputs:
+            if node in piece.inside:
                 owner[node] = piece
     last = {id(piece): next(n for n in reversed(piece.nodes) if owner.get(n) is piece) for piece in pieces}
     shell = Subgraph(fx.Graph())
@@ -306,7 +450,7 @@ def _shell(flat: Subgraph, pieces: list[Piece], names: dict[Any, str]) -> Subgra
             else:
                 stack.pop()
                 if piece:
-                    _call(shell.graph, piece, names[piece.key], env)
+                    _call(shell.graph, piece, names[piece.prefix], env)
                 else:
                     env[top] = _copy(shell, flat, top, env)
 

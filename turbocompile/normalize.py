@@ -52,14 +52,13 @@ def normalize(program: Program) -> None:
     Equal to the captured program up to rounding: a quotient may move by one unit in the last place of the type that it
     is computed in, reductions written out by one rounding each.
     """
-    for sub in program.graphs.values():
+    for graph, sub in program.graphs.items():
         _retrace(sub, program.fake_mode)
         clean(sub, program.fake_mode)
-        _real_constants(sub, program)
+        _real_constants(graph, program)
         clean(sub, program.fake_mode)
         sub.graph = _renamed(sub.graph, program.fake_mode)
-    read = {e.key for s in program.graphs.values() for e in s.weights.values() if isinstance(e, Constant)}
-    for key in set(program.constants) - read:
+    for key in set(program.constants) - program.constants_read():
         del program.constants[key]
 
 
@@ -210,18 +209,20 @@ def _emit_call(
 # ------------------------------------------------------------------------------------------------- complex constants
 
 
-def _real_constants(sub: Subgraph, program: Program) -> None:
+def _real_constants(graph: str, program: Program) -> None:
     """A complex constant that is read as pairs becomes a constant of pairs: no complex number is left to store."""
+    sub = program.graphs[graph]
     for node in list(sub.graph.nodes):
         if not is_op(node, aten.view_as_real.default) or node.args[0].op != "get_attr":
             continue
         name = str(node.args[0].target)
         expr = sub.weights[name]
         if isinstance(expr, Constant):
-            key = expr.key + ".pairs"
-            program.constants[key] = torch.view_as_real(program.constants[expr.key]).contiguous()
-            value = program.constants[key]
-            sub.weights[name + ".pairs"] = Constant(key, tuple(value.shape), value.dtype)
+            for key in program.keys(graph, expr):
+                value = program.constants[key].resolve_conj()
+                program.constants[key + ".pairs"] = torch.view_as_real(value).contiguous()
+            pairs = node.meta["val"]
+            sub.weights[name + ".pairs"] = Constant(expr.key + ".pairs", tuple(pairs.shape), pairs.dtype)
             with sub.graph.inserting_before(node):
                 made = sub.graph.create_node("get_attr", name + ".pairs")
             made.meta = dict(node.meta)

@@ -22,7 +22,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from turbocompile.weights import Expr
+from turbocompile.weights import Constant, Expr, full_name, leaves
 
 SHELL = "shell"
 
@@ -149,6 +149,16 @@ class Program:
     def prefixes(self, graph: str) -> list[str]:
         """The weight prefixes under which a graph runs; the shell has the empty one."""
         return [""] if graph == SHELL else [c.prefix for c in self.calls() if c.graph == graph]
+
+    def keys(self, graph: str, expr: Expr) -> list[str]:
+        """The names in `constants` of what an expression of the graph reads there: one a call of what a layer owns."""
+        found = [leaf.key for leaf in leaves(expr) if isinstance(leaf, Constant)]
+        return list(dict.fromkeys(full_name(key, prefix) for key in found for prefix in self.prefixes(graph) or [""]))
+
+    def constants_read(self) -> set[str]:
+        """The names in `constants` of what the graphs read."""
+        weights = [(graph, expr) for graph, sub in self.graphs.items() for expr in sub.weights.values()]
+        return {key for graph, expr in weights for key in self.keys(graph, expr)}
 
     def split(self, graph: str, names: Mapping[str, str]) -> None:
         """Gives some calls of a graph a copy of it, which may then be rewritten in another way.

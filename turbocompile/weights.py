@@ -22,7 +22,7 @@ from turbocompile.quantized import DATA, SCALE, named_tensors, quantized
 
 ALIGNMENT = 64  # bytes: a cache line, and what matrix libraries align to
 SHARD_BYTES = 1 << 30  # one shard is in memory while it is made
-RELATIVE = "."  # a Load name that starts with it is relative to the prefix of the call
+RELATIVE = "."  # the name of a Load or a Constant that starts with it is relative to the prefix of the call
 
 
 _SAFETENSORS = {
@@ -77,7 +77,10 @@ class Load(Expr):
 
 @dataclass(frozen=True)
 class Constant(Expr):
-    """A tensor that is in no checkpoint (a non-persistent buffer), stored with the program under `key`."""
+    """A tensor that is in no checkpoint (a non-persistent buffer), stored with the program under `key`.
+
+    A key that starts with "." is relative to the call's prefix: each layer has a value of its own.
+    """
 
     key: str
     shape: tuple[int, ...]
@@ -283,16 +286,23 @@ def stacked(expr: Expr) -> list[Load]:
     return []
 
 
+def full_name(name: str, prefix: str) -> str:
+    """The name of a Load, or the key of a Constant, as a call with this prefix reads it."""
+    return prefix + name.removeprefix(RELATIVE) if name.startswith(RELATIVE) else name
+
+
 def is_relative(expr: Expr) -> bool:
     """Whether the expression differs from call to call, because a leaf is relative to the prefix."""
-    return any(isinstance(leaf, Load) and leaf.name.startswith(RELATIVE) for leaf in leaves(expr))
+    names = [leaf.name if isinstance(leaf, Load) else getattr(leaf, "key", "") for leaf in leaves(expr)]
+    return any(name.startswith(RELATIVE) for name in names)
 
 
 def absolute(expr: Expr, prefix: str) -> Expr:
     """The same with full names, as a call with this prefix reads it."""
     if isinstance(expr, Load):
-        own = expr.name.startswith(RELATIVE)
-        return replace(expr, name=prefix + expr.name.removeprefix(RELATIVE)) if own else expr
+        return replace(expr, name=full_name(expr.name, prefix))
+    if isinstance(expr, Constant):
+        return replace(expr, key=full_name(expr.key, prefix))
     values = {f.name: getattr(expr, f.name) for f in fields(expr)}  # type: ignore[arg-type]
     changed = {
         name: absolute(v, prefix) if isinstance(v, Expr) else tuple(absolute(e, prefix) for e in v)
@@ -310,7 +320,7 @@ def nbytes(expr: Expr) -> int:
 def emitted_name(graph_is_shell: bool, graph: str, local: str, expr: Expr, prefix: str) -> str:
     """The name under which a weight is stored: prefix + local name; shared by all calls where no leaf is relative."""
     if isinstance(expr, Constant):
-        return f"constants.{expr.key}"
+        return f"constants.{full_name(expr.key, prefix)}"
     if graph_is_shell or is_relative(expr):
         return prefix + local
     return expr.name if isinstance(expr, Load) else f"shared.{graph}.{local}"
@@ -343,7 +353,7 @@ class Evaluator:
                 f"a weight is {list(value.shape)} {value.dtype} where the graph expects {list(expr.shape)} "
                 f"{expr.dtype}; the checkpoint is of another model"
             )
-        return value.contiguous()
+        return value.resolve_conj().contiguous()
 
     def _value(self, expr: Expr, prefix: str) -> torch.Tensor:
         def of(e: Expr) -> torch.Tensor:
@@ -353,7 +363,7 @@ class Evaluator:
             case Load():
                 return self._load(expr, prefix)
             case Constant():
-                return self.constants[expr.key]
+                return self.constants[full_name(expr.key, prefix)]
             case Zeros():
                 return torch.zeros(expr.shape, dtype=expr.dtype)
             case Reshape():
@@ -380,7 +390,7 @@ class Evaluator:
         raise EngineError(f"a weight is a {type(expr).__name__}, which is no weight expression")
 
     def _load(self, expr: Load, prefix: str) -> torch.Tensor:
-        name = prefix + expr.name.removeprefix(RELATIVE) if expr.name.startswith(RELATIVE) else expr.name
+        name = full_name(expr.name, prefix)
         try:
             value = self.source.get(name)
         except KeyError:
