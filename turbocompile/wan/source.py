@@ -54,6 +54,10 @@ TRANSFORMERS = ("transformer", "transformer_2")
 PROBE_SECONDS = 5.0
 ENCODED = 4  # frames that diffusers' AutoencoderKLWan encodes at a time after the first
 IMAGE_PIPELINE = "WanImageToVideoPipeline"
+ONE_TIMESTEP = (
+    "the engine takes one timestep for all tokens, which in text-to-video are the same; a diffusers pipeline with "
+    "expand_timesteps gives each token its own, so set expand_timesteps=False in the one that calls the engine"
+)
 PUBLISHED = Geometry()
 QUANTIZED = ("int8_weight", "scale")  # TurboDiffusion's two parts of a weight
 _SLA = re.compile(r"blocks\.\d+\.attn1\.proj_l\.(weight|bias)")  # read by the pass for sparse-linear attention
@@ -377,6 +381,8 @@ def _open_folder(recipe: Recipe, folder: Path) -> Source:
             f"{folder}: this image-to-video pipeline gives each token a timestep of its own (expand_timesteps), which "
             "a recipe does not do yet; compile its transformer with turbocompile.optimize(model) inside the pipeline"
         )
+    if index.get("expand_timesteps"):
+        transformers = {name: replace(t, notes=(*t.notes, ONE_TIMESTEP)) for name, t in transformers.items()}
     return _source(recipe, transformers, own, boundary, synthetic, where)
 
 
