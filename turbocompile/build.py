@@ -43,6 +43,7 @@ from turbocompile.signature import bound, describe, differs, fits, float_timeste
 from turbocompile.tuning import FILE as TUNING
 from turbocompile.tuning import Tuning, merge, tune
 from turbocompile.verify import Verifier, random_inputs
+from turbocompile.wan.configs import Geometry
 from turbocompile.wan.source import BOUNDARY, Source, TransformerSource, open_source
 from turbocompile.weights import (
     Emission,
@@ -57,7 +58,7 @@ from turbocompile.weights import (
 
 MODULES_OWN = "the module's"  # where the weights of a report come from
 VERIFY_TOKENS = MAX_TOKENS  # a larger call is verified at a smaller shape, or not at all
-TWIN = Shape(height=128, width=128, num_frames=9)  # 192 tokens: some blocks of every kernel, and ragged
+TWIN = (3, 8, 8)  # patches of frames, height and width: 192 tokens are some blocks of every kernel, and ragged
 OF_QUANTIZED_ATTENTIONS = ("norm_attention",)  # passes whose sites are the attentions that were quantized
 Progress = Callable[[str, float], None]
 
@@ -406,7 +407,7 @@ def recorded_of(recipe: Recipe, source: Source) -> dict[str, Recorded]:
     return found
 
 
-def recorded_shape(recorded: Recorded) -> Shape:
+def recorded_shape(recorded: Recorded, geometry: Geometry) -> Shape:
     """The size of the videos whose latents were recorded. Raises RecipeError where they are of none."""
     latent = recorded.calls[0].get("hidden_states")
     if latent is None or latent.dim() != 5:
@@ -414,11 +415,10 @@ def recorded_shape(recorded: Recorded) -> Shape:
         raise RecipeError(
             f"{recorded.where}: '0.hidden_states' is {size}, and must be (batch, channels, frames, height, width)"
         )
-    batch, _, frames, height, width = latent.shape
-    try:
-        return Shape(height=8 * height, width=8 * width, num_frames=4 * (frames - 1) + 1, batch=batch)
-    except RecipeError as error:
-        raise RecipeError(f"{recorded.where}: '0.hidden_states' is the latent of no video: {error}") from error
+    shape = Shape(**geometry.pixels(latent.shape[2:]), batch=latent.shape[0])
+    if (wrong := geometry.wrong(shape)) is not None:
+        raise RecipeError(f"{recorded.where}: '0.hidden_states' is the latent of no video: {' '.join(wrong)}")
+    return shape
 
 
 def _compile_transformer(
@@ -442,9 +442,12 @@ def _compile_transformer(
     options = recipe.pass_options()
     if dry_run:  # synthetic weights say nothing of a layer
         options["w8a8"]["layers"] = "first"
-    smallest = min((*recipe.shapes, replace(TWIN, batch=recipe.shapes[0].batch)), key=lambda s: s.tokens)
+    geometry = transformer.geometry
+    latent = [count * patch for count, patch in zip(TWIN, geometry.patch, strict=True)]
+    tiny = Shape(**geometry.pixels(latent), batch=recipe.shapes[0].batch)
+    smallest = min((*recipe.shapes, tiny), key=geometry.tokens)
     if recorded is not None:
-        smallest = recorded_shape(recorded)
+        smallest = recorded_shape(recorded, geometry)
     layers = min(2, transformer.config["num_layers"])  # two show what repeats
     shallow = replace(transformer, config={**transformer.config, "num_layers": layers})
     small = functools.cache(capturing(shallow, smallest))
@@ -463,7 +466,7 @@ def _compile_transformer(
         rewrite=recipe.passes.enabled, twin=twin, recorded=recorded, stages=stages,
     )  # fmt: skip
     item.compared = compared.words
-    item.warnings += compared.warnings
+    item.warnings += [*compared.warnings, *transformer.notes]
     return item
 
 

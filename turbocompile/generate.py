@@ -29,9 +29,9 @@ from turbocompile.sampling import SamplingWarning, flow, rcm
 from turbocompile.wan import image as wan_image
 from turbocompile.wan import text as wan_text
 from turbocompile.wan import vae as wan_vae
-from turbocompile.wan.components import load_components
-from turbocompile.wan.configs import task_of
-from turbocompile.wan.source import BOUNDARY, open_source
+from turbocompile.wan.components import load_components, vae_config
+from turbocompile.wan.configs import Geometry, task_of, vae_strides
+from turbocompile.wan.source import BOUNDARY, images_of, open_source
 
 Progress = Callable[[str, float], None]
 
@@ -72,7 +72,7 @@ class _Conditions:
 class Pipeline:
     """What makes latents: transformers by name, an engine's or eager, and the components around them.
 
-    config: of the transformers. component: gives one by its name, on the device.
+    config: of the transformers. component: gives one by its name, on the device. geometry: of videos and latents.
     """
 
     experts: Mapping[str, Any]
@@ -80,10 +80,17 @@ class Pipeline:
     dtype: torch.dtype
     device: torch.device
     component: Callable[[str], Any]
+    geometry: Geometry
 
     @classmethod
     def of_engine(cls, engine: Engine) -> Pipeline:
-        return cls(engine.experts, engine.config, engine.dtype, engine.device, lambda name: component(engine, name))
+        assert engine.folder is not None
+        row = check_component(engine, "vae")
+        strides = vae_strides(vae_config(engine.folder / "components" / row.get("folder", "vae")))
+        geometry = Geometry(*strides, tuple(engine.config["patch_size"]))
+        return cls(
+            engine.experts, engine.config, engine.dtype, engine.device, lambda name: component(engine, name), geometry
+        )
 
 
 class Stages:
@@ -151,6 +158,7 @@ def generate(
     latents = make_latents(pipeline, prompts, negative_prompt, picture, sampler, size, boundary, seed, stages)
     with stages("decode"):
         made = wan_vae.to_frames(wan_vae.decode(component(engine, "vae"), latents)).cpu()
+    _check_size(made, size)
     paths: tuple[Path, ...] = ()
     if out is not None or frames is not None:
         with stages("write"):
@@ -169,7 +177,7 @@ def make_latents(
     seed: int,
     stages: Stages,
 ) -> torch.Tensor:
-    """Normalized latents (B, 16, T, H, W), float32. picture: a PIL image, for image-to-video."""
+    """Normalized latents (B, out_channels, T, H, W), float32. picture: a PIL image, for image-to-video."""
     with stages("text"):
         conditions = _text(pipeline, prompts, negative_prompt or "" if sampler.guidance != 1.0 else None)
     if picture is not None:
@@ -213,10 +221,11 @@ def record_inputs(
     if (image is None) == (source.task == "i2v"):
         what = "needs an image to start from (--image)" if image is None else "makes videos from text alone, no image"
         raise UnsupportedError(f"calibrate: the model {what}")
+    _check_images(source.transformers["transformer"].config)
     size = recipe.shapes[0]
-    if size.tokens > MAX_TOKENS:
+    if (tokens := source.geometry.tokens(size)) > MAX_TOKENS:
         raise RecipeError(
-            f"calibrate: the shape {size.name} has {size.tokens} tokens, and a build measures on {MAX_TOKENS} at most; "
+            f"calibrate: the shape {size.name} has {tokens} tokens, and a build measures on {MAX_TOKENS} at most; "
             "record a smaller one, as with "
             "--set shapes.0.height=256 --set shapes.0.width=256 --set shapes.0.num_frames=33"
         )
@@ -225,7 +234,7 @@ def record_inputs(
         experts = {name: t.load().to(place) for name, t in source.transformers.items()}
         parts = {name: _placed(part, name, place) for name, part in source.components.load().items()}
     first = source.transformers["transformer"]
-    pipeline = Pipeline(experts, first.config, recipe.torch_dtype, place, parts.__getitem__)
+    pipeline = Pipeline(experts, first.config, recipe.torch_dtype, place, parts.__getitem__, source.geometry)
     boundary = None
     if len(experts) > 1:
         boundary = BOUNDARY[source.task] if source.boundary_ratio is None else source.boundary_ratio
@@ -296,12 +305,33 @@ def _check_request(engine: Engine, task: str, sampler: SamplerSpec, negative_pro
         raise UnsupportedError("the engine makes videos from an image; give one with image= (--image)")
     if task != "i2v" and image is not None:
         raise UnsupportedError("the engine makes videos from text alone; leave the image out")
+    _check_images(engine.config)
     missing = [n for n in _needed(engine) if n not in engine.manifest["components"]]
     if missing:
         raise EngineError(f"the engine lacks its component {missing[0]}; build it from a complete pipeline")
     for name in _needed(engine):
         if name != "text_encoder":  # the largest, and the first to be read
             check_component(engine, name)
+
+
+def _check_images(config: Mapping[str, Any]) -> None:
+    """Raises UnsupportedError for a transformer of first and last frames (FLF2V)."""
+    if images_of(config) != 1:
+        raise UnsupportedError(
+            "the model goes from a first frame to a last one (it has positions for two images: pos_embed_seq_len), and "
+            "here one image is given; call the engine in diffusers' WanImageToVideoPipeline(image=..., last_image=...)"
+        )
+
+
+def _check_size(made: torch.Tensor, size: Shape) -> None:
+    """Raises EngineError where the VAE made a video of another size than was asked for."""
+    asked = (size.batch, size.num_frames, size.height, size.width)
+    if tuple(made.shape[:4]) != asked:
+        found = " x ".join(map(str, made.shape[1:4]))
+        raise EngineError(
+            f"the VAE made videos of {found} (frames, height, width) where {size.name} was asked for: its strides are "
+            "not what its configuration says; build the engine with the VAE that belongs to the model"
+        )
 
 
 def _needed(engine: Engine) -> list[str]:
@@ -420,7 +450,7 @@ def _sample(
     seed: int,
     progress: Progress,
 ) -> torch.Tensor:
-    """Normalized latents (B, 16, T, H, W), float32."""
+    """Normalized latents (B, out_channels, T, H, W), float32."""
 
     def velocity(x: torch.Tensor, timestep: torch.Tensor, expert: str, conditional: bool = True) -> torch.Tensor:
         module = pipeline.experts[expert]
@@ -443,7 +473,7 @@ def _sample(
         "boundary": boundary,
         "progress": lambda done, total: progress("denoise", done / total),
     }
-    shape = (size.batch, pipeline.config["out_channels"], *size.latent)
+    shape = (size.batch, pipeline.config["out_channels"], *pipeline.geometry.latent(size))
     if sampler.kind == "rcm":
         assert sampler.sigma_max is not None
         assert sampler.mid_steps is not None

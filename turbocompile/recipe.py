@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import itertools
 import math
+import os
 import re
 import types
 import typing
@@ -27,12 +28,12 @@ import yaml
 
 from turbocompile.errors import RecipeError, UnsupportedError
 from turbocompile.hardware import TARGETS, host_target
-from turbocompile.wan.configs import PRESETS, TRANSFORMER_FIELDS
+from turbocompile.wan.configs import PRESETS, TRANSFORMER_FIELDS, Geometry, wrong_field
 
 FP8_TARGETS = ("cpu", "sm89", "sm90", "sm120")  # Ampere has no FP8 arithmetic; on a CPU the references emulate it
 PLAN_TARGETS = ("sm86", "sm89", "sm120")  # the RTX cards that tensorrt_rtx builds plans for
 RCM_MID_STEPS = (1.5, 1.4, 1.0)  # TrigFlow times between atan(sigma_max) and 0 (the released checkpoints' sampler)
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.pth)(?<!\.pt)(?<!\.safetensors)")  # owner/name
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.pth)(?<!\.pt)(?<!\.safetensors)(?<!\.gguf)")  # owner/name
 MAX_DEPTH = 16  # of nesting in a recipe; a legal one has 4 levels
 
 _T = TypeVar("_T")
@@ -156,35 +157,22 @@ class ComponentsSpec(Section):
 class Shape(Section):
     """One size of video that the engine can make."""
 
-    height: int = _field(480, "pixels, a multiple of 16", minimum=16)
-    width: int = _field(832, "pixels, a multiple of 16", minimum=16)
+    height: int = _field(480, "pixels, a multiple of the VAE's stride times the patch (16; TI2V 5B: 32)", minimum=1)
+    width: int = _field(832, "pixels, a multiple of the VAE's stride times the patch (16; TI2V 5B: 32)", minimum=1)
     num_frames: int = _field(
         81, "frames, 4k + 1 (the VAE makes one latent frame of the first, then one of every 4)", minimum=1
     )
     batch: int = _field(1, "videos at once", minimum=1)
 
-    def check(self) -> None:
-        for name in ("height", "width"):
-            size = getattr(self, name)
-            if size % 16:
-                low = max(16, size // 16 * 16)
-                raise _FieldError(
-                    name, f"must be a multiple of 16 (VAE 8 times patch 2), not {size}; use {low} or {low + 16}"
-                )
-        if self.num_frames % 4 != 1:
-            low = (self.num_frames - 1) // 4 * 4 + 1
-            raise _FieldError("num_frames", f"must be 4k + 1, not {self.num_frames}; use {low} or {low + 4}")
-
     @property
     def latent(self) -> tuple[int, int, int]:
-        """Latent frames, height and width."""
-        return (self.num_frames - 1) // 4 + 1, self.height // 8, self.width // 8
+        """Latent frames, height and width under the VAE of Wan2.1 (`Geometry.latent` for others)."""
+        return Geometry().latent(self)
 
     @property
     def tokens(self) -> int:
-        """Tokens that the transformer sees (patches of 1 x 2 x 2 latents)."""
-        frames, height, width = self.latent
-        return frames * (height // 2) * (width // 2)
+        """Tokens that the transformer sees, under Wan2.1's VAE and patches (`Geometry.tokens` for others)."""
+        return Geometry().tokens(self)
 
     @property
     def name(self) -> str:
@@ -397,6 +385,7 @@ class Recipe(Section):
         for i, shape in enumerate(self.shapes):
             if shape in self.shapes[:i]:
                 raise _FieldError(f"shapes.{i}", f"repeats {shape.name}")
+        self._check_sizes()
         if self.target == "host":
             try:
                 self._resolve("target", host_target())
@@ -410,6 +399,21 @@ class Recipe(Section):
             )
         self._check_formats()
         self._check_backend()
+
+    def _check_sizes(self) -> None:
+        """The sizes must fit the preset's VAE and patches; those of a folder or file are known once it is opened."""
+        if self.model.preset is None or self.components.source not in ("model", "none"):
+            return
+        preset = PRESETS[self.model.preset]
+        config = {**preset.transformer, **self.model.config}
+        if wrong_field(config) is None:
+            self.check_sizes(dataclasses.replace(preset.geometry, patch=tuple(config["patch_size"])))
+
+    def check_sizes(self, geometry: Geometry) -> None:
+        """Raises RecipeError for a size of video that the model's geometry does not divide."""
+        for i, shape in enumerate(self.shapes):
+            if (wrong := geometry.wrong(shape)) is not None:
+                raise _FieldError(f"shapes.{i}.{wrong[0]}", wrong[1])
 
     def _check_formats(self) -> None:
         """The target must have the arithmetic of the formats that are named."""
@@ -745,7 +749,7 @@ def _located(text: str, metadata: Mapping[str, Any], value: _Value) -> str:
         return str(path)
     beside = value.base / path
     if beside.exists() or not (HUB_ID.fullmatch(text) or text in PRESETS):
-        return str(beside.resolve())
+        return os.path.abspath(beside)  # not resolved: a link in a hub cache has the file's name, its target a hash
     return text
 
 

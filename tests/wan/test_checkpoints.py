@@ -137,6 +137,27 @@ def test_broken_checkpoints_are_refused_in_one_sentence():
         CheckpointTensors(Tensors({**state, "blocks.0.ffn.0.int8_weight": torch.ones(1, 1, dtype=torch.int8)}), "x.pth")
 
 
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model."])
+def test_scaled_float8_in_the_original_layout_is_what_it_stands_for(prefix):
+    """As ComfyUI's and Kijai's files are: a scale a weight, one for its input, and an empty marker."""
+    state = original()
+    file = {"scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}
+    for name, weight in state.items():
+        file[name] = weight
+        if name.startswith("blocks.") and weight.dim() == 2:
+            scale = weight.abs().max() / 448
+            path = name.removesuffix(".weight")
+            file[name], file[f"{path}.scale_weight"] = (weight / scale).to(torch.float8_e4m3fn), scale.reshape(1)
+            file[f"{path}.scale_input"] = torch.ones(1)
+            state[name] = file[name].float() * scale
+    tensors = CheckpointTensors(Tensors({f"{prefix}{k}": v for k, v in file.items()}), "x")
+    assert len(list(tensors.keys())) == len(state)
+    assert torch.equal(tensors.get("blocks.1.ffn.net.2.weight"), state["blocks.1.ffn.2.weight"])
+    assert torch.equal(tensors.get("blocks.0.attn2.to_k.weight"), state["blocks.0.cross_attn.k.weight"])
+    (note,) = tensors.notes
+    assert "20 scales of activations" in note
+
+
 def test_the_average_of_a_training_state_is_the_model():
     state = original()
     both = {f"net.{k}": torch.zeros_like(v) for k, v in state.items()} | {f"net_ema.{k}": v for k, v in state.items()}

@@ -3,6 +3,7 @@
 Formats (told apart by `patch_embedding.weight`): Wan's own has the Conv3d weight of 5 dimensions; rCM and
 TurboDiffusion have the equal Linear weight of 2; `condition_embedder.` marks a file that has diffusers' names already.
 TurboDiffusion's may hold SLA projections (`proj_l`) and linears as `int8_weight` and `scale`, by tiles of 128 x 128.
+Weights of 8 bits with another scale beside them (`weight_scale`, ...; scaled.py) are read as what they stand for.
 
 `CheckpointTensors` gives every parameter of diffusers' WanTransformer3DModel, without copying: names are mapped, the
 patch weight is reshaped, quantized linears are dequantized as they are read (and can be read quantized too).
@@ -10,6 +11,7 @@ patch weight is reshaped, quantized linears are dequantized as they are read (an
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,11 +21,14 @@ import torch
 
 from turbocompile.errors import EngineError
 from turbocompile.kernels.quantize import dequantize
+from turbocompile.wan.leftovers import IRRELEVANT, is_lora, refusal
+from turbocompile.wan.scaled import ScaledTensors
 from turbocompile.weights import BLOCK, TensorSource
 
-PREFIXES = ("net.", "net_ema.", "model.diffusion_model.", "module.")
-WRAPPER = "_checkpoint_wrapped_module."
-IGNORED = re.compile(r"(pos_embedder|rope|freqs)(\.|$)|.*\.(_extra_state|attn_op\.cp_)")  # tables that are computed
+PREFIXES = ("net.", "net_ema.", "model.", "diffusion_model.", "module.", "transformer.")
+WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")
+AVERAGE = "net_ema."  # of a training state: the model, beside what the training still needs
+TRAINED = ("net.", "net_teacher.", "net_fake_score.")
 HEAD_DIM = 128  # of every published Wan; a checkpoint does not say it
 PATCH = (1, 2, 2)
 
@@ -69,7 +74,8 @@ _SUFFIXES = ("weight", "bias", "int8_weight", "scale")
 
 def strip_prefix(name: str) -> str:
     """The name without the prefixes that trainers and wrappers put before it."""
-    name = name.replace(WRAPPER, "")
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
     while True:
         prefix = next((p for p in PREFIXES if name.startswith(p)), None)
         if prefix is None:
@@ -105,14 +111,16 @@ class CheckpointTensors:
     """The tensors of a checkpoint under diffusers' names. quantized: some linears are 8-bit."""
 
     def __init__(self, raw: TensorSource, where: str) -> None:
-        """where: names the checkpoint in errors. Raises EngineError where it is no Wan transformer."""
-        self._raw = raw
-        names = self._rename(list(raw.keys()), where)
+        """where: names the checkpoint in errors. Raises EngineError where it is no Wan transformer, or holds a tensor
+        that no Wan transformer has."""
+        self._raw = scaled = ScaledTensors(raw, where)
+        self.notes = scaled.notes
+        names = self._rename(list(scaled.keys()), where)
         self._entries: dict[str, _Entry] = {}
         for name, key in names.items():
-            shape, dtype = raw.spec(key)
+            shape, dtype = scaled.spec(key)
             if name == "patch_embedding.weight" and len(shape) == 2:
-                shape = (shape[0], shape[1] // 4, *PATCH)
+                shape = (shape[0], shape[1] // math.prod(PATCH), *PATCH)
             self._entries[name] = _Entry(key, shape, dtype)
         self._add_dequantized(where)
         self.quantized = any(name.endswith(".int8_weight") for name in self._entries)
@@ -120,24 +128,23 @@ class CheckpointTensors:
     @staticmethod
     def _rename(keys: list[str], where: str) -> dict[str, str]:
         """diffusers' name -> the checkpoint's own."""
-        if any(k.startswith("net_ema.") for k in keys) and any(k.startswith("net.") for k in keys):
-            keys = [k for k in keys if k.startswith("net_ema.")]  # a training state: the average is the model
+        if any(k.startswith(AVERAGE) for k in keys):
+            keys = [k for k in keys if not k.startswith(TRAINED)]
         stripped = {strip_prefix(k): k for k in keys}
         if len(stripped) < len(keys):
             raise EngineError(f"{where}: holds some tensors twice, under different prefixes")
+        stripped = {name: key for name, key in stripped.items() if not IRRELEVANT.match(name)}
         if any(name.startswith("condition_embedder.") for name in stripped):
             return stripped
         if "patch_embedding.weight" not in stripped:
+            if is_lora(stripped):
+                raise refusal(where, stripped)
             raise EngineError(f"{where}: this is no Wan transformer, it has no patch_embedding.weight")
-        names: dict[str, str] = {}
-        for name, key in stripped.items():
-            if IGNORED.match(name):
-                continue
-            mapped = diffusers_name(name)
-            if mapped is None:
-                raise EngineError(f"{where}: the tensor {key} belongs to no Wan transformer that turbocompile knows")
-            names[mapped] = key
-        return names
+        mapped = {name: diffusers_name(name) for name in stripped}
+        strange = [stripped[name] for name, theirs in mapped.items() if theirs is None]
+        if strange:
+            raise refusal(where, strange)
+        return {theirs: stripped[name] for name, theirs in mapped.items() if theirs is not None}
 
     def _add_dequantized(self, where: str) -> None:
         """A `weight` in bfloat16 (what the checkpoint was quantized from) for each `int8_weight`."""
@@ -175,7 +182,11 @@ def infer_config(tensors: TensorSource, where: str) -> dict[str, Any]:
             raise EngineError(f"{where}: the checkpoint lacks {name}")
         return tensors.spec(name)[0]
 
-    patch = shape("patch_embedding.weight")
+    patch = shape("patch_embedding.weight")  # (channels, in_channels, frames, height, width)
+    if len(patch) != 5:
+        raise EngineError(
+            f"{where}: patch_embedding.weight has the shape {patch}, which is no convolution over a video"
+        )
     channels = patch[0]
     blocks = [int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in names) if m]
     if not blocks or channels % HEAD_DIM:
@@ -183,11 +194,11 @@ def infer_config(tensors: TensorSource, where: str) -> dict[str, Any]:
             f"{where}: a Wan transformer has blocks of a multiple of {HEAD_DIM} channels, not of {channels}"
         )
     config: dict[str, Any] = {
-        "patch_size": PATCH,
+        "patch_size": patch[2:],
         "num_attention_heads": channels // HEAD_DIM,
         "attention_head_dim": HEAD_DIM,
         "in_channels": patch[1],
-        "out_channels": shape("proj_out.weight")[0] // 4,
+        "out_channels": shape("proj_out.weight")[0] // math.prod(patch[2:]),
         "text_dim": shape("condition_embedder.text_embedder.linear_1.weight")[1],
         "freq_dim": shape("condition_embedder.time_embedder.linear_1.weight")[1],
         "ffn_dim": shape("blocks.0.ffn.net.0.proj.weight")[0],

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.wan.configs import Preset
-from turbocompile.wan.tensors import DTYPES, synthetic
+from turbocompile.wan.leftovers import refusal
+from turbocompile.wan.stored import WIDE, StoredWeights
+from turbocompile.wan.tensors import Spec, synthetic
 from turbocompile.wan.tokenizer import VOCAB_SIZE, save_tokenizer
 
 MODELS = ("vae", "text_encoder", "image_encoder")  # those with weights
@@ -46,6 +49,16 @@ _ALIASES = {"TokenizersBackend": "PreTrainedTokenizerFast", "CLIPImageProcessorP
 
 # Files that a component may consist of. Weights are safetensors only.
 _KEPT = (".json", ".safetensors", ".model", ".txt")
+_INDEX = re.compile(r"\.safetensors\.index\.([\w-]+\.)?json$")
+_TIED = frozenset({"shared.weight", "encoder.embed_tokens.weight"})  # one table of umT5 under two names
+# What a component's files may hold beside what its class reads: the other halves of whole T5 and CLIP models, tables.
+_UNREAD: Mapping[str, tuple[str, ...]] = {
+    "vae": (),
+    "text_encoder": (r"^decoder\.", r"^lm_head\.", r"^spiece_model$"),
+    "image_encoder": (
+        r"^text_model\.", r"^text_projection\.", r"^visual_projection\.", r"^logit_scale$", r"(^|\.)position_ids$",
+    ),
+}  # fmt: skip
 _CODE_KEYS = ("auto_map", "quantization_config", "custom_pipelines")  # would import something else than the class
 
 
@@ -58,6 +71,9 @@ class Components(Protocol):
 
     def table(self) -> dict[str, dict[str, str]]:
         """For the manifest: name -> {"class", "library", "folder"} and, where it has weights, "dtype"."""
+
+    def vae_config(self) -> Mapping[str, Any] | None:
+        """The configuration of the VAE, as AutoencoderKLWan takes it; None without one."""
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each component once saved (weights exactly, small files nearly), without making them."""
@@ -77,6 +93,9 @@ class NoComponents:
 
     def table(self) -> dict[str, dict[str, str]]:
         return {}
+
+    def vae_config(self) -> None:
+        return None
 
     def sizes(self) -> dict[str, int]:
         return {}
@@ -110,6 +129,9 @@ class SyntheticComponents:
             dtype = self._dtype_of(name) if name in MODELS else None
             made[name] = entry(name, cls, library, dtype)
         return made
+
+    def vae_config(self) -> Mapping[str, Any]:
+        return self._preset.vae
 
     def _model(self, name: str) -> Any:
         """The model on the current default device, with the library's own initial values."""
@@ -213,11 +235,15 @@ def _save_image_processor(folder: Path, size: int) -> None:
 
 
 class FolderComponents:
-    """The components of a diffusers pipeline folder. Saving copies the files, the text encoder's cast to `dtype`."""
+    """The components of a diffusers pipeline folder. Saving copies the files, the text encoder's cast to `dtype`.
+
+    Weights that are stored in 8 bits are saved as what they stand for, in float32 but for the text encoder.
+    """
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         """Raises EngineError where there is no model_index.json, UnsupportedError for a class that is not known."""
         self._folder, self._dtype = folder, dtype
+        self._opened: dict[str, StoredWeights] = {}
         self._classes: dict[str, tuple[str, str]] = {}
         for name, value in read_index(folder).items():
             if (
@@ -238,66 +264,75 @@ class FolderComponents:
     def names(self) -> tuple[str, ...]:
         return tuple(self._classes)
 
+    def vae_config(self) -> Mapping[str, Any] | None:
+        return vae_config(self._folder / "vae") if "vae" in self._classes else None
+
+    def _weights(self, name: str) -> StoredWeights:
+        """The weights of a component, looked at once. Raises EngineError where they are not whole."""
+        if name not in self._opened:
+            folder = self._folder / name
+            if not folder.is_dir():
+                raise EngineError(f"{folder}: this part of the pipeline is missing; download it again")
+            of_transformers = ALLOWED[name][self._classes[name][0]] == "transformers"
+            cast = self._dtype if name == "text_encoder" else None
+            self._opened[name] = StoredWeights(folder, of_transformers, cast)
+        return self._opened[name]
+
     def _dtype_of(self, name: str) -> torch.dtype | None:
-        if name not in MODELS:
-            return None
-        if name == "text_encoder":
-            return self._dtype
-        files = sorted((self._folder / name).glob("*.safetensors"))
-        return next((tensor.dtype for tensor in _headers(files[0])), None) if files else None
+        return self._weights(name).dtype if name in MODELS else None
 
     def table(self) -> dict[str, dict[str, str]]:
         return {name: entry(name, cls, lib, self._dtype_of(name)) for name, (cls, lib) in self._classes.items()}
 
     def _files(self, name: str) -> list[Path]:
-        """What is copied: one level of plain files of the kinds that a component consists of."""
+        """What is copied beside the weights: one level of plain files of the kinds that a component consists of."""
         folder = self._folder / name
         if not folder.is_dir():
             raise EngineError(f"{folder}: this part of the pipeline is missing; download it again")
         files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in _KEPT]
-        if name in MODELS and not any(p.suffix == ".safetensors" for p in files):
-            raise EngineError(f"{folder}: holds no safetensors weights; get the safetensors version of the model")
         for path in files:
             _check_file(path)
+        if name in MODELS:
+            files = [p for p in files if p.suffix != ".safetensors" and not _INDEX.search(p.name)]
         return files
 
     def sizes(self) -> dict[str, int]:
         made = {}
         for name in self.names:
-            cast = self._dtype if name == "text_encoder" else None
-            made[name] = sum(
-                _cast_size(p, cast) if cast and p.suffix == ".safetensors" else p.stat().st_size
-                for p in self._files(name)
-            )
+            made[name] = sum(p.stat().st_size for p in self._files(name))
+            if name in MODELS:
+                check_model(self._folder / name, name, self._classes[name][0], self._weights(name).specs())
+                made[name] += self._weights(name).size
         return made
 
     def save(self, folder: Path) -> dict[str, dict[str, str]]:
         for name in self.names:
             target = folder / name
             target.mkdir(parents=True)
-            cast = self._dtype if name == "text_encoder" else None
             for path in self._files(name):
-                if cast and path.suffix == ".safetensors":
-                    _copy_cast(path, target / path.name, cast)
-                else:
-                    shutil.copyfile(path, target / path.name)
+                shutil.copyfile(path, target / path.name)
+            if name in MODELS:
+                check_model(self._folder / name, name, self._classes[name][0], self._weights(name).specs())
+                self._weights(name).save(target)
         return self.table()
 
     def load(self) -> dict[str, Any]:
-        return load_components(self._folder, self.table())
+        if not any(self._weights(name).rewritten for name in self.names if name in MODELS):
+            return load_components(self._folder, self.table())
+        with tempfile.TemporaryDirectory(prefix="turbocompile-") as made:  # the libraries would load what is stored
+            return load_components(Path(made), self.save(Path(made)))
 
 
 def _check_file(path: Path) -> None:
-    """Raises EngineError for weights that are not whole, a configuration that is no JSON, a shard that is missing."""
-    if path.suffix == ".safetensors":
-        for _ in _headers(path):
-            pass
-    elif path.suffix == ".json" and ("config" in path.name or path.name.endswith(".index.json")):
-        values = read_json(path, "the component needs it")
-        shards = values.get("weight_map") if path.name.endswith(".safetensors.index.json") else None
-        for shard in sorted({str(s) for s in shards.values()} if isinstance(shards, dict) else ()):
-            if not (path.parent / shard).is_file():
-                raise EngineError(f"{path.parent / shard}: this part of the weights is missing; download it again")
+    """Raises EngineError for a configuration or an index that is no JSON, and for a shard that is missing."""
+    index = bool(_INDEX.search(path.name))
+    if not index and (path.suffix != ".json" or "config" not in path.name):
+        return
+    values = read_json(path, "the component needs it")
+    shards = values.get("weight_map") if index else None
+    for shard in sorted({str(s) for s in shards.values()} if isinstance(shards, dict) else ()):
+        if not (path.parent / shard).is_file():
+            raise EngineError(f"{path.parent / shard}: this part of the weights is missing; download it again")
 
 
 def entry(name: str, cls: str, library: str, dtype: torch.dtype | None) -> dict[str, str]:
@@ -324,40 +359,6 @@ def read_json(path: Path, missing: str) -> dict[str, Any]:
     return values
 
 
-def _headers(path: Path) -> Iterator[_Header]:
-    try:
-        with safe_open(path, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (no mapping)
-                header = opened.get_slice(name)
-                yield _Header(name, torch.Size(header.get_shape()).numel(), DTYPES[header.get_dtype()])
-    except (SafetensorError, OSError, KeyError) as e:
-        raise EngineError(f"{path}: this is no whole safetensors file ({e}); download it again") from e
-
-
-@dataclass(frozen=True)
-class _Header:
-    name: str
-    elements: int
-    dtype: torch.dtype
-
-
-def _cast_size(path: Path, dtype: torch.dtype) -> int:
-    tensors = list(_headers(path))
-    return sum(t.elements * (dtype if t.dtype.is_floating_point else t.dtype).itemsize for t in tensors) + 100 * len(
-        tensors
-    )
-
-
-def _copy_cast(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Copies a safetensors file with its floating tensors cast; one file is in memory at a time."""
-    names = [t.name for t in _headers(source)]
-    with safe_open(source, framework="pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in names}
-        metadata = opened.metadata()
-        cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
-        save_file(cast, target, metadata)
-
-
 def load_components(folder: Path, table: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     """Loads the components of a table (see Components.table) from their sub-folders of `folder`, on the CPU.
 
@@ -375,7 +376,17 @@ def _load(folder: Path, name: str, row: Mapping[str, str]) -> Any:
     if Path(place).name != place or place in ("", ".", ".."):
         raise EngineError(f"{folder}: the component {name} is in {place!r}, which is no plain folder name")
     path = folder / place
-    for config in sorted(path.glob("*config*.json")):
+    check_configs(path)
+    try:
+        return _from_pretrained(path, name, cls, row.get("dtype"))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, EngineError) as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise EngineError(f"{path}: the component {name} cannot be loaded ({reason})") from e
+
+
+def check_configs(folder: Path) -> None:
+    """Raises EngineError where a component's configuration asks for code from elsewhere."""
+    for config in sorted(folder.glob("*config*.json")):
         values = read_json(config, "the component needs it")
         bad = [key for key in _CODE_KEYS if key in values]
         attention = [v for k, v in values.items() if "attn_implementation" in k and v not in (None, "eager", "sdpa")]
@@ -383,27 +394,81 @@ def _load(folder: Path, name: str, row: Mapping[str, str]) -> Any:
             raise EngineError(
                 f"{config}: {bad[0] if bad else 'attn_implementation'} asks for code from elsewhere; remove it"
             )
+
+
+def vae_config(folder: Path) -> dict[str, Any]:
+    """The configuration in a VAE's folder. Raises EngineError."""
+    return read_json(folder / "config.json", "a VAE has one")
+
+
+def check_model(folder: Path, name: str, cls: str, specs: Mapping[str, Spec]) -> None:
+    """Raises EngineError where a model's weights are not those of its class and configuration, one for one.
+
+    name: the component's. specs: of the weights, as they are to be loaded. The libraries only warn: they draw at random
+    what is missing and leave out what is left over.
+    """
+    check_configs(folder)
+    expected = _on_meta(folder, name, cls)
+    wanted = {_plain(name, n): tuple(t.shape) for n, t in expected.state_dict().items()}
+    found = {_plain(name, n): n for n in specs}
+    where = f"the {name.replace('_', ' ')} of the class {cls}"
+    ignored = [*_UNREAD[name], *(getattr(expected, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    strange = [n for n in found if n not in wanted and not any(re.search(pattern, n) for pattern in ignored)]
+    if strange:
+        raise refusal(str(folder), [found[n] for n in strange], where)
+    tied = _TIED if _TIED & found.keys() else frozenset()
+    missing = sorted(set(wanted) - found.keys() - tied)
+    missing = [n for n in missing if not any(re.search(pattern, n) for pattern in _UNREAD[name])]
+    if missing:
+        raise EngineError(f"{folder}: lacks {missing[0]}, which {where} has; download it again")
+    for n, shape in wanted.items():
+        if n in found and specs[found[n]][0] != shape:
+            raise EngineError(
+                f"{folder}: {found[n]} has the shape {specs[found[n]][0]}, the configuration asks for {shape}"
+            )
+
+
+def _plain(component: str, name: str) -> str:
+    """A tensor's name without the level that transformers 5 dropped from CLIP's vision model."""
+    return name.removeprefix("vision_model.") if component == "image_encoder" else name
+
+
+def _on_meta(folder: Path, name: str, cls: str) -> Any:
+    """The model of a component's configuration, without memory. Raises EngineError."""
     try:
-        return _from_pretrained(path, name, cls, row.get("dtype"))
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as e:
+        with torch.device("meta"):
+            if ALLOWED[name][cls] == "diffusers":
+                return _class(name, cls).from_config(_class(name, cls).load_config(str(folder), local_files_only=True))
+            made = _class(name, cls).config_class.from_pretrained(str(folder), local_files_only=True)
+            return _class(name, cls)(made)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise EngineError(f"{path}: the component {name} cannot be loaded ({reason})") from e
+        raise EngineError(f"{folder}: no {cls} can be made of its configuration ({reason})") from e
 
 
-def _from_pretrained(path: Path, name: str, cls: str, dtype: str | None) -> Any:
-    """The class's own loader, on local files, with safetensors alone."""
+def _class(name: str, cls: str) -> Any:
+    """A component's class."""
     import diffusers
     import transformers
 
     library: Any = {"diffusers": diffusers, "transformers": transformers}[ALLOWED[name][cls]]
-    loader = getattr(library, _ALIASES.get(cls, cls))
+    return getattr(library, _ALIASES.get(cls, cls))
+
+
+def _from_pretrained(path: Path, name: str, cls: str, dtype: str | None) -> Any:
+    """The class's own loader, on local files, with safetensors alone."""
+    import transformers
+
+    loader = _class(name, cls)
     if name not in MODELS:
         return loader.from_pretrained(str(path), local_files_only=True)
     wanted = getattr(torch, dtype or "float32", None)
-    if wanted not in (torch.float32, torch.bfloat16, torch.float16):
+    if wanted not in WIDE:
         raise ValueError(f"dtype {dtype!r} is not float32, bfloat16 or float16")
+    of_transformers = ALLOWED[name][cls] == "transformers"
+    check_model(path, name, cls, StoredWeights(path, of_transformers, None).specs())
     # transformers renamed the argument in 4.56 and diffusers keeps the old name
-    key = "dtype" if library is transformers and _version(transformers.__version__) >= (4, 56) else "torch_dtype"
+    key = "dtype" if of_transformers and _version(transformers.__version__) >= (4, 56) else "torch_dtype"
     with _quiet():
         model = loader.from_pretrained(str(path), local_files_only=True, use_safetensors=True, **{key: wanted})
     return model.eval().requires_grad_(False)

@@ -6,10 +6,11 @@ test and plan with. Tiny presets have every part of a real pipeline at a size th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 TEXT_TOKENS = 512  # Wan pads or cuts every prompt to this many tokens
 
@@ -61,6 +62,99 @@ def wrong_field(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """How pixels become latents, and latents tokens. The defaults are those of Wan2.1 and of Wan2.2 A14B.
+
+    spatial, temporal: pixels and frames a latent has (the first frame has a latent of its own). patch: latents a token
+    has, as (frames, height, width).
+    """
+
+    spatial: int = 8
+    temporal: int = 4
+    patch: tuple[int, int, int] = (1, 2, 2)
+
+    def latent(self, shape: Size) -> tuple[int, int, int]:
+        """Latent frames, height and width of a video."""
+        frames = (shape.num_frames - 1) // self.temporal + 1
+        return frames, shape.height // self.spatial, shape.width // self.spatial
+
+    def tokens(self, shape: Size) -> int:
+        """How many tokens the transformer sees."""
+        return math.prod(size // patch for size, patch in zip(self.latent(shape), self.patch, strict=True))
+
+    def pixels(self, latent: Sequence[int]) -> dict[str, int]:
+        """The height, width and num_frames of the video of a latent (frames, height, width)."""
+        frames, height, width = latent
+        spatial = self.spatial
+        return {"height": spatial * height, "width": spatial * width, "num_frames": self.temporal * (frames - 1) + 1}
+
+    def wrong(self, shape: Size) -> tuple[str, str] | None:
+        """The field of a size that makes no whole number of tokens, and what it must be; None where all is right."""
+        for name, patch in (("height", self.patch[1]), ("width", self.patch[2])):
+            size, step = getattr(shape, name), self.spatial * patch
+            if size % step:
+                low = size // step * step
+                use = f"{low} or {low + step}" if low else str(step)
+                why = f"VAE {self.spatial} times patch {patch}"
+                return name, f"must be a multiple of {step} ({why}), not {size}; use {use}"
+        step, first = self.temporal * self.patch[0], self.temporal * (self.patch[0] - 1) + 1
+        if (shape.num_frames - first) % step:
+            low = (shape.num_frames - first) // step * step + first
+            use = f"{low} or {low + step}" if low > 0 else str(first)
+            return "num_frames", f"must be {step}k + {first}, not {shape.num_frames}; use {use}"
+        return None
+
+
+class Size(Protocol):
+    """A size of video: pixels and frames."""
+
+    @property
+    def height(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def num_frames(self) -> int: ...
+
+
+def vae_strides(vae: Mapping[str, Any]) -> tuple[int, int]:
+    """Pixels and frames a latent has, of a configuration of AutoencoderKLWan: by its layers, which do the work.
+
+    `scale_factor_spatial` and `scale_factor_temporal` repeat them; folders of older versions lack them. Raises
+    ValueError, with what is wrong, for a configuration that is none or makes a decoder that does not undo the encoder.
+    """
+    levels, halved = vae.get("dim_mult", (1, 2, 4, 4)), vae.get("temperal_downsample", (False, True, True))
+    if not isinstance(levels, (list, tuple)) or not levels:
+        raise ValueError(f"dim_mult must be a list, not {levels!r}")
+    steps = len(levels) - 1
+    if not isinstance(halved, (list, tuple)) or len(halved) < steps or any(type(h) is not bool for h in halved):
+        raise ValueError(f"temperal_downsample must be a list of {steps} times true or false, not {halved!r}")
+    patch = vae.get("patch_size")
+    patch = 1 if patch is None else patch
+    if type(patch) is not int or patch < 1:
+        raise ValueError(f"patch_size must be a whole number of at least 1, not {patch!r}")
+    encoder, decoder = sum(halved[:steps]), sum(halved[len(halved) - steps :])
+    if encoder != decoder:
+        raise ValueError(
+            f"temperal_downsample {list(halved)} has more entries than dim_mult has steps ({steps}), and the decoder "
+            "makes other frames than the encoder took"
+        )
+    return patch * 2**steps, 2**encoder
+
+
+def wrong_latents(vae: Mapping[str, Any]) -> str | None:
+    """What is wrong with the statistics of a VAE's latents, as a sentence; None where all is right."""
+    channels = vae.get("z_dim", 16)
+    for name, default in (("latents_mean", LATENTS_MEAN), ("latents_std", LATENTS_STD)):
+        values = vae.get(name, default)
+        if not isinstance(values, (list, tuple)) or len(values) != channels:
+            count = f"{len(values)} values" if isinstance(values, (list, tuple)) else repr(values)
+            return f"{name} has {count} for the {channels} channels of z_dim"
+    return None
+
+
 # Of each latent channel over the training videos: z = (mu - mean) / std. The VAE's own configuration holds them too.
 LATENTS_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -102,6 +196,10 @@ class Preset:
         return task_of(self.transformer)
 
     @property
+    def geometry(self) -> Geometry:
+        return Geometry(*vae_strides(self.vae), tuple(self.transformer["patch_size"]))
+
+    @property
     def pipeline(self) -> str:
         """The diffusers pipeline class."""
         return "WanImageToVideoPipeline" if self.task == "i2v" else "WanPipeline"
@@ -134,20 +232,43 @@ def _transformer(heads: int, head_dim: int, ffn_dim: int, layers: int, **more: A
     return MappingProxyType(config | more)
 
 
-def _vae(base_dim: int) -> Mapping[str, Any]:
+def _vae(base_dim: int, channels: int = 16) -> Mapping[str, Any]:
+    """A VAE of stride 8, of the size of Wan2.1's for a base_dim of 96. channels: of its latents."""
+    known = channels == len(LATENTS_MEAN)
     return MappingProxyType(
         {
             "base_dim": base_dim,
-            "z_dim": 16,
+            "z_dim": channels,
             "dim_mult": [1, 2, 4, 4],
             "num_res_blocks": 2,
             "attn_scales": [],
             "temperal_downsample": [False, True, True],
             "dropout": 0.0,
-            "latents_mean": list(LATENTS_MEAN),
-            "latents_std": list(LATENTS_STD),
+            "latents_mean": list(LATENTS_MEAN) if known else [0.0] * channels,
+            "latents_std": list(LATENTS_STD) if known else [1.0] * channels,
         }
     )
+
+
+def _vae_of_ti2v() -> Mapping[str, Any]:
+    """Wan2.2's VAE for TI2V 5B: 48 channels at stride 16. Its statistics serve synthetic weights alone."""
+    return MappingProxyType(
+        dict(_vae(160, 48))
+        | {
+            "decoder_base_dim": 256,
+            "is_residual": True,
+            "in_channels": 12,
+            "out_channels": 12,
+            "patch_size": 2,
+            "scale_factor_spatial": 16,
+            "scale_factor_temporal": 4,
+        }
+    )
+
+
+def published_vae(channels: int) -> Mapping[str, Any]:
+    """The VAE that Wan's transformers of so many latent channels are published with: stride 16 for 48, else 8."""
+    return _vae_of_ti2v() if channels == 48 else _vae(96, channels)
 
 
 def _text_encoder(width: int) -> Mapping[str, Any]:
@@ -228,7 +349,7 @@ def preset_for(transformer: Mapping[str, Any], experts: int = 1, boundary_ratio:
     return Preset(
         name="wan",
         transformer=transformer,
-        vae=_vae(96),
+        vae=published_vae(transformer["out_channels"]),
         text_encoder=_text_encoder(transformer["text_dim"]),
         image_encoder=_image_encoder(image_dim, 224, 14) if image_dim is not None else None,
         experts=experts,
@@ -242,6 +363,8 @@ def with_transformer(preset: Preset, transformer: Mapping[str, Any]) -> Preset:
     text_dim, image_dim = transformer["text_dim"], transformer["image_dim"]
     if text_dim != preset.text_encoder["d_model"]:
         changed = replace(changed, text_encoder=_text_encoder(text_dim))
+    if transformer["out_channels"] != preset.vae["z_dim"]:
+        changed = replace(changed, vae=_vae(preset.vae["base_dim"], transformer["out_channels"]))
     old = preset.image_encoder["hidden_size"] if preset.image_encoder else None
     if image_dim != old:
         changed = replace(changed, image_encoder=None if image_dim is None else _image_encoder(image_dim, 224, 14))

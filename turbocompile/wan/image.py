@@ -1,7 +1,8 @@
 """Image-to-video: what the transformer is given of the first frame.
 
 Wan's I2V transformers take 36 channels: 16 of noise, a mask of 4 (which pixel frames of a latent frame are given) and
-16 of the latent of [image, black frames]. Wan2.1's take CLIP tokens of the image besides.
+16 of the latent of [image, black frames]. Wan2.1's take CLIP tokens of the image besides. With another VAE the mask has
+as many channels as a latent frame has frames, and the latent those of the VAE.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ import torch
 from torch.nn import functional
 
 from turbocompile.wan import vae as wan_vae
-
-STRIDE = 16  # pixels a token: VAE 8 times patch 2
-TEMPORAL = 4  # pixel frames a latent frame
+from turbocompile.wan.configs import Geometry, vae_strides
 
 
-def adaptive_size(image_height: int, image_width: int, area: int) -> tuple[int, int]:
-    """Height and width, multiples of 16, that keep the image's aspect ratio at about the given area in pixels."""
+def adaptive_size(image_height: int, image_width: int, area: int, geometry: Geometry | None = None) -> tuple[int, int]:
+    """Height and width that keep the image's aspect ratio at about the given area in pixels.
+
+    They are multiples of what a token has of pixels: of 16, or what the geometry says.
+    """
+    made = geometry or Geometry()
     ratio = image_height / image_width
-    height = round(math.sqrt(area * ratio) / STRIDE) * STRIDE
-    width = round(math.sqrt(area / ratio) / STRIDE) * STRIDE
-    return max(height, STRIDE), max(width, STRIDE)
+    rows, columns = (made.spatial * patch for patch in made.patch[1:])
+    height = round(math.sqrt(area * ratio) / rows) * rows
+    width = round(math.sqrt(area / ratio) / columns) * columns
+    return max(height, rows), max(width, columns)
 
 
 def image_tensor(image: Any, height: int, width: int) -> torch.Tensor:
@@ -37,16 +41,17 @@ def image_tensor(image: Any, height: int, width: int) -> torch.Tensor:
 
 @torch.no_grad()
 def image_condition(vae: Any, image: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """The 20 channels beside the noise, (B, 20, T, H / 8, W / 8) in float32: mask of 4, then the image's latent.
+    """The channels beside the noise, (B, 20, T, H / 8, W / 8) in float32: mask of 4, then the image's latent of 16.
 
     image: (B, 3, H, W) in [-1, 1]; num_frames: 4k + 1 pixel frames. The frames after the first are zeros, as they
-    were in training; the mask is 1 on the first latent frame.
+    were in training; the mask is 1 on the first latent frame. 4, 8 and 16 are those of Wan2.1's VAE.
     """
     batch, channels, height, width = image.shape
     frames = image.new_zeros(batch, channels, num_frames, height, width)
     frames[:, :, 0] = image
     latent = wan_vae.encode(vae, frames)
-    mask = latent.new_zeros(batch, TEMPORAL, *latent.shape[2:])
+    _, temporal = vae_strides(vae.config)
+    mask = latent.new_zeros(batch, temporal, *latent.shape[2:])
     mask[:, :, 0] = 1.0
     return torch.cat([mask, latent], dim=1)
 

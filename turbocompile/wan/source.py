@@ -6,11 +6,12 @@ and its weights stay a `TensorSource` until the emitter asks for them, so that p
 
 from __future__ import annotations
 
+import re
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,33 @@ from turbocompile.wan.configs import (
     PRESETS,
     TEXT_TOKENS,
     TRANSFORMER_FIELDS,
+    Geometry,
     Preset,
     preset_for,
+    published_vae,
     task_of,
+    vae_strides,
     with_transformer,
     wrong_field,
+    wrong_latents,
 )
-from turbocompile.wan.tensors import SyntheticTensors, checkpoint_file, safetensors_folder
+from turbocompile.wan.leftovers import refusal
+from turbocompile.wan.tensors import SyntheticTensors, checkpoint_file, gguf_refusal, safetensors_folder
 from turbocompile.weights import TensorSource
 
 CLIP_TOKENS = 257  # image tokens of the CLIP encoder that Wan2.1 I2V was trained with: 16 x 16 patches and the class
 BOUNDARY = {"i2v": 0.9, "t2v": 0.875}  # of Wan2.2's two experts, in units of the 1000 training timesteps
 TRANSFORMERS = ("transformer", "transformer_2")
 PROBE_SECONDS = 5.0
+ENCODED = 4  # frames that diffusers' AutoencoderKLWan encodes at a time after the first
+IMAGE_PIPELINE = "WanImageToVideoPipeline"
+ONE_TIMESTEP = (
+    "the engine takes one timestep for all tokens, which in text-to-video are the same; a diffusers pipeline with "
+    "expand_timesteps gives each token its own, so set expand_timesteps=False in the one that calls the engine"
+)
+PUBLISHED = Geometry()
+QUANTIZED = ("int8_weight", "scale")  # TurboDiffusion's two parts of a weight
+_SLA = re.compile(r"blocks\.\d+\.attn1\.proj_l\.(weight|bias)")  # read by the pass for sparse-linear attention
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,7 @@ class TransformerSource:
     """One transformer: its configuration, how it is built, and where its weights are.
 
     dtype: what `from_pretrained(torch_dtype=...)` would be given. image_tokens: of the image encoder, None without one.
+    geometry: how a video's size becomes that of its latent. notes: what of the checkpoint is not used, as sentences.
     """
 
     name: str
@@ -61,23 +77,48 @@ class TransformerSource:
     dtype: torch.dtype
     image_tokens: int | None = None
     where: str = ""
+    geometry: Geometry = PUBLISHED
+    notes: tuple[str, ...] = ()
 
     def build(self) -> nn.Module:
         """diffusers' WanTransformer3DModel with parameters on meta, in from_pretrained's dtypes, and real buffers.
 
-        Raises EngineError where the weights do not fit the configuration.
+        Raises EngineError where the weights do not fit the configuration, or some are left over.
         """
         model = build_transformer(self.config, self.dtype)
         available = set(self.tensors.keys())
-        for name, parameter in model.named_parameters():
+        parameters = dict(model.named_parameters())
+        self._check_all_used(available, set(parameters))
+        for name, parameter in parameters.items():
             if name not in available:
                 raise EngineError(f"{self.where}: the checkpoint lacks {name}, which its configuration asks for")
-            shape = self.tensors.spec(name)[0]
+            shape, stored = self.tensors.spec(name)
+            if not stored.is_floating_point:
+                raise EngineError(
+                    f"{self.where}: {name} holds whole numbers ({stored}), which are no weights by themselves"
+                )
             if shape != tuple(parameter.shape):
                 raise EngineError(
                     f"{self.where}: {name} has the shape {shape}, the configuration asks for {tuple(parameter.shape)}"
                 )
         return model
+
+    def _check_all_used(self, available: set[str], parameters: set[str]) -> None:
+        """Every tensor must be a parameter, or one of a block that the recipe leaves out (num_layers)."""
+        layers = self.config["num_layers"]
+
+        def used(name: str) -> bool:
+            block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+            like = f"blocks.0.{block[2]}" if block and int(block[1]) >= layers else name
+            if like in parameters or _SLA.fullmatch(like):
+                return True
+            (path, _, leaf), own = like.rpartition("."), name.rpartition(".")[0]
+            both = all(f"{own}.{part}" in available for part in QUANTIZED)
+            return leaf in QUANTIZED and both and f"{path}.weight" in parameters
+
+        left = [name for name in available if not used(name)]
+        if left:
+            raise refusal(self.where, left)
 
     def load(self) -> nn.Module:
         """The model with its weights, on the CPU: the eager one that an engine is compared with."""
@@ -92,12 +133,13 @@ class TransformerSource:
         """(args, kwargs) of the call that diffusers' pipelines make, as tensors without storage (device meta).
 
         hidden_states (B, C, T, H, W) with T, H, W the latent's; timestep (B,) float32; encoder_hidden_states
-        (B, 512, text_dim); encoder_hidden_states_image (B, image_tokens, image_dim) where the model takes it.
+        (B, 512, text_dim); encoder_hidden_states_image (B, image_tokens, image_dim) where the model takes it;
+        (2 B, image_tokens, image_dim) for a model of first and last frames.
         """
-        frames, height, width = shape.latent
+        frames, height, width = self.geometry.latent(shape)
 
-        def empty(*size: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
-            return torch.empty(shape.batch, *size, dtype=dtype, device="meta")
+        def empty(*size: int, dtype: torch.dtype = self.dtype, images: int = 1) -> torch.Tensor:
+            return torch.empty(images * shape.batch, *size, dtype=dtype, device="meta")
 
         kwargs: dict[str, Any] = {
             "hidden_states": empty(self.config["in_channels"], frames, height, width),
@@ -105,7 +147,9 @@ class TransformerSource:
             "encoder_hidden_states": empty(TEXT_TOKENS, self.config["text_dim"]),
         }
         if self.image_tokens is not None:
-            kwargs["encoder_hidden_states_image"] = empty(self.image_tokens, self.config["image_dim"])
+            kwargs["encoder_hidden_states_image"] = empty(
+                self.image_tokens, self.config["image_dim"], images=images_of(self.config)
+            )
         kwargs["return_dict"] = False
         return (), kwargs
 
@@ -115,6 +159,7 @@ class Source:
     """An opened model. task: "t2v" or "i2v". boundary_ratio: below it (times 1000) transformer_2 takes over.
 
     is_synthetic: the transformers' weights are random. where: names the model in messages. seed: of synthetic ones.
+    geometry: how a video's size becomes that of its latent.
     """
 
     transformers: Mapping[str, TransformerSource]
@@ -124,6 +169,10 @@ class Source:
     is_synthetic: bool
     where: str
     seed: int = 0
+
+    @property
+    def geometry(self) -> Geometry:
+        return next(iter(self.transformers.values())).geometry
 
     def synthetic(self, name: str) -> TensorSource:
         """Synthetic weights in the names, shapes and dtypes of a transformer's own: for plans that read none."""
@@ -162,8 +211,8 @@ def build_transformer(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Modul
 def open_source(recipe: Recipe) -> Source:
     """The model of a recipe. Reads headers, downloads a hub id's files, reads no weights.
 
-    Raises RecipeError where there is no such model, EngineError where it is damaged, UnsupportedError where it is
-    something else than Wan's transformer.
+    Raises RecipeError where there is no such model or it has not the recipe's sizes, EngineError where it is damaged,
+    UnsupportedError where it is something else than Wan's transformer.
     """
     model = recipe.model
     if model.preset is not None:
@@ -181,6 +230,92 @@ def open_source(recipe: Recipe) -> Source:
     return _open_folder(recipe, fetch(name, model.revision))
 
 
+def _source(
+    recipe: Recipe,
+    transformers: Mapping[str, TransformerSource],
+    own: Components,
+    boundary: float | None,
+    synthetic: bool,
+    where: str,
+) -> Source:
+    """The opened model, its parts checked against each other and against the recipe's sizes. own: its components.
+
+    Raises RecipeError, EngineError, UnsupportedError.
+    """
+    components = _components(recipe, own)
+    config = transformers[next(iter(transformers))].config
+    task = task_of(config)
+    for name, other in transformers.items():
+        for key in ("in_channels", "out_channels", "patch_size", "image_dim"):
+            if other.config[key] != config[key]:
+                raise EngineError(
+                    f"{where}: the {key} of {name} is {other.config[key]}, and that of the first transformer "
+                    f"{config[key]}; two experts work on the same latents, so give two of one model"
+                )
+    vae = components.vae_config() or own.vae_config()
+    made = _geometry(config, vae if vae is not None else published_vae(config["out_channels"]), where)
+    if vae is not None and components.vae_config() is not None:
+        _check_channels(config, vae, task, made, where)
+    try:
+        recipe.check_sizes(made)
+    except RecipeError as error:
+        raise RecipeError(f"{error}, because of the VAE and the patches of {where}") from None
+    if task == "i2v" and vae is not None:
+        _check_frames(recipe, made, where)
+    placed = {name: replace(t, geometry=made) for name, t in transformers.items()}
+    return Source(placed, components, task, boundary, synthetic, where, recipe.model.seed)
+
+
+def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any], where: str) -> Geometry:
+    try:
+        return Geometry(*vae_strides(vae), tuple(config["patch_size"]))
+    except ValueError as error:
+        raise EngineError(f"{where}: the VAE's configuration cannot be: {error}") from None
+
+
+def _check_channels(
+    config: Mapping[str, Any], vae: Mapping[str, Any], task: str, geometry: Geometry, where: str
+) -> None:
+    """The transformer must take what the VAE makes. Raises EngineError, UnsupportedError."""
+    wrong = wrong_latents(vae)
+    if wrong is not None:
+        raise EngineError(f"{where}: the VAE's configuration cannot be: {wrong}")
+    channels = vae.get("z_dim", 16)
+    given, made = config["in_channels"], config["out_channels"]
+    if made != channels:
+        raise EngineError(
+            f"{where}: the transformer makes latents of {made} channels (out_channels), and its VAE decodes {channels} "
+            "(z_dim), so they are of two models; name the folder of its own VAE as components.source, or build with "
+            "components: none"
+        )
+    if task == "i2v" and given != 2 * channels + geometry.temporal:
+        raise UnsupportedError(
+            f"{where}: the transformer takes {given} channels (in_channels), and image-to-video is "
+            f"{2 * channels + geometry.temporal}: {channels} of noise, {channels} of the first frame and a mask of "
+            f"{geometry.temporal}; build with components: none and call the engine in the model's own pipeline"
+        )
+    if task == "t2v" and given != channels:
+        raise UnsupportedError(
+            f"{where}: the transformer takes {given} channels (in_channels) and makes {made} (out_channels), and "
+            "text-to-video is as many; build with components: none and call the engine in the model's own pipeline"
+        )
+
+
+def _check_frames(recipe: Recipe, geometry: Geometry, where: str) -> None:
+    """diffusers' VAE encodes the first frame, then fours of frames, whatever its stride."""
+    if ENCODED % geometry.temporal:
+        raise UnsupportedError(
+            f"{where}: the VAE makes one latent frame of {geometry.temporal}, and diffusers encodes {ENCODED} at a "
+            "time, so that image-to-video cannot encode its first frame; take a VAE of a temporal stride of 1, 2 or 4"
+        )
+    for i, shape in enumerate(recipe.shapes):
+        if (shape.num_frames - 1) % ENCODED:
+            raise RecipeError(
+                f"shapes.{i}.num_frames must be {ENCODED}k + 1 for image-to-video, not {shape.num_frames}, because "
+                f"diffusers' VAE encodes {ENCODED} frames at a time"
+            )
+
+
 def _open_preset(recipe: Recipe, preset: Preset) -> Source:
     if recipe.model.weights == "checkpoint":
         return _open_folder(recipe, fetch(preset.hub_id or "", recipe.model.revision))
@@ -191,10 +326,10 @@ def _open_preset(recipe: Recipe, preset: Preset) -> Source:
     if recipe.model.config:
         preset = with_transformer(preset, config)
     names = TRANSFORMERS[: preset.experts]
-    transformers = {name: _synthetic(name, config, recipe, preset.name, _image_tokens(preset)) for name in names}
-    components = _components(recipe, SyntheticComponents(preset, recipe.model.seed, recipe.torch_dtype))
-    where = f"{preset.name} (synthetic weights)"
-    return Source(transformers, components, preset.task, preset.boundary_ratio, True, where, recipe.model.seed)
+    tokens = _tokens_an_image(config, _image_tokens(preset), preset.name)
+    transformers = {name: _synthetic(name, config, recipe, preset.name, tokens) for name in names}
+    own = SyntheticComponents(preset, recipe.model.seed, recipe.torch_dtype)
+    return _source(recipe, transformers, own, preset.boundary_ratio, True, f"{preset.name} (synthetic weights)")
 
 
 def _image_tokens(preset: Preset) -> int | None:
@@ -219,8 +354,11 @@ def _open_folder(recipe: Recipe, folder: Path) -> Source:
         raise RecipeError(
             "model.transformer_2: goes with a checkpoint file; a pipeline's folder has both experts in it"
         )
-    if not (folder / "model_index.json").exists() and (folder / "config.json").exists():
-        return _open_bare(recipe, folder)
+    if not (folder / "model_index.json").exists():
+        if (folder / "config.json").exists():
+            return _open_bare(recipe, folder)
+        if (gguf := next(folder.glob("*.gguf"), None)) is not None:
+            raise gguf_refusal(gguf)
     index = read_index(folder)
     names = [name for name in TRANSFORMERS if isinstance(index.get(name), list) and any(index[name][:1])]
     if not names:
@@ -238,9 +376,14 @@ def _open_folder(recipe: Recipe, folder: Path) -> Source:
     if synthetic and not (folder / "vae").is_dir():  # configurations alone
         own = SyntheticComponents(preset_for(config, len(names), boundary), recipe.model.seed, recipe.torch_dtype)
     where = f"{folder} (synthetic weights)" if synthetic else str(folder)
-    return Source(
-        transformers, _components(recipe, own), task_of(config), boundary, synthetic, where, recipe.model.seed
-    )
+    if index.get("expand_timesteps") and (task_of(config) == "i2v" or index.get("_class_name") == IMAGE_PIPELINE):
+        raise UnsupportedError(
+            f"{folder}: this image-to-video pipeline gives each token a timestep of its own (expand_timesteps), which "
+            "a recipe does not do yet; compile its transformer with turbocompile.optimize(model) inside the pipeline"
+        )
+    if index.get("expand_timesteps"):
+        transformers = {name: replace(t, notes=(*t.notes, ONE_TIMESTEP)) for name, t in transformers.items()}
+    return _source(recipe, transformers, own, boundary, synthetic, where)
 
 
 def _open_bare(recipe: Recipe, folder: Path) -> Source:
@@ -252,10 +395,7 @@ def _open_bare(recipe: Recipe, folder: Path) -> Source:
         own = SyntheticComponents(preset_for(transformer.config), recipe.model.seed, recipe.torch_dtype)
     else:
         _need_components(recipe, folder, transformer)
-    task = task_of(transformer.config)
-    return Source(
-        {"transformer": transformer}, _components(recipe, own), task, None, synthetic, str(folder), recipe.model.seed
-    )
+    return _source(recipe, {"transformer": transformer}, own, None, synthetic, str(folder))
 
 
 def _need_components(recipe: Recipe, path: Path, transformer: TransformerSource) -> None:
@@ -281,10 +421,47 @@ def _open_transformer(recipe: Recipe, folder: Path, name: str, image_tokens: int
     if wrong is not None:
         raise EngineError(f"{folder / 'config.json'} (or the recipe's model.config): {wrong}")
     config["patch_size"] = tuple(config["patch_size"])
-    tokens = (image_tokens or CLIP_TOKENS) if config["image_dim"] is not None else None
+    tokens = _tokens_an_image(config, image_tokens, str(folder))
     if recipe.model.weights == "synthetic":
         return _synthetic(name, config, recipe, str(folder), tokens)
-    return TransformerSource(name, config, safetensors_folder(folder), recipe.torch_dtype, tokens, str(folder))
+    tensors = CheckpointTensors(safetensors_folder(folder), str(folder))
+    _check_layers(tensors, raw.get("num_layers", config["num_layers"]), config["num_layers"], str(folder))
+    return TransformerSource(name, config, tensors, recipe.torch_dtype, tokens, str(folder), notes=tensors.notes)
+
+
+def _check_layers(tensors: TensorSource, written: Any, asked: int, where: str) -> None:
+    """Blocks may be left out by the recipe, which says so, not by a configuration of fewer than the file holds."""
+    blocks = {int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in tensors.keys()) if m}  # noqa: SIM118
+    if type(written) is int and blocks and max(blocks) >= max(written, asked):
+        left = [n for n in tensors.keys() if n.startswith(f"blocks.{max(blocks)}.")]  # noqa: SIM118
+        raise EngineError(
+            f"{where}: the configuration has {written} layers (num_layers), and the weights have {max(blocks) + 1}, as "
+            f"in {min(left)}, so they are of two models; give the configuration that belongs to the weights"
+        )
+
+
+def images_of(config: Mapping[str, Any]) -> int:
+    """How many images the transformer takes tokens of: two (the first and the last frame) where it has a table of
+    positions over them, which diffusers' WanImageEmbedding adds to pairs.
+    """
+    return 2 if config.get("pos_embed_seq_len") is not None else 1
+
+
+def _tokens_an_image(config: Mapping[str, Any], encoder: int | None, where: str) -> int | None:
+    """CLIP tokens of one image; None where the transformer takes none. encoder: what the image encoder makes.
+
+    Raises EngineError where the transformer's table of positions is of another number.
+    """
+    if config["image_dim"] is None:
+        return None
+    length, images = config.get("pos_embed_seq_len"), images_of(config)
+    tokens = encoder or (CLIP_TOKENS if length is None else length // images)
+    if length is not None and length != images * tokens:
+        raise EngineError(
+            f"{where}: the transformer has positions for {length} image tokens (pos_embed_seq_len), and the encoder of "
+            f"{images} images makes {images * tokens}; they are of two models, so download it again"
+        )
+    return tokens
 
 
 def _folder_image_tokens(folder: Path) -> int | None:
@@ -311,18 +488,20 @@ def _open_file(recipe: Recipe, path: Path) -> Source:
         own = SyntheticComponents(preset_for(high.config), recipe.model.seed, recipe.torch_dtype)
     else:
         _need_components(recipe, path, high)
-    task = task_of(high.config)
-    boundary = BOUNDARY[task] if len(files) == 2 else None
-    return Source(transformers, _components(recipe, own), task, boundary, synthetic, str(path), recipe.model.seed)
+    boundary = BOUNDARY[task_of(high.config)] if len(files) == 2 else None
+    return _source(recipe, transformers, own, boundary, synthetic, str(path))
 
 
 def _open_checkpoint(recipe: Recipe, path: Path, name: str, image_tokens: int | None) -> TransformerSource:
     tensors = CheckpointTensors(checkpoint_file(path), str(path))
     config = {**infer_config(tensors, str(path)), **recipe.model.config}
-    tokens = (image_tokens or CLIP_TOKENS) if config["image_dim"] is not None else None
+    wrong = wrong_field(config)
+    if wrong is not None:
+        raise RecipeError(f"model.config: {wrong}")
+    tokens = _tokens_an_image(config, image_tokens, str(path))
     if recipe.model.weights == "synthetic":
         return _synthetic(name, config, recipe, str(path), tokens)
-    return TransformerSource(name, config, tensors, recipe.torch_dtype, tokens, str(path))
+    return TransformerSource(name, config, tensors, recipe.torch_dtype, tokens, str(path), notes=tensors.notes)
 
 
 def _components_hint(config: Mapping[str, Any]) -> str:

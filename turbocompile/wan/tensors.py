@@ -9,21 +9,24 @@ import hashlib
 import json
 import math
 import pickle
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from turbocompile.errors import EngineError
+from turbocompile.errors import EngineError, TurbocompileError, UnsupportedError
 from turbocompile.kernels.quantize import dequantize
 from turbocompile.weights import TensorSource
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 
-INDEX = "diffusion_pytorch_model.safetensors.index.json"
-SINGLE = "diffusion_pytorch_model.safetensors"
+STEM = "diffusion_pytorch_model"  # diffusers' names of weights begin so, transformers' with `model`
+INDEX = f"{STEM}.safetensors.index.json"
+SINGLE = f"{STEM}.safetensors"
 
 # safetensors' names of dtypes
 DTYPES: Mapping[str, torch.dtype] = {
@@ -48,6 +51,7 @@ class SafetensorsFiles:
     def __init__(self, files: Iterable[Path]) -> None:
         """Reads the headers. Raises EngineError for a missing or damaged file, or a name that two files hold."""
         self._files: dict[str, Any] = {}
+        self.places: dict[str, Path] = {}  # tensor -> its file
         self._specs: dict[str, Spec] = {}
         for path in files:
             try:
@@ -58,6 +62,7 @@ class SafetensorsFiles:
                     header = opened.get_slice(name)
                     self._specs[name] = (tuple(header.get_shape()), DTYPES[header.get_dtype()])
                     self._files[name] = opened
+                    self.places[name] = path
             except FileNotFoundError:
                 raise EngineError(f"{path}: this part of the checkpoint is missing; download it again") from None
             except (SafetensorError, OSError) as e:
@@ -75,23 +80,76 @@ class SafetensorsFiles:
         return self._files[name].get_tensor(name)
 
 
-def safetensors_folder(folder: Path) -> SafetensorsFiles:
-    """The weights of a diffusers model folder: one file, or shards with an index. Raises EngineError."""
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as e:
-            raise EngineError(f"{index}: this is no index of safetensors shards ({e!r}); download it again") from e
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise EngineError(f"{index}: {name!r} is not the name of a file beside the index")
-        return SafetensorsFiles(folder / name for name in sorted(names))
-    if (folder / SINGLE).is_file():
-        return SafetensorsFiles([folder / SINGLE])
+@dataclass(frozen=True)
+class WeightFiles:
+    """The safetensors files that hold a model's weights. index: the JSON file that lists them, if they are shards."""
+
+    files: tuple[Path, ...]
+    index: Path | None = None
+    variant: str = ""
+
+
+def weight_files(folder: Path, stem: str = STEM, single_first: bool = False) -> WeightFiles:
+    """The weights of a model folder: one file, or shards with an index, or the only variant (as `fp16`) of these.
+
+    stem: `diffusion_pytorch_model` (diffusers) or `model` (transformers). single_first: whether one file wins over
+    shards, as in transformers. Raises EngineError where there are none or several variants, UnsupportedError for GGUF.
+    """
+    plain = [folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"]
+    for path in reversed(plain) if single_first else plain:
+        if path.is_file():
+            return _weight_files(path, "")
+    variants: dict[str, Path] = {}
+    for path in sorted(folder.glob(f"{stem}.*")):
+        name = path.name.removeprefix(stem)
+        found = re.fullmatch(r"\.([\w-]+)\.safetensors|\.safetensors\.index\.([\w-]+)\.json", name)
+        if found and not re.search(r"-\d{5}-of-\d{5}$", found[1] or ""):
+            variants[found[1] or found[2]] = path
+    if len(variants) > 1:
+        raise EngineError(
+            f"{folder}: holds its weights as the variants {', '.join(sorted(variants))} and not as {stem}.safetensors; "
+            f"rename the files of one to {stem}.safetensors, or keep them alone"
+        )
+    for variant, path in variants.items():
+        return _weight_files(path, variant)
+    raise _no_weights(folder, stem)
+
+
+def _weight_files(path: Path, variant: str) -> WeightFiles:
+    """Of one file, or of the shards of an index."""
+    if path.suffix != ".json":
+        return WeightFiles((path,), None, variant)
+    try:
+        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError) as e:
+        raise EngineError(f"{path}: this is no index of safetensors shards ({e!r}); download it again") from e
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise EngineError(f"{path}: {name!r} is not the name of a file beside the index")
+    return WeightFiles(tuple(path.parent / name for name in sorted(names)), path, variant)
+
+
+def _no_weights(folder: Path, stem: str) -> TurbocompileError:
+    gguf = next(folder.glob("*.gguf"), None)
+    if gguf is not None:
+        return gguf_refusal(gguf)
     if any(folder.glob("*.bin")):
-        raise EngineError(f"{folder}: holds pickled weights (.bin) alone; get the safetensors version of the model")
-    raise EngineError(f"{folder}: holds neither {SINGLE} nor {INDEX}; the folder has no weights")
+        return EngineError(f"{folder}: holds pickled weights (.bin) alone; get the safetensors version of the model")
+    others = sorted(p.name for p in folder.glob("*.safetensors"))
+    other = f", but {others[0]}: rename it if it is the model's" if others else "; the folder has no weights"
+    return EngineError(f"{folder}: holds neither {stem}.safetensors nor {stem}.safetensors.index.json{other}")
+
+
+def gguf_refusal(path: Path) -> UnsupportedError:
+    return UnsupportedError(
+        f"{path}: this is a GGUF file, whose quantized blocks turbocompile does not read; give the safetensors version "
+        "of the model (an engine quantizes its linears to 8 bits itself)"
+    )
+
+
+def safetensors_folder(folder: Path) -> SafetensorsFiles:
+    """The weights of a diffusers model folder (see `weight_files`)."""
+    return SafetensorsFiles(weight_files(folder).files)
 
 
 class Tensors:
@@ -114,14 +172,19 @@ class Tensors:
 def checkpoint_file(path: Path) -> TensorSource:
     """The tensors of a .safetensors or .pth file, mapped. A .pth may nest them under `state_dict`, `model` or `module`.
 
-    Only tensors and plain containers are unpickled (`weights_only`). Raises EngineError.
+    Only tensors and plain containers are unpickled (`weights_only`). Raises EngineError, UnsupportedError for GGUF.
     """
-    if path.suffix == ".safetensors":
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as e:
+        raise EngineError(f"{path}: there is no such checkpoint, or it cannot be read ({e})") from None
+    if path.suffix == ".gguf" or start.startswith(b"GGUF"):
+        raise gguf_refusal(path)
+    if path.suffix == ".safetensors" or start[8:] == b"{":  # the size of a header, then its JSON
         return SafetensorsFiles([path])
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise EngineError(f"{path}: there is no such checkpoint") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise EngineError(f"{path}: cannot be read as a checkpoint of plain tensors ({reason})") from e
@@ -130,7 +193,22 @@ def checkpoint_file(path: Path) -> TensorSource:
             loaded = loaded[key]
     if not isinstance(loaded, dict):
         raise EngineError(f"{path}: holds no state dict but a {type(loaded).__name__}")
-    return Tensors({k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, torch.Tensor)})
+    return Tensors(_tensors(loaded, path))
+
+
+def _tensors(state: Mapping[Any, Any], path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict. Other entries (a step, a configuration) are no weights; nested tensors may be."""
+    nested = [
+        str(k) for k, v in state.items()
+        if isinstance(v, Mapping) and v and all(isinstance(t, torch.Tensor) for t in v.values())
+    ]  # fmt: skip
+    found = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    if nested and not found:
+        raise EngineError(
+            f"{path}: holds the state dicts {', '.join(nested)} and none under state_dict, model or module; save the "
+            "one that is the model alone"
+        )
+    return found
 
 
 def synthetic(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Between videos and normalized latents, by Wan's VAE.
 
-A video is (B, 3, F, H, W) in [-1, 1] with F = 4k + 1; its latent is (B, 16, 1 + (F - 1) / 4, H / 8, W / 8). The
+A video is (B, 3, F, H, W) in [-1, 1] with F = 4k + 1; its latent is (B, 16, 1 + (F - 1) / 4, H / 8, W / 8), and of
+other channels and strides where the VAE's configuration says so (`configs.Geometry`). The
 transformer works on z = (mu - mean) / std, with the channels' mean and std over the training videos from the VAE's
 configuration and mu the mean of the posterior (nothing is sampled).
 """
