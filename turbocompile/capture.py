@@ -29,7 +29,7 @@ from turbocompile.hooks import check_hooks
 from turbocompile.isolation import State, compiling, process_kept, quiet
 from turbocompile.program import SHELL, Program, Subgraph
 from turbocompile.quantized import DATA, SCALE, Quantized, is_torchao, named_tensors, quantized
-from turbocompile.wan.guards import check_call
+from turbocompile.wan.guards import check_call, check_parameters
 from turbocompile.weights import Constant, Dequantize, Expr, Load
 
 aten = torch.ops.aten
@@ -60,6 +60,7 @@ def capture(
         )
     with compiling():
         check_hooks(model)
+        check_parameters(model)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         state = {name: quantized(name, tensor) for name, tensor, saved in named_tensors(model) if saved}
         for wrapper in (True, False):
