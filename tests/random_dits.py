@@ -410,7 +410,7 @@ def relative_l2(found: Tensor, truth: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a model: the errors of engine and model beside float64, relative L2, and what a build warned of."""
+    """What became of a model: relative L2 of engine and model to float64, and what its build warned of."""
 
     seed: int
     options: Options

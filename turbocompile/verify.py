@@ -165,17 +165,26 @@ class Evaluation:
         device: torch.device = CPU,
     ) -> None:
         self.sub, self.weight, self.wide, self.device = sub, weight, wide, device
-        self.constant: set[fx.Node] = set()
-        written = written_tensors(sub.graph)
-        self.writes = bool(written)
-        for node in sub.graph.nodes:
-            if node in written:
-                continue
-            if node.op == "get_attr":
-                if isinstance(sub.weights[str(node.target)], Constant):
-                    self.constant.add(node)
-            elif node.op == "call_function" and node.target is not call:
-                self.constant |= {node} if all(n in self.constant for n in node.all_input_nodes) else set()
+        writing = [n for n in sub.graph.nodes if writes(n)]
+        self.writes = bool(writing)
+        self.views = {n: written(n) for n in writing}
+        self.aliases = {n for bases in self.views.values() for n in bases}
+        self.constant = self._constants()
+
+    def _constants(self) -> set[fx.Node]:
+        """The nodes that depend on stored constants alone, and so do the tensors that are written into."""
+        varying: set[fx.Node] = set()
+        size = -1
+        while len(varying) != size:  # a write makes varying what was made before it
+            size = len(varying)
+            for node in self.sub.graph.nodes:
+                if node.op == "get_attr":
+                    own = not isinstance(self.sub.weights[str(node.target)], Constant)
+                else:
+                    own = node.op != "call_function" or node.target is call
+                if own or any(n in varying for n in node.all_input_nodes):
+                    varying |= {node, *self.views.get(node, ())}
+        return {n for n in self.sub.graph.nodes if n not in varying}
 
     def __call__(
         self,
@@ -263,6 +272,10 @@ class Evaluation:
         own = getattr(node.meta["val"], "dtype", None)
         if self.wide is None or not isinstance(value, torch.Tensor) or not _is_wide_float(value.dtype):
             return value
+        if node in self.views and own is not None and own.itemsize == 2:  # what is written, where it stands
+            return value.copy_(value.to(own))
+        if node in self.aliases and node.all_input_nodes:
+            return value
         value = value.to(own) if own is not None and own.itemsize == 2 else value
         return value.to(torch.promote_types(value.dtype, self.wide))
 
@@ -309,22 +322,25 @@ def _is_wide_float(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize > 1
 
 
-def written_tensors(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose tensors a captured graph writes into, with the views through which it does so."""
+def writes(node: fx.Node) -> bool:
+    """Whether a node writes into a tensor, or changes its shape in place."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def written(node: fx.Node) -> set[fx.Node]:
+    """The nodes whose tensors a node writes into, with the views through which it does so."""
+    if torch.Tag.inplace_view in node.target.tags:  # type: ignore[union-attr]
+        return set()
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
     found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-            continue
-        given = zip(node.target._schema.arguments, node.args, strict=False)
-        todo = [a for argument, a in given if argument.alias_info is not None and argument.alias_info.is_write]
-        todo = [n for a in todo for n in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(n, fx.Node)]
-        while todo:
-            base = todo.pop()
-            found.add(base)
-            viewed = isinstance(base.target, torch._ops.OpOverload) and any(
-                a.alias_info is not None for a in base.target._schema.arguments
-            )
-            todo += [n for n in base.all_input_nodes if n not in found] if viewed else []
+    todo = [a for s, a in zip(schema, node.args, strict=False) if s.alias_info is not None and s.alias_info.is_write]
+    todo = [n for a in todo for n in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(n, fx.Node)]
+    while todo:
+        base = todo.pop()
+        found.add(base)
+        operation = isinstance(base.target, torch._ops.OpOverload)
+        if operation and any(a.alias_info is not None for a in base.target._schema.arguments):
+            todo += [n for n in base.all_input_nodes if n not in found]
     return found
 
 
