@@ -9,13 +9,12 @@ import torch
 from torch import nn
 
 from turbocompile.capture import capture
-from turbocompile.errors import VerificationError
 from turbocompile.match import Pass, rewrite, variables
 from turbocompile.normalize import normalize
 from turbocompile.pipeline import run_passes
 from turbocompile.program import is_op
-from turbocompile.verify import BUDGETS, Evaluation, Verifier, budget_of, compare, random_inputs
-from turbocompile.weights import Evaluator, ModuleTensors
+from turbocompile.verify import BUDGETS, Evaluation, Verifier, budget_of, compare, random_inputs, wrong_forms
+from turbocompile.weights import Evaluator, Load, ModuleTensors
 
 aten = torch.ops.aten
 x, y = variables("x y")
@@ -24,9 +23,9 @@ x, y = variables("x y")
 class Model(nn.Module):
     """Two linears, a product and a permuted sum: enough for a rewrite to go wrong in."""
 
-    def __init__(self, dim=64):
+    def __init__(self, dim=64, block=None):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(dim) for _ in range(2))
+        self.blocks = nn.ModuleList((block or Block)(dim) for _ in range(2))
 
     def forward(self, x):
         for block in self.blocks:
@@ -44,15 +43,20 @@ class Block(nn.Module):
         return x + (self.a(n) * self.b(n).sigmoid()).transpose(1, 2).contiguous().transpose(1, 2).relu()
 
 
-@pytest.fixture
-def case():
+def made(dtype=torch.float32, block=Block):
+    """A model, its Program in normal form and as captured, and a Verifier."""
     torch.manual_seed(0)
-    model = Model().eval()
-    program = capture(model, (torch.randn(2, 12, 64),))
+    model = Model(block=block).eval().to(dtype)
+    program = capture(model, (torch.randn(2, 12, 64, dtype=dtype),))
     raw = program.copy()
     normalize(program)
     verifier = Verifier(program, Evaluator(ModuleTensors(model), program.constants))
     return model, program, raw, verifier
+
+
+@pytest.fixture
+def case():
+    return made()
 
 
 def products(sub):
@@ -69,17 +73,38 @@ def product_pass(kind, change):
     return Pass("product", kind, [rule])
 
 
+def wrong(model, raw, program, verifier):
+    """The graphs whose normal form is wrong."""
+    return wrong_forms(raw, program, Evaluator(ModuleTensors(model), program.constants), verifier.inputs)
+
+
 def test_the_normal_form_agrees_with_what_was_captured(case):
-    _, program, raw, verifier = case
-    verifier.check_captured(raw, program)
+    model, program, raw, verifier = case
+    assert wrong(model, raw, program, verifier) == {}
 
 
-def test_a_wrong_normal_form_is_found(case):
-    _, program, raw, verifier = case
+def test_a_wrong_normal_form_is_found_in_its_graph_alone(case):
+    model, program, raw, verifier = case
     node = products(raw.graphs["blocks"])[0]
     node.args = (node.args[0], node.args[0])
-    with pytest.raises(VerificationError, match="differs from what was captured"):
-        verifier.check_captured(raw, program)
+    ((graph, reason),) = wrong(model, raw, program, verifier).items()
+    assert graph == "blocks"
+    assert "is another function: in float64 the largest difference is" in reason
+
+
+def test_a_wrong_value_that_the_shell_hands_to_a_block_is_found():
+    class Outer(Model):
+        def forward(self, x):
+            return super().forward(x.tanh())
+
+    torch.manual_seed(0)
+    model = Outer().eval()
+    program = capture(model, (torch.randn(2, 12, 64),))
+    raw = program.copy()
+    normalize(program)
+    verifier = Verifier(program, Evaluator(ModuleTensors(model), program.constants))
+    next(n for n in raw.shell.graph.nodes if is_op(n, aten.tanh)).target = aten.sin.default
+    assert list(wrong(model, raw, program, verifier)) == ["shell"]
 
 
 class Clock(nn.Module):
@@ -90,22 +115,19 @@ class Clock(nn.Module):
         return x * (t * torch.arange(1, 33, dtype=x.dtype) / 32).sin().repeat(1, 2)[:, None]
 
 
-@pytest.mark.parametrize("wrong", [False, True])
-def test_what_a_16_bit_model_rounds_itself_is_no_wrong_normal_form(wrong):
+@pytest.mark.parametrize("cosine", [False, True])
+def test_what_a_16_bit_model_rounds_itself_is_no_wrong_normal_form(cosine):
     model, inputs = Clock().bfloat16(), (torch.randn(2, 12, 64).bfloat16(),)
     program = capture(model, inputs)
     raw = program.copy()
     normalize(program)
     verifier = Verifier(program, Evaluator(ModuleTensors(model), program.constants))
     truth = verifier.outputs["shell"][0]
-    assert compare(run_raw(raw, verifier), truth).rel_l1 > 0.05
-    if wrong:
+    assert compare(run_raw(raw, verifier), truth).rel_l1 > 0.05  # the model's own rounding
+    if cosine:
         node = next(n for n in raw.shell.graph.nodes if is_op(n, aten.sin.default))
         node.target = aten.cos.default
-        with pytest.raises(VerificationError, match="differs from what was captured"):
-            verifier.check_captured(raw, program)
-    else:
-        verifier.check_captured(raw, program)
+    assert list(wrong(model, raw, program, verifier)) == (["shell"] if cosine else [])
 
 
 def run_raw(raw, verifier):
@@ -131,14 +153,113 @@ def test_a_right_exact_rewrite_has_an_error_of_rounding(case):
         lambda m: m.op(aten.mul.Tensor, m.x, m.x),
         lambda m: m.op(aten.neg.default, m.op(aten.mul.Tensor, m.x, m.y)),
         lambda m: m.op(aten.roll.default, m.op(aten.mul.Tensor, m.x, m.y), [1], [1]),
-        lambda m: m.op(aten.mul.Tensor, m.op(aten.mul.Tensor, m.x, m.y), 1 + 1e-4),
+        lambda m: m.op(aten.mul.Tensor, m.op(aten.mul.Tensor, m.x, m.y), 1 + 1e-8),
     ],
-    ids=["operand twice", "sign", "order of tokens", "a factor of 1.0001"],
+    ids=["operand twice", "sign", "order of tokens", "a factor of 1 + 1e-8"],
 )
-def test_a_wrong_exact_rewrite_with_right_shapes_stops_the_build(case, change):
-    _, program, _, verifier = case
-    with pytest.raises(VerificationError, match=r"'product' changed the numbers at blocks:.*enabled: false"):
-        run_passes(program, {}, "cpu", verifier, passes=[product_pass("exact", change)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_exact_rewrite_with_right_shapes_is_left_alone(change, dtype):
+    """However small the fault is beside the dtype's own rounding."""
+    _, program, _, verifier = made(dtype)
+    before = {g: str(sub.graph) for g, sub in program.graphs.items()}
+    (result,) = run_passes(program, {}, "cpu", verifier, passes=[product_pass("exact", change)])
+    assert result.rewritten == 0
+    ((site, reason),) = result.vetoed.items()
+    assert site.startswith("blocks:")
+    assert "changes the numbers: in float64 the largest difference is" in reason
+    assert {g: str(sub.graph) for g, sub in program.graphs.items()} == before
+
+
+def test_of_two_sites_the_wrong_one_alone_is_left():
+    class Two(Block):
+        def forward(self, x):
+            return super().forward(x) * self.b(x)
+
+    _, program, _, verifier = made(torch.float32, Two)
+    first = []
+
+    def change(m):
+        first.append(m.site)
+        return m.op(aten.mul.Tensor, m.y, m.y if m.site == first[0] else m.x)
+
+    (result,) = run_passes(program, {}, "cpu", verifier, passes=[product_pass("exact", change)])
+    assert (result.sites, result.rewritten) == (4, 2)
+    assert list(result.vetoed) == [first[0]]
+
+
+def test_a_rewrite_that_rounds_to_a_narrower_type_is_left_alone():
+    """Casts between floating types are no part of the function, and their rounding is measured at the site."""
+
+    def narrow(m):
+        x, y = (m.op(aten.to.dtype, n, torch.bfloat16) for n in (m.x, m.y))
+        return m.op(aten.to.dtype, m.op(aten.mul.Tensor, x, y), torch.float32)
+
+    _, program, _, verifier = made(torch.float32)
+    (result,) = run_passes(program, {}, "cpu", verifier, passes=[product_pass("exact", narrow)])
+    ((_, reason),) = result.vetoed.items()
+    assert "rounds more than what it replaces: in float32" in reason
+
+
+def test_a_rewrite_that_reads_one_layer_by_name_is_left_alone():
+    """The first call alone would not show it: there it is right."""
+
+    def first_layer(m):
+        linear = m.x if is_op(m.x, aten.linear.default) else m.y
+        other = m.y if linear is m.x else m.x
+        weight = m.weight("first", Load("blocks.0.a.weight", (64, 64), torch.float32))
+        return m.op(aten.mul.Tensor, m.op(aten.linear.default, linear.args[0], weight, linear.args[2]), other)
+
+    _, program, _, verifier = made(torch.float32)
+    (result,) = run_passes(program, {}, "cpu", verifier, passes=[product_pass("exact", first_layer)])
+    assert result.rewritten == 0
+
+
+def test_a_pass_that_changes_what_it_did_not_match_is_undone():
+    def change(m):
+        norm = next(n for n in m.sub.graph.nodes if is_op(n, aten.layer_norm))
+        norm.args = (*norm.args[:4], 2 * norm.args[4])
+        return m.op(aten.mul.Tensor, m.y, m.x)
+
+    _, program, _, verifier = made(torch.float32)
+    (result,) = run_passes(program, {}, "cpu", verifier, passes=[product_pass("exact", change)])
+    assert result.rewritten == 0
+    assert next(n for n in program.graphs["blocks"].graph.nodes if is_op(n, aten.layer_norm)).args[4] == 1e-5
+
+
+@pytest.mark.parametrize("kind", ["exact", "quantizing", "semantic"])
+def test_a_rewritten_site_that_cannot_be_computed_is_left_alone(kind):
+    def out_of_range(m):
+        return m.op(aten.index_select.default, m.op(aten.mul.Tensor, m.x, m.y), 0, m.op(aten.full.default, [2], 7))
+
+    _, program, _, verifier = made(torch.float32)
+    (result,) = run_passes(program, {}, "cpu", verifier, passes=[product_pass(kind, out_of_range)])
+    ((_, reason),) = result.vetoed.items()
+    assert "cannot be computed (IndexError" in reason
+
+
+def test_where_truth_is_no_number_the_same_must_stand():
+    nan, inf = math.nan, math.inf
+    truth = torch.tensor([1.0, nan, inf])
+    assert compare(torch.tensor([1.0, nan, inf]), truth).max_rel == 0
+    for found in ([1.0, 1.0, inf], [1.0, nan, -inf], [nan, nan, inf]):
+        assert compare(torch.tensor(found), truth).max_rel == inf
+
+
+def test_an_eps_that_is_not_named_is_that_of_the_models_type():
+    """Of an RMSNorm in 16 bits it is float32's, in float64 another: the truth has the model's."""
+
+    class Norm(nn.Module):
+        def forward(self, x):
+            return nn.functional.rms_norm(x * 1e-3, (64,)) * 2
+
+    for dtype in (torch.float32, torch.bfloat16):
+        program = capture(Norm(), (torch.randn(2, 12, 64, dtype=dtype),))
+        raw = program.copy()
+        normalize(program)
+        (norm,) = (n for n in program.shell.graph.nodes if is_op(n, aten.rms_norm))
+        assert norm.args[3] == torch.finfo(torch.float32).eps
+        inputs = random_inputs(program)
+        assert wrong_forms(raw, program, Evaluator(ModuleTensors(Norm()), program.constants), inputs) == {}
 
 
 def coarse(step):
@@ -214,14 +335,9 @@ def test_a_semantic_rewrite_sets_the_truth_anew(case):
     assert second.error_output["rel_l1"] < 1e-6
 
 
-def test_bf16_models_are_judged_in_float32_for_exact_rewrites():
-    torch.manual_seed(0)
-    model = Model().eval().bfloat16()
-    program = capture(model, (torch.randn(2, 12, 64).bfloat16(),))
-    raw = program.copy()
-    normalize(program)
-    verifier = Verifier(program, Evaluator(ModuleTensors(model), program.constants))
-    verifier.check_captured(raw, program)
+def test_bf16_models_are_judged_in_float64_for_exact_rewrites():
+    model, program, raw, verifier = made(torch.bfloat16)
+    assert wrong(model, raw, program, verifier) == {}
     (result,) = run_passes(
         program, {}, "cpu", verifier, passes=[product_pass("exact", lambda m: m.op(aten.mul.Tensor, m.y, m.x))]
     )

@@ -28,7 +28,7 @@ from turbocompile.errors import CaptureError, EngineError, RecipeError, Verifica
 from turbocompile.hardware import AttentionChoice, target_of
 from turbocompile.isolation import compiling
 from turbocompile.lineage import GraphView, begin, graph_views
-from turbocompile.normalize import normalize
+from turbocompile.normalize import leave, normalize
 from turbocompile.original import NOT_COMPARED, Comparison, Original
 from turbocompile.passes.w8a8 import chosen_format
 from turbocompile.pipeline import PASSES, PassResult, load_pass, run_passes
@@ -42,7 +42,7 @@ from turbocompile.serialize import to_json
 from turbocompile.signature import bound, describe, differs, fits, float_timesteps, tensors_of
 from turbocompile.tuning import FILE as TUNING
 from turbocompile.tuning import Tuning, merge, tune
-from turbocompile.verify import Verifier, random_inputs
+from turbocompile.verify import Verifier, random_inputs, wrong_forms
 from turbocompile.wan.configs import Geometry
 from turbocompile.wan.source import BOUNDARY, Source, TransformerSource, open_source
 from turbocompile.weights import (
@@ -105,33 +105,48 @@ class Stages:
 
 
 class _Recorder:
-    """Prints the graph after each pass, and applies the vetoes that verification of the twin gave."""
+    """Prints the graph after each pass."""
 
-    def __init__(self, vetoes: Mapping[str, Mapping[str, str]], printed: dict[str, str]) -> None:
-        self.vetoes, self.printed = vetoes, printed
+    def __init__(self, printed: dict[str, str]) -> None:
+        self.printed = printed
 
     def before(self, program: Program, pass_: Any) -> None:
         """Nothing: only what comes out is printed."""
 
     def after(self, program: Program, before: Program, result: PassResult) -> dict[str, str]:
-        veto = self.vetoes.get(result.name, {})
-        bad = {r.site: veto[r.site] for r in result.rewrites if r.site in veto}
-        if not bad:
-            self.printed[result.name] = print_program(program)
-        return bad
+        self.printed[result.name] = print_program(program)
+        return {}
 
 
-class _Vetoes(Verifier):
-    """A Verifier that remembers which sites it refused, for the Programs at other shapes."""
+Vetoes = dict[str, dict[str, str]]  # pass -> site -> why it stays as it was
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.refused: dict[str, dict[str, str]] = {}
 
-    def after(self, program: Program, before: Program, result: PassResult) -> dict[str, str]:
-        bad = super().after(program, before, result)
-        self.refused.setdefault(result.name, {}).update(bad)
-        return bad
+@dataclass
+class _Captured:
+    """The Programs of one module before the passes.
+
+    programs: by the name of their shape, in normal form. twin: the one that rewrites are measured on, or None. raw: as
+    captured, by the same names, the twin under "". left: the graphs that have no normal form that is right -> why; they
+    are as captured in all Programs.
+    """
+
+    programs: dict[str, Program]
+    twin: Program | None
+    raw: dict[str, Program]
+    left: dict[str, str] = field(default_factory=dict)
+
+    def leave(self, left: Mapping[str, str]) -> None:
+        """Has graphs stay as captured, in every Program."""
+        self.left |= {graph: reason for graph, reason in left.items() if graph not in self.left}
+        for name, program in [*self.programs.items(), *([("", self.twin)] if self.twin else [])]:
+            leave(program, self.raw[name], {g: why for g, why in self.left.items() if g in program.graphs})
+
+    def warnings(self) -> list[str]:
+        """What to say of the graphs that stay as captured."""
+        return [
+            f"the graph {graph!r} is built as it was captured, and no pass rewrites it: {reason}"
+            for graph, reason in self.left.items()
+        ]
 
 
 def compile_programs(
@@ -152,74 +167,182 @@ def compile_programs(
     captured: shape name -> a function that captures it. rewrite: False leaves the graphs as captured. twin: captures
     the small shape at which rewrites are measured; None measures nothing. recorded: what they are measured on, at the
     twin's shape; random tensors where there is nothing, with the masks and integers of `example`, a call of that shape.
-    Raises VerificationError where the shapes end with different rewrites or nothing can be measured, RecipeError where
-    the recorded tensors do not fit.
+
+    What cannot be trusted is left as it was: a graph whose normal form differs is built as captured, a site that is
+    wrong, that fails, or that not every shape has rewritten is left alone at all shapes; both are warned of.
+    Raises VerificationError where nothing can be measured, RecipeError where the recorded tensors do not fit.
     """
     stages = stages or Stages()
     options = {k: {**v, "checkpoint_keys": frozenset(source.keys())} for k, v in options.items()}
-    programs = _capture_all(captured, rewrite, stages)
-    printed: dict[str, str] = {}
-    views: dict[str, GraphView] = {}
-    results: list[PassResult] = []
+    if not rewrite:
+        return _as_captured(name, captured, source, stages)
+    found = _capture_all(captured, twin, stages)
     warned: dict[str, None] = {}
-    judged: list[PassResult] | None = None
-    verifier: _Vetoes | None = None
     calibrated = Plan("")
-    if rewrite and twin is not None:
-        with stages("capture"):
-            small = twin()
-        captured_small = small.copy()
-        inputs = calibration_inputs(small, source, recorded, example)
-        normalize(small)
+    inputs = None
+    if found.twin is not None:
+        inputs = calibration_inputs(found.raw[""], source, recorded, example)
+        with stages("verify"), _measuring(name, inputs):
+            constants = {**found.raw[""].constants, **found.twin.constants}  # the normal form renames some
+            found.leave(wrong_forms(found.raw[""], found.twin, Evaluator(source, constants), inputs.calls[0]))
         if in_all_layers(options, target):
             with stages("calibrate"), _collected(), _measuring(name, inputs):
-                calibrated = calibrate(small, source, options, target, inputs, _device(target))
+                calibrated = calibrate(found.twin, source, options, target, inputs, _device(target))
             options = {**options, "w8a8": {**options["w8a8"], **calibrated.options}}
             source = WithVectors(source, calibrated.vectors)
             smooth = options["w8a8"].get("smooth", "off")
             if smooth not in ("auto", "off") and not inputs.recorded:
                 warned[f"smooth: {smooth} needs recorded inputs (calibration), so that nothing was smoothed"] = None
-            for program in (captured_small, small, *programs.values()):
+            for program in (found.twin, *found.programs.values()):
                 calibrated.split(program)
-        with stages("rewrite"):
-            choices = _attention_choices(programs, options, target)
-            small_options = {**options, "attention": {**options.get("attention", {}), "choices": choices}}
-        with stages("verify"):
-            # the normal form renames some constants, and what was captured is evaluated too
-            constants = {**captured_small.constants, **small.constants}
-            with _measuring(name, inputs):
-                verifier = _Vetoes(small, Evaluator(source, constants), options, list(inputs.calls[0]))
-            verifier.check_captured(captured_small, small)
-            with _collected():  # said again for the Programs that are built
-                judged = run_passes(small, small_options, target, verifier)
-    for number, program in enumerate(programs.values()):
-        first = number == 0
-        start = program.copy()
-        if rewrite:
-            if first:
-                printed["normalize"] = print_program(program)
-            with stages("rewrite"):
-                recorder = _Recorder(verifier.refused if verifier else {}, printed if first else {})
-                with _collected() as said:
-                    found = run_passes(program, options, target, recorder)
-                warned |= dict.fromkeys(said)
-            if first:  # a pass without a rewrite leaves the graph of the one before
-                for before, result in zip(["normalize", *(r.name for r in found)], found, strict=False):
-                    printed.setdefault(result.name, printed[before])
-            _must_agree(name, judged or results, found)
-            results = results or found
-        else:
-            begin(program)
-            printed["capture"] = printed.get("capture") or print_program(program)
-        views = views or graph_views(start, program)
-    for result, measured in zip(results, judged or [], strict=False):
-        result.error, result.error_output = measured.error, measured.error_output
-        result.error_reason, result.site_errors = measured.error_reason, measured.site_errors
+    warned |= dict.fromkeys(found.warnings())
+    done = _rewrite_all(name, found, source, options, target, inputs, stages)
+    warned |= dict.fromkeys(done.warned)
+    for result in done.results:
+        measured = next((r for r in done.judged if r.name == result.name), None)
+        if measured is not None:
+            result.error, result.error_output = measured.error, measured.error_output
+            result.error_reason, result.site_errors = measured.error_reason, measured.site_errors
         if result.name == "w8a8" and calibrated.sites:
             result.layers, result.inputs = calibrated.sites, calibrated.inputs
             result.error = calibrated.worst_quantized() or result.error
-    plan = weight_plan(programs)
-    return Compiled(name, programs, results, printed, views, plan, merged_constants(programs), source, list(warned))
+    programs = done.programs
+    plan, constants = weight_plan(programs), merged_constants(programs)
+    return Compiled(name, programs, done.results, done.printed, done.views, plan, constants, source, list(warned))
+
+
+def _as_captured(
+    name: str, captured: Mapping[str, Callable[[], Program]], source: TensorSource, stages: Stages
+) -> Compiled:
+    """The Programs of one module without normal form or rewrites."""
+    programs: dict[str, Program] = {}
+    for shape, make in captured.items():
+        with stages("capture"):
+            programs[shape] = make()
+    views: dict[str, GraphView] = {}
+    for program in programs.values():
+        start = program.copy()
+        begin(program)
+        views = views or graph_views(start, program)
+    printed = {"capture": print_program(next(iter(programs.values())))}
+    return Compiled(name, programs, [], printed, views, weight_plan(programs), merged_constants(programs), source)
+
+
+@dataclass
+class _Rewritten:
+    """The Programs after the passes, what those did at the first shape and on the twin, and what they warned of."""
+
+    programs: dict[str, Program] = field(default_factory=dict)
+    results: list[PassResult] = field(default_factory=list)
+    judged: list[PassResult] = field(default_factory=list)
+    printed: dict[str, str] = field(default_factory=dict)
+    views: dict[str, GraphView] = field(default_factory=dict)
+    warned: list[str] = field(default_factory=list)
+
+
+def _rewrite_all(
+    name: str,
+    found: _Captured,
+    source: TensorSource,
+    options: Mapping[str, Mapping[str, Any]],
+    target: str,
+    inputs: Inputs | None,
+    stages: Stages,
+) -> _Rewritten:
+    """Runs the passes on the twin and on the Programs of all shapes until all end with the same rewrites.
+
+    What one of them left alone for a fault is left alone by all. Each round leaves at least one site more alone than
+    the last, so that there is an end.
+    """
+    vetoes: Vetoes = {}
+    small_options = options
+    if found.twin is not None:
+        with stages("rewrite"):
+            choices = _attention_choices(found.programs, options, target)
+            small_options = {**options, "attention": {**options.get("attention", {}), "choices": choices}}
+    while True:
+        done = _Rewritten()
+        if found.twin is not None and inputs is not None:
+            small = found.twin.copy()
+            with stages("verify"):
+                with _measuring(name, inputs):
+                    verifier = Verifier(small, Evaluator(source, small.constants), options, list(inputs.calls[0]))
+                with _collected():  # said again for the Programs that are built
+                    done.judged = run_passes(small, small_options, target, verifier, vetoes=vetoes)
+        given = _joined(vetoes, done.judged)
+        everyone = _rewrite_programs(found, options, target, given, done, stages)
+        vetoes = _joined(given, *everyone, _disagreements([*([done.judged] if done.judged else []), *everyone]))
+        if {p: set(sites) for p, sites in vetoes.items()} == {p: set(sites) for p, sites in given.items()}:
+            done.warned += _left_alone(done.judged or done.results)
+            return done
+
+
+def _rewrite_programs(
+    found: _Captured,
+    options: Mapping[str, Mapping[str, Any]],
+    target: str,
+    vetoes: Vetoes,
+    done: _Rewritten,
+    stages: Stages,
+) -> list[list[PassResult]]:
+    """Runs the passes on copies of the Programs of all shapes; gives what they did at each."""
+    everyone = []
+    for shape, start in found.programs.items():
+        first = not everyone
+        program = done.programs[shape] = start.copy()
+        if first:
+            done.printed["normalize"] = print_program(program)
+        with stages("rewrite"), _collected() as said:
+            recorder = _Recorder(done.printed if first else {})
+            results = run_passes(program, options, target, recorder, vetoes=vetoes)
+        done.warned += said
+        everyone.append(results)
+        if first:  # a pass without a rewrite leaves the graph of the one before
+            for before, result in zip(["normalize", *(r.name for r in results)], results, strict=False):
+                done.printed.setdefault(result.name, done.printed[before])
+            done.results, done.views = results, graph_views(start, program)
+    return everyone
+
+
+def _joined(vetoes: Vetoes, *more: Sequence[PassResult] | Vetoes) -> Vetoes:
+    """Vetoes and those of passes that ran, the earlier reason first."""
+    made = {name: dict(sites) for name, sites in vetoes.items()}
+    for one in more:
+        for name, sites in one.items() if isinstance(one, dict) else [(r.name, r.vetoed) for r in one]:
+            if sites:
+                made[name] = {**sites, **made.get(name, {})}
+    return made
+
+
+def _disagreements(everyone: Sequence[Sequence[PassResult]]) -> Vetoes:
+    """The sites that were rewritten at one shape and not at another: what was measured says nothing of those.
+
+    An attention may be quantized at one shape and not at another, and then is a site of what follows from it at one.
+    """
+    found: Vetoes = {}
+    for name in dict.fromkeys(r.name for results in everyone for r in results):
+        ran = [next((r for r in results if r.name == name), None) for results in everyone]
+        rewritten = [{x.site for x in r.rewrites} if r else set() for r in ran]
+        differ = set.union(*rewritten) - set.intersection(*rewritten)
+        if name in OF_QUANTIZED_ATTENTIONS:
+            seen = [
+                sites | ({s for s, _, _ in r.skipped} if r else set()) for sites, r in zip(rewritten, ran, strict=True)
+            ]
+            differ &= set.intersection(*seen)
+        if differ:
+            reason = "rewritten at one shape and not at another, so that it was left alone at all"
+            found[name] = dict.fromkeys(sorted(differ), reason)
+    return found
+
+
+def _left_alone(results: Sequence[PassResult]) -> list[str]:
+    """What to say of sites that a pass was right to find and wrong to rewrite; a budget is no such reason."""
+    return [
+        f"the pass {r.name!r} left {site} as it was: {reason}"
+        for r in results
+        for site, reason in r.vetoed.items()
+        if r.kind == "exact" or site not in r.site_errors
+    ]
 
 
 def calibration_inputs(
@@ -279,16 +402,22 @@ def _device(target: str) -> torch.device:
     return torch.device("cuda" if target != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _capture_all(captured: Mapping[str, Callable[[], Program]], rewrite: bool, stages: Stages) -> dict[str, Program]:
-    """The Programs of all shapes, in normal form where they are to be rewritten."""
-    programs = {}
-    for shape, make in captured.items():
+def _capture_all(
+    captured: Mapping[str, Callable[[], Program]], twin: Callable[[], Program] | None, stages: Stages
+) -> _Captured:
+    """The Programs of all shapes and the twin, as captured and in normal form."""
+    programs: dict[str, Program] = {}
+    left: dict[str, str] = {}
+    for shape, make in [*captured.items(), *([("", twin)] if twin is not None else [])]:
         with stages("capture"):
             programs[shape] = make()
-        if rewrite:
-            with stages("normalize"):
-                normalize(programs[shape])
-    return programs
+    raw = {shape: program.copy() for shape, program in programs.items()}
+    for program in programs.values():
+        with stages("normalize"):
+            left = {**normalize(program), **left}
+    found = _Captured(programs, programs.pop("", None), raw)
+    found.leave(left)
+    return found
 
 
 def _attention_choices(
@@ -324,24 +453,6 @@ def merged_constants(programs: Mapping[str, Program]) -> dict[str, torch.Tensor]
                     f"the constant {key!r} differs between the shapes of the engine; build one engine a shape"
                 )
     return found
-
-
-def _must_agree(name: str, one: Sequence[PassResult], other: Sequence[PassResult]) -> None:
-    """Every shape must end with the same rewrites, else what was measured says nothing about what was built.
-
-    An attention may be quantized at one shape and not at another, and then is a site of what follows from it at one.
-    """
-    for a, b in zip(one, other, strict=bool(one)):
-        mine, theirs = ({r.site for r in x.rewrites} for x in (a, b))
-        differ = mine ^ theirs
-        if a.name in OF_QUANTIZED_ATTENTIONS:
-            differ &= (mine | {s for s, _, _ in a.skipped}) & (theirs | {s for s, _, _ in b.skipped})
-        if differ:
-            site = sorted(differ)[0]
-            raise VerificationError(
-                f"the pass {a.name!r} rewrote {site} of {name} at one shape and not at another; "
-                f"switch it off with passes.{a.name}.enabled: false and report it"
-            )
 
 
 # ---------------------------------------------------------------------------------------------------- from a recipe

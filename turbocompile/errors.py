@@ -23,3 +23,9 @@ class UnsupportedError(TurbocompileError):
 
 class VerificationError(TurbocompileError):
     """A rewrite changed the numbers by more than its kind allows."""
+
+
+def brief(error: BaseException) -> str:
+    """An error of someone else's code in a few words: its class and the first line of what it says."""
+    line = next(iter(str(error).strip().splitlines()), "")[:200].rstrip()
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__

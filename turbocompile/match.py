@@ -163,6 +163,11 @@ def exact(narrow: torch.dtype, wide: torch.dtype) -> bool:
     return a.eps >= b.eps and a.max <= b.max and a.smallest_normal * a.eps >= b.smallest_normal * b.eps
 
 
+def default_eps(dtype: torch.dtype) -> float:
+    """The eps of an RMSNorm that names none: that of the type which PyTorch computes it in, float32 for 16 bits."""
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+
+
 def unwiden(value: Any) -> Any:
     """What is under the casts that lose nothing."""
     while is_cast(value) and exact(value.args[0].meta["val"].dtype, value.meta["val"].dtype):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from turbocompile import simplify
-from turbocompile.errors import TurbocompileError
+from turbocompile.errors import TurbocompileError, brief
 from turbocompile.program import Program, Subgraph, call, infer, is_op, walk_tensors
 from turbocompile.weights import Constant
 
@@ -46,20 +46,44 @@ KEEP = (
 _MORE = (aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_no_training)
 
 
-def normalize(program: Program) -> None:
+def normalize(program: Program) -> dict[str, str]:
     """Brings all graphs of a captured program to normal form, in place; weights keep their names.
 
     Equal to the captured program up to rounding: a quotient may move by one unit in the last place of the type that it
-    is computed in, reductions written out by one rounding each.
+    is computed in, reductions written out by one rounding each. A graph that has no normal form stays as it was
+    captured; returns those graphs, and why.
     """
-    for graph, sub in program.graphs.items():
-        _retrace(sub, program.fake_mode)
-        clean(sub, program.fake_mode)
-        _real_constants(graph, program)
-        clean(sub, program.fake_mode)
-        sub.graph = _renamed(sub.graph, program.fake_mode)
-    for key in set(program.constants) - program.constants_read():
-        del program.constants[key]
+    captured = program.copy()
+    left: dict[str, str] = {}
+    for name in list(program.graphs):
+        try:
+            _normalize(name, program)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of an operator's decomposition as of a rule: whatever it is, the graph is right
+            left[name] = f"it has no normal form ({brief(error)})"
+    leave(program, captured, left)
+    return left
+
+
+def _normalize(graph: str, program: Program) -> None:
+    sub = program.graphs[graph]
+    _retrace(sub, program.fake_mode)
+    clean(sub, program.fake_mode)
+    _real_constants(graph, program)
+    clean(sub, program.fake_mode)
+    sub.graph = _renamed(sub.graph, program.fake_mode)
+
+
+def leave(program: Program, captured: Program, left: Mapping[str, str]) -> None:
+    """Puts graphs of a program back to what was captured, so that no pass rewrites them. left: their names -> why."""
+    for name, reason in left.items():
+        program.graphs[name] = captured.graphs[name].copy()
+        program.graphs[name].left = reason
+    read = program.constants_read()
+    known = {**captured.constants, **program.constants}
+    program.constants.clear()
+    program.constants.update({key: value for key, value in known.items() if key in read})
 
 
 def clean(sub: Subgraph, mode: FakeTensorMode) -> dict[str, str]:

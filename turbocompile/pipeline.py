@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ import torch
 from torch import fx
 
 from turbocompile import lineage
-from turbocompile.errors import TurbocompileError
+from turbocompile.errors import RecipeError, TurbocompileError, UnsupportedError, brief
 from turbocompile.match import Match, Outcome, Pass, is_cast
 from turbocompile.normalize import clean
 from turbocompile.program import Program, Subgraph, module_path
@@ -56,7 +57,8 @@ class PassResult:
     skipped: (site, reason, count). raw: each rewritten graph before clean-up, with its rewrites by the names there:
     what a verifier measures, since clean-up may take in a site's last node. error and error_output are filled by a
     verifier; error_reason says why they are not. site_errors: of a quantizing pass, site -> (error, budget), those
-    that were refused for it included. layers: where calibration decided, each site's errors layer by layer instead, and
+    that were refused for it included. vetoed: the sites that a verifier refused, or where the pass failed -> why.
+    layers: where calibration decided, each site's errors layer by layer instead, and
     inputs says what they were measured on.
     """
 
@@ -72,6 +74,7 @@ class PassResult:
     error_output: Any = None
     error_reason: str | None = None
     site_errors: dict[str, tuple[Any, float]] = field(default_factory=dict)
+    vetoed: dict[str, str] = field(default_factory=dict)
     layers: tuple[SiteError, ...] = ()
     inputs: str = ""
 
@@ -84,6 +87,19 @@ class Verifier(Protocol):
 
     def after(self, program: Program, before: Program, result: PassResult) -> Mapping[str, str]:
         """Records the pass's errors, in `result` if it likes, and returns the sites to leave alone with the reasons."""
+
+
+class PassFailed(TurbocompileError):
+    """A pass raised an error. sites: those that it was at; reason: what it raised, in a few words."""
+
+    def __init__(self, name: str, sites: Sequence[str], error: BaseException) -> None:
+        self.sites = tuple(sites)
+        self.reason = str(error) if isinstance(error, TurbocompileError) else f"the pass failed here: {brief(error)}"
+        super().__init__(f"pass {name!r} failed at {', '.join(sites)}: {self.reason}")
+
+
+# What a user asked for and cannot have, and a machine that is too small: no fault of a pass at a site.
+NOT_OF_A_SITE = (RecipeError, UnsupportedError, torch.OutOfMemoryError, MemoryError)
 
 
 def load_pass(name: str) -> Pass:
@@ -129,51 +145,95 @@ def run_passes(
     verifier: Verifier | None = None,
     passes: Sequence[Pass] | None = None,
     extra: Sequence[Pass] = (),
+    vetoes: Mapping[str, Mapping[str, str]] | None = None,
 ) -> list[PassResult]:
     """Runs all passes on a normalized program, in place.
 
     options: pass name -> its recipe options; `enabled: false` switches a pass off. target: "cpu", "sm80", ...
     passes: instead of the built-in ones. extra: third-party passes, placed by what they need and provide.
+    vetoes: pass name -> sites to leave alone -> why. A site where a pass fails is left alone as well: what it raises
+    costs the site, not the build.
     """
     results = []
     lineage.begin(program)
     for pass_ in ordered([load_pass(n) for n in PASSES] if passes is None else passes, extra):
         given = {**options.get(pass_.section or pass_.name, {}), "target": target}
-        veto: dict[str, str] = {}
-        refused: dict[str, tuple[Any, float]] = {}
-        while True:
-            before = program.copy()
-            if verifier is not None:
-                verifier.before(program, pass_)
-            result = run_pass(program, pass_, given, veto)
-            bad = verifier.after(program, before, result) if verifier is not None and result.rewrites else {}
-            if not bad:
-                break
-            if set(bad) <= set(veto):
-                raise TurbocompileError(f"pass {pass_.name!r}: sites {sorted(bad)} were vetoed and rewritten again")
-            veto.update(bad)
-            refused |= {site: result.site_errors[site] for site in bad if site in result.site_errors}
-            program.graphs, program.constants = before.graphs, before.constants
-        result.site_errors |= refused
-        if not pass_.section or result.rewrites:
+        result = _run_judged(program, pass_, given, verifier, dict((vetoes or {}).get(pass_.name, {})))
+        if not pass_.section or result.rewrites or result.vetoed:
             results.append(result)
     return results
+
+
+def _run_judged(
+    program: Program, pass_: Pass, options: Mapping[str, Any], verifier: Verifier | None, veto: dict[str, str]
+) -> PassResult:
+    """Runs one pass again and again, each time without the sites that failed or were refused."""
+    refused: dict[str, tuple[Any, float]] = {}
+    while True:
+        before = program.copy()
+        if verifier is not None:
+            verifier.before(program, pass_)
+        try:
+            result = run_pass(program, pass_, options, veto)
+        except PassFailed as failed:
+            bad = dict.fromkeys(failed.sites, failed.reason)
+        else:
+            bad = dict(verifier.after(program, before, result)) if verifier is not None and result.rewrites else {}
+            if not bad:
+                break
+            refused |= {site: result.site_errors[site] for site in bad if site in result.site_errors}
+        if set(bad) <= set(veto):
+            raise TurbocompileError(f"pass {pass_.name!r}: sites {sorted(bad)} were vetoed and rewritten again")
+        veto = {**bad, **veto}
+        program.graphs, program.constants = before.graphs, before.constants
+    result.site_errors |= refused
+    result.vetoed = veto
+    return result
 
 
 def run_pass(
     program: Program, pass_: Pass, options: Mapping[str, Any], veto: Mapping[str, str] | None = None
 ) -> PassResult:
-    """Runs one pass over all graphs, in place. veto: sites to leave alone -> why."""
+    """Runs one pass over all graphs, in place; one that is left as it was captured it does not look at.
+
+    veto: sites to leave alone -> why; the site `everywhere(graph)` is the whole graph. Raises PassFailed where the pass
+    raises an error; the program is then half rewritten.
+    """
     started = time.perf_counter()
+    veto = veto or {}
     result = PassResult(pass_.name, pass_.kind_of(options))
     for graph, sub in program.graphs.items():
-        rewrites = _run_on_graph(program, graph, pass_, options, veto or {}, result)
+        if sub.left:
+            continue
+        if everywhere(graph) in veto:
+            count = program.count(graph)
+            result.skipped.append((everywhere(graph), veto[everywhere(graph)], count))
+            result.sites += count
+            continue
+        rewrites = _run_on_graph(program, graph, pass_, options, veto, result)
         if rewrites:
             result.raw[graph] = (sub.copy(), rewrites)
-            moved = clean(sub, program.fake_mode)
+            with _failing(pass_, [r.site for r in rewrites]):
+                moved = clean(sub, program.fake_mode)
             result.rewrites += [_followed(r, moved, sub.graph) for r in rewrites]
     result.seconds = time.perf_counter() - started
     return result
+
+
+def everywhere(graph: str) -> str:
+    """The name of all sites of a graph together: where a pass fails before it is at any."""
+    return f"{graph}:*"
+
+
+@contextlib.contextmanager
+def _failing(pass_: Pass, sites: Sequence[str]) -> Iterator[None]:
+    """Says of an error at which sites of which pass it was raised."""
+    try:
+        yield
+    except (PassFailed, *NOT_OF_A_SITE):
+        raise
+    except Exception as error:
+        raise PassFailed(pass_.name, sites, error) from error
 
 
 def _run_on_graph(
@@ -185,28 +245,32 @@ def _run_on_graph(
     refused: dict[str, tuple[list[str], int]] = {}
     rewrites: list[Rewrite] = []
     for rule in pass_.rules:
-        for root in list(rule.candidates(sub)):
+        with _failing(pass_, [everywhere(graph)]):
+            roots = list(rule.candidates(sub))
+        for root in roots:
             if root._erased:  # an earlier rewrite took it in
                 continue
             site = sites.name(root)
             if site in done:
                 continue
             count = rule.count(root) * calls
-            match, outcome = _attempt(program, graph, site, root, rule, options, veto)
-            if isinstance(outcome, str):
-                _undo(match, sub.graph)
-                reasons, _ = refused.setdefault(site, ([], count))
-                reasons += [outcome] if outcome not in reasons else []
-                continue
-            done.add(site)
-            refused.pop(site, None)
-            lineage.follow(pass_.name, match.made, outcome.items() if isinstance(outcome, dict) else [(root, outcome)])
-            rewrites.append(Rewrite(graph, site, tuple(_replace(match, outcome))))
-            old = [root, *(outcome if isinstance(outcome, dict) else ())]
-            _erase_dead(sub.graph, old)
+            with _failing(pass_, [site]):
+                match, outcome = _attempt(program, graph, site, root, rule, options, veto)
+                if isinstance(outcome, str):
+                    _undo(match, sub.graph)
+                    reasons, _ = refused.setdefault(site, ([], count))
+                    reasons += [outcome] if outcome not in reasons else []
+                    continue
+                done.add(site)
+                refused.pop(site, None)
+                pairs = outcome.items() if isinstance(outcome, dict) else [(root, outcome)]
+                lineage.follow(pass_.name, match.made, pairs)
+                rewrites.append(Rewrite(graph, site, tuple(_replace(match, outcome))))
+                _erase_dead(sub.graph, [root, *(outcome if isinstance(outcome, dict) else ())])
             result.rewritten += count
     if rewrites:
-        sort(sub.graph)
+        with _failing(pass_, [r.site for r in rewrites]):
+            sort(sub.graph)
     result.skipped += [(site, "; ".join(reasons), count) for site, (reasons, count) in refused.items()]
     result.sites = result.rewritten + sum(count for _, _, count in result.skipped)
     return rewrites

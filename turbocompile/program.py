@@ -47,10 +47,12 @@ class Subgraph:
     """A graph and the weights that it reads: local name -> expression over checkpoint tensors.
 
     A name in a `Load` leaf that starts with "." is relative to the prefix of the call.
+    left: why the graph is as it was captured, and no pass rewrites it; empty where it has its normal form.
     """
 
     graph: fx.Graph
     weights: dict[str, Expr] = field(default_factory=dict)
+    left: str = ""
 
     def inputs(self) -> list[fx.Node]:
         """The placeholders, in order."""
@@ -65,7 +67,7 @@ class Subgraph:
 
     def copy(self) -> Subgraph:
         """A copy with the same node names, so that nodes can be followed across a rewrite by their names."""
-        return Subgraph(copy_graph(self.graph), dict(self.weights))
+        return Subgraph(copy_graph(self.graph), dict(self.weights), self.left)
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

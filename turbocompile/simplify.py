@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from turbocompile import lineage
 from turbocompile.errors import TurbocompileError
-from turbocompile.match import arguments, exact
+from turbocompile.match import arguments, default_eps, exact
 from turbocompile.program import dtype, infer, is_op, shape
 
 aten = torch.ops.aten
@@ -813,6 +813,14 @@ def layer_norm_without_hint(node: Node, make: Maker) -> Answer:
     """Without the choice of a cuDNN kernel, and with its eps."""
     args = tuple(arguments(aten.layer_norm.default, node.args, node.kwargs)[:5])
     return (aten.layer_norm.default, args) if tuple(node.args) != args or node.kwargs else None
+
+
+@local(aten.rms_norm.default)
+def rms_norm_names_its_eps(node: Node, make: Maker) -> Answer:
+    """The eps that PyTorch chooses by the type of x; else it would change with the type that the norm is run in."""
+    x, sizes, weight, eps = arguments(node.target, node.args, node.kwargs)
+    args = (x, sizes, weight, default_eps(dtype(x)) if eps is None else eps)
+    return (aten.rms_norm.default, args) if tuple(node.args) != args or node.kwargs else None
 
 
 @local(aten._softmax.default, aten.softmax.int)

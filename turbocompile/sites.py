@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from turbocompile.kernels import ops as ours
-from turbocompile.match import Match, arguments, is_cast, uncast, unwiden
+from turbocompile.match import Match, arguments, default_eps, is_cast, uncast, unwiden
 from turbocompile.program import Subgraph, dtype, is_op, shape
 
 aten = torch.ops.aten
@@ -371,7 +371,7 @@ def as_norm(node: Any) -> Norm | None:
         return None
     if is_op(node, aten.layer_norm.default):
         return Norm("layer", x, weight, rest[0], float(rest[1]))
-    eps = torch.finfo(dtype(x)).eps if rest[0] is None else rest[0]
+    eps = default_eps(dtype(x)) if rest[0] is None else rest[0]
     return Norm("rms", x, weight, None, float(eps))
 
 

@@ -14,7 +14,6 @@ from turbocompile import match, tuning
 from turbocompile.attentions import attention_sites, chosen, untuned
 from turbocompile.capture import capture
 from turbocompile.cost import node_cost
-from turbocompile.errors import VerificationError
 from turbocompile.lineage import ORIGINS, PASSES
 from turbocompile.normalize import normalize
 from turbocompile.pipeline import run_passes
@@ -225,5 +224,6 @@ def test_verification_finds_another_k(kind, place):
         args[place] = m.root.args[6] if place == 5 else 1.0
         return m.op(m.root.target, *args)
 
-    with pytest.raises(VerificationError, match="'wrong' changed the numbers"):
-        verified(Attend(), kind, torch.float32, [match.Pass("wrong", "exact", [wrong], needs=(AFTER,))])
+    result = verified(Attend(), kind, torch.float32, [match.Pass("wrong", "exact", [wrong], needs=(AFTER,))])["wrong"]
+    assert result.rewritten == 0
+    assert all("changes the numbers" in reason for reason in result.vetoed.values())
