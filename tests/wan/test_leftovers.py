@@ -26,6 +26,7 @@ KINDS = [
     ("blocks.0.attn1.to_q.weight_scale", SCALE),
     ("blocks.0.attn1.to_q.scale_input", SCALE),
     ("blocks.1.ffn.net.2.scale", SCALE),
+    ("blocks.1.ffn.net.2.qscale", SCALE),
     ("blocks.0.attn1.to_q.weight.absmax", SCALE),
     ("blocks.0.attn1.to_q.weight_zero_point", SCALE),
     ("blocks.0.attn1.to_q.lora_A.default.weight", LORA),

@@ -46,7 +46,9 @@ _VACE = _Kind(
     UnsupportedError,
 )
 _SCALE = _Kind(
-    re.compile(r"(^|[._])(scales?|scaled|scale_inv|amax|absmax|zeros?_?points?|quant\w*|qzeros|g_idx|nested)($|[._])"),
+    re.compile(
+        r"(^|[._])(\w*scales?(?!_shift)|scaled|scale_inv|amax|absmax|zeros?_?points?|quant\w*|qzeros|g_idx|nested)($|[._])"
+    ),
     "is a scale, or another part, of a quantized weight in a way of storing that turbocompile does not read (it reads "
     "8-bit weights with one scale, or one a row or block, as weight_scale, scale_weight, scale or weight_scale_inv)",
     "give the checkpoint that was not quantized",

@@ -1,6 +1,6 @@
 """Weights stored in 8 bits with a scale beside them, read as the numbers that they stand for.
 
-    w = stored * scale        stored: e4m3, e5m2 or int8 of any shape, or wider than that without a scale
+    w = stored * scale        stored: e4m3, e5m2 or int8
 
 The scale of `a.weight` is `a.weight_scale`, `a.scale_weight`, `a.scale` or `a.weight_scale_inv` (which is multiplied by
 as well, in spite of its name): one number, one a row, or one a block of a regular grid. A float8 weight without a scale
@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 
@@ -171,8 +170,3 @@ def dequantized(stored: torch.Tensor, scale: torch.Tensor, where: str = "", name
         if wide.shape[dim] > 1 and block > 1:
             wide = wide.repeat_interleave(block, dim).narrow(dim, 0, size)
     return stored.float() * wide
-
-
-def narrow(specs: Mapping[str, Any]) -> bool:
-    """Whether a weight among {name: (shape, dtype)} is stored in 8 bits."""
-    return any(dtype in EIGHT_BIT for _, dtype in specs.values())
