@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import random
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -248,12 +249,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("number", type=int)
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after that long")
     parser.add_argument("--passes", type=int, default=10, help="every how many-th is compiled with the rewrites")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     counts: collections.Counter[str] = collections.Counter()
+    started = time.perf_counter()
     for seed in range(given.first, given.first + given.number):
+        if time.perf_counter() - started > given.seconds:
+            break
         try:
             counts[trial(seed, passes=seed % given.passes == 0)] += 1
         except AssertionError as error:
