@@ -6,14 +6,15 @@ A block's graph is compiled once and called with the weights of each of its plac
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from turbocompile.errors import EngineError
+from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.program import SHELL, Program, Subgraph, call
 from turbocompile.weights import emitted_name, is_relative
 
@@ -51,8 +52,21 @@ class Runner:
         self.shell = _Compiled(program.shell, SHELL, device, weights, calls).bound("", weights)
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with torch.no_grad():
+        with torch.no_grad(), _supported():
             return self.shell.run(tensors)
+
+
+@contextlib.contextmanager
+def _supported() -> Iterator[None]:
+    """UnsupportedError for an operator that torch lacks for a device or a dtype: shapes alone do not tell."""
+    try:
+        yield
+    except NotImplementedError as error:
+        reason = next(iter(str(error).splitlines()), "no reason given")[:200]
+        raise UnsupportedError(
+            f"torch cannot compute an operator of the engine here ({reason}); run it on another device, or build it "
+            "again in another dtype"
+        ) from error
 
 
 class _Bound(nn.Module):
@@ -156,7 +170,7 @@ def foldable(sub: Subgraph) -> set[fx.Node]:
 def _evaluate(sub: Subgraph, folded: set[fx.Node], kept: list[fx.Node], device: torch.device, weight: Any) -> list[Any]:
     """The values of the kept nodes, computed in order; intermediates are freed at the end."""
     env: dict[fx.Node, Any] = {}
-    with torch.no_grad():
+    with torch.no_grad(), _supported():
         for node in sub.graph.nodes:
             if node in folded:
                 for n in node.all_input_nodes:
