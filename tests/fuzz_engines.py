@@ -257,8 +257,11 @@ def repair(folder: Path, manifest: Any, changed: set[str]) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
 
-def damaged(subject: Subject, target: Path, rng: random.Random) -> list[str]:
-    """A copy of the engine with one to three edits; what was done. Files that stay as they are are links to them."""
+def damaged(subject: Subject, target: Path, rng: random.Random) -> tuple[list[str], bool]:
+    """A copy of the engine with one to three edits: what was done, and whether `explain` reads any of it.
+
+    Files that stay as they are are links to them.
+    """
     shutil.copytree(subject.folder, target, copy_function=os.link)
     done, parsed = [], {MANIFEST: json.loads((target / MANIFEST).read_text(encoding="utf-8"))}
     for _ in range(rng.choice([1, 1, 2, 3])):
@@ -273,7 +276,7 @@ def damaged(subject: Subject, target: Path, rng: random.Random) -> list[str]:
         if name != MANIFEST:
             (target / name).write_text(json.dumps(data), encoding="utf-8")
     repair(target, parsed[MANIFEST], set(parsed) - {MANIFEST})
-    return done
+    return done, not all(d.startswith(("programs/", "tuning.json")) for d in done)
 
 
 # ----------------------------------------------------------------------------------------------------------- the cases
@@ -299,10 +302,11 @@ def deadline(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def use(folder: Path, call: dict[str, Any]) -> str:
+def use(folder: Path, call: dict[str, Any], explained: bool = True) -> str:
     """What `verify`, `explain`, `load` and a call do with a folder: RAN, or REFUSED where one of them says why not."""
     refused = False
-    for step in (_verify, _explain, lambda f: load(f, check=False)(**copy.deepcopy(call))):
+    run = lambda f: load(f, check=False)(**copy.deepcopy(call))  # noqa: E731 (`_verify` compared the hashes)
+    for step in (_verify, _explain, run) if explained else (_verify, run):
         try:
             step(folder)
         except TurbocompileError as error:
@@ -328,11 +332,11 @@ def _explain(folder: Path) -> None:
 def case(subject: Subject, seed: int, scratch: Path) -> tuple[str, str]:
     """One edited engine: RAN, REFUSED or the kind of what it ended in otherwise; and what was done to it."""
     target = scratch / f"case-{seed}"
-    done = damaged(subject, target, random.Random(seed))
+    done, explained = damaged(subject, target, random.Random(seed))
     try:
         with warnings.catch_warnings(), deadline(SECONDS):
             warnings.simplefilter("ignore")
-            return use(target, subject.call), ""
+            return use(target, subject.call, explained), ""
     except KeyboardInterrupt:
         raise
     except BaseException as error:

@@ -103,6 +103,13 @@ def test_every_field_of_the_manifest_has_its_type_for_load_and_verify_alike(fold
             look(folder)
 
 
+def test_a_file_of_the_engine_is_no_onnx_model_because_its_name_ends_in_json(subject, folder):
+    pytest.importorskip("onnxruntime")
+    change(folder, MANIFEST, lambda m: module(m).update(backend="onnx", files={"call": ["report.json"]}))
+    with pytest.raises(EngineError, match="no ONNX file"):
+        load(folder)(**subject.call)
+
+
 def program(folder):
     return next((folder / "programs").iterdir()).relative_to(folder).as_posix()
 
@@ -130,7 +137,8 @@ LOAD = {"expr": "Load", "name": "a", "shape": [4, 4], "dtype": "float32"}
 PROGRAMS = {
     "a parameter that is a number": (signature(parameters=[1 << 63]), "a parameter is"),
     "a parameter of no kind": (signature(parameters=[["x", "ANY", False, None]]), "the kind of the parameter"),
-    "a parameter that is no name": (signature(parameters=[["x y", "KEYWORD_ONLY", False, None]]), "of no function"),
+    "a parameter that is no name": (signature(parameters=[["x y", "KEYWORD_ONLY", False, None]]), "is named 'x y'"),
+    "a parameter without a name": (signature(parameters=[["", "KEYWORD_ONLY", False, None]]), "a parameter is named"),
     "a parameter twice": (signature(parameters=[["x", "KEYWORD_ONLY", False, None]] * 2), "of no function"),
     "a default that is no tree": (
         signature(parameters=[["x", "KEYWORD_ONLY", True, {"container": "tuple", "keys": [0], "items": []}]]),

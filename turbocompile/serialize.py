@@ -212,6 +212,8 @@ def _parameters(value: Any) -> tuple[tuple[str, str, bool, Any], ...]:
         if len(items(one, "a parameter")) != 4:
             raise Unreadable(f"a parameter is {reading.shown(one)}, and should be a name, a kind and a default")
         name = text(one[0], "the name of a parameter")
+        if not name.isidentifier():
+            raise Unreadable(f"a parameter is named {reading.shown(name)}, which is the name of none")
         kind = one_of(one[1], f"the kind of the parameter {name[:40]!r}", inspect._ParameterKind.__members__)
         has = truth(one[2], f"whether the parameter {name[:40]!r} has a default")
         made.append((name, kind, has, _default(one[3], f"the default of the parameter {name[:40]!r}")))
