@@ -274,6 +274,23 @@ def test_an_operator_that_torch_lacks_for_a_dtype_is_one_sentence_at_the_call(su
         engine(torch.ones(2))
 
 
+@pytest.mark.parametrize(
+    ("target", "args", "dtype"),
+    [
+        ("aten.minimum.default", ["x", "x"], "complex64"),
+        ("aten.clamp.default", ["x", -1e300], "float32"),
+        ("aten.floor_divide.Scalar", ["x", 0], "int64"),
+    ],
+)
+def test_an_operator_that_every_call_would_refuse_is_refused_when_the_engine_is_read(target, args, dtype):
+    data = makes(target, args, (2,))
+    data["signature"]["inputs"][0]["dtype"] = dtype
+    for node in data["graphs"]["shell"]["nodes"][:2]:
+        node["val"] = [[[2], dtype]]
+    with pytest.raises(EngineError, match="does not compute"):
+        from_json(data)
+
+
 def test_every_operator_that_an_engine_may_hold_gives_tensors_alone():
     for name, op in ALLOWED.items():
         if name not in ("getitem", "call"):

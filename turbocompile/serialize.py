@@ -738,10 +738,31 @@ def _item(args: tuple[Any, ...], label: str) -> Any:
 
 def _infer(node: fx.Node, program: Program, where: str, label: str) -> Any:
     try:
-        return infer(node.target, node.args, dict(node.kwargs), program.fake_mode)
+        value = infer(node.target, node.args, dict(node.kwargs), program.fake_mode)
+        _try_one_element(node)
+        return value
     except Exception as error:  # any operator may refuse any arguments; it is one sentence for the user
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
         raise EngineError(f"the node {label!r} of {where} does not compute: {reason}") from error
+
+
+def _try_one_element(node: fx.Node) -> None:
+    """Runs an elementwise operator on one element of each operand's dtype; raises what every call of it would.
+
+    Shapes do not tell that there is no minimum of complex numbers, or that 1e308 is no float32. What this torch lacks
+    on a CPU alone (NotImplementedError), a card may have.
+    """
+    op: Any = node.target
+    if torch.Tag.pointwise not in op.tags and op._opname != "floor_divide":  # which torch does not mark as one
+        return
+
+    def one(value: fx.Node) -> Any:
+        fake = value.meta["val"]
+        return torch.ones((1,) * fake.dim(), dtype=fake.dtype, device="cpu")
+
+    with contextlib.suppress(NotImplementedError), torch.no_grad():
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), one)
+        op(*args, **kwargs)
 
 
 def _fitting_default(node: fx.Node, program: Program, recorded: Any) -> torch.dtype | None:
