@@ -249,7 +249,7 @@ def _check_model(folder: Path, name: str) -> None:
 
     path = inside(folder, name)
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        model = onnx.load(str(path), format="protobuf", load_external_data=False)  # whatever its name ends in
     except DecodeError as error:
         raise EngineError(f"{name} in the engine is no ONNX file; copy it again or build it again") from error
     domains = {o.domain for o in model.opset_import} | {n.domain for n in model.graph.node}

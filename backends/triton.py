@@ -6,14 +6,15 @@ A block's graph is compiled once and called with the weights of each of its plac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from turbocompile.errors import EngineError
+from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.program import SHELL, Program, Subgraph, call, walk_tensors
 from turbocompile.weights import Constant, Expr, emitted_name, is_relative
 
@@ -52,8 +53,21 @@ class Runner:
         self.shell = _Compiled(program.shell, SHELL, device, weights, calls).bound("", weights)
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with torch.no_grad():
+        with torch.no_grad(), _supported():
             return self.shell.run(tensors)
+
+
+@contextlib.contextmanager
+def _supported() -> Iterator[None]:
+    """UnsupportedError for an operator that torch lacks for a device or a dtype: shapes alone do not tell."""
+    try:
+        yield
+    except NotImplementedError as error:
+        reason = next(iter(str(error).splitlines()), "no reason given")[:200]
+        raise UnsupportedError(
+            f"torch cannot compute an operator of the engine here ({reason}); run it on another device, or build it "
+            "again in another dtype"
+        ) from error
 
 
 class _Bound(nn.Module):
@@ -199,7 +213,7 @@ def _evaluate(
 ) -> dict[fx.Node, Any]:
     """The values of the kept nodes, computed in order from those known; intermediates are freed at the end."""
     env: dict[fx.Node, Any] = dict(known)
-    with torch.no_grad():
+    with torch.no_grad(), _supported():
         for node in sub.graph.nodes:
             if node in folded:
                 for n in node.all_input_nodes:

@@ -70,6 +70,8 @@ def _compare(engine: Engine, manifest: dict[str, Any]) -> tuple[dict[str, Error]
     source = open_source(Recipe.from_dict(manifest["recipe"], "manifest.json"))
     errors, exact = {}, True
     for name, expert in engine.experts.items():
+        if name not in source.transformers:
+            raise EngineError(f"the source model has no {name!r}, so the engine is not of it; build it again")
         program = min(expert.programs.values(), key=_elements)
         tensors = random_inputs(program)
         names = [i.path for i in program.signature.inputs]

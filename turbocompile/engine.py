@@ -24,13 +24,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from turbocompile import reading
 from turbocompile import signature as sig
-from turbocompile.backends import get_backend
+from turbocompile.backends import BACKENDS, get_backend
 from turbocompile.cuda_graph import CudaGraph, Pool
-from turbocompile.errors import CaptureError, EngineError, UnsupportedError
+from turbocompile.errors import CaptureError, EngineError
 from turbocompile.places import MANIFEST
 from turbocompile.program import SHELL, Program
+from turbocompile.reading import Unreadable, entry, file_name, items, table, text, texts, whole
 from turbocompile.report import Report
 from turbocompile.serialize import dtype_name, from_json, parse_dtype
 from turbocompile.tuning import FILE as TUNING
@@ -45,8 +48,12 @@ SCHEMA = 1
 CHUNK = 64 << 20  # bytes of a weights file that share one hash, so that files can be checked in parallel
 MAX_JSON = 256 << 20
 MAX_DEPTH = 96
-_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]')  # strings are tokens, so that brackets in them do not count
-_PLAIN_NAME = re.compile(r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$")
+# Strings are tokens, so that brackets in them do not count; one that does not end goes to the end, and is read once.
+_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|\Z)|[\[\]{}]', re.DOTALL)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half a character, which no text of UTF-8 has, or one of a pair
+_MODULE = re.compile(r"[A-Za-z0-9_-]{1,100}")  # of the engine's modules: a part of file names
+_HASH = re.compile(r"[0-9a-f]{64}")
+_REPOSITORY = re.compile(r"(models|datasets|spaces)--.+")  # a folder of the hub's cache
 
 
 class Config(dict[str, Any]):
@@ -370,70 +377,140 @@ def _hashes(path: Path) -> list[str]:
 
 
 def read_json(path: Path) -> Any:
-    """Parsed JSON of bounded size and depth. Raises EngineError."""
+    """Parsed JSON of bounded size and depth, in UTF-8. Raises EngineError."""
     if path.stat().st_size > MAX_JSON:
         raise EngineError(f"{path.name} is {path.stat().st_size >> 20} MiB, more than any engine needs; build it again")
-    text = path.read_bytes()
+    data = path.read_bytes()
     depth = 0
-    for token in _BRACKETS.findall(text):  # before parsing: the parser recurses
-        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token, 0)
+    for token in _BRACKETS.finditer(data):  # before parsing: the parser recurses
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token.group(), 0)
         if depth > MAX_DEPTH:
             raise EngineError(f"{path.name} is nested more than {MAX_DEPTH} deep, so it is no engine file")
     try:
-        return json.loads(text)
-    except (ValueError, UnicodeDecodeError) as error:
-        raise EngineError(f"{path.name} is not valid JSON ({error}); the engine is damaged, build it again") from error
+        found = json.loads(data.decode("utf-8"))  # of bytes the parser would guess another encoding
+        if _SURROGATE.search(data):
+            json.dumps(found, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        reason = str(error)[:200]
+        raise EngineError(f"{path.name} is not valid JSON ({reason}); the engine is damaged, build it again") from error
+    return found
 
 
 def inside(folder: Path, name: Any) -> Path:
-    """The path of a file of the engine; EngineError for a name that leads out, a link, or a missing file."""
-    if not isinstance(name, str) or not _PLAIN_NAME.match(name) or any(part in (".", "..") for part in name.split("/")):
-        raise EngineError(f"the engine names a file {str(name)[:60]!r}, which is no plain relative name")
+    """The path of a file of the engine; EngineError for a name that leads out, a link, or a missing file.
+
+    In a cache of the Hugging Face hub files are links to the blobs of their repository: these, and no others, serve.
+    """
+    try:
+        file_name(name)
+    except Unreadable as error:
+        raise EngineError(str(error)) from error
     path = folder
     for part in name.split("/"):
         path = path / part
-        if path.is_symlink():
-            raise EngineError(f"{name} in the engine is a link, and an engine holds plain files only")
+        if path.is_symlink() and not _is_blob(folder, path):
+            raise EngineError(
+                f"{name} in the engine is a link, and an engine holds plain files only; copy the folder with `cp -rL`"
+            )
     if not path.is_file():
         raise EngineError(f"the engine lacks the file {name}; copy it again or build it again")
     return path
 
 
+def _is_blob(folder: Path, link: Path) -> bool:
+    """Whether a link in models--OWNER--NAME/snapshots/REVISION is to a plain file of the same repository's blobs."""
+    place = folder.resolve()
+    for snapshots in place.parents:
+        if snapshots.name == "snapshots" and _REPOSITORY.fullmatch(snapshots.parent.name):
+            target = Path(os.path.normpath(link.parent.resolve() / os.readlink(link)))
+            return target.parent == snapshots.parent / "blobs" and target.is_file() and not target.is_symlink()
+    return False
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, with its digest checked."""
+    """The manifest, with its digest checked and every field of its type. Raises EngineError."""
     if not folder.is_dir():
         raise EngineError(f"{folder} is no folder; `turbocompile optimize RECIPE -o {folder}` makes one")
     if not (folder / MANIFEST).is_file():
         raise EngineError(f"{folder} has no {MANIFEST}, so it is no engine; `turbocompile optimize` makes one")
     manifest = read_json(inside(folder, MANIFEST))
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int):
+    if not isinstance(manifest, dict) or type(manifest.get("schema")) is not int:
         raise EngineError(f"{folder / MANIFEST} is no manifest of an engine; build it again")
     if manifest["schema"] > SCHEMA:
         raise EngineError(
-            f"the engine was built by turbocompile {manifest.get('version')} (schema {manifest['schema']}), and this "
-            f"version reads schema {SCHEMA}; upgrade turbocompile"
+            f"the engine was built by turbocompile {str(manifest.get('version'))[:40]} (schema "
+            f"{reading.shown(manifest['schema'])}), and this version reads schema {SCHEMA}; upgrade turbocompile"
         )
     if manifest.get("digest") != hashlib.sha256(canonical(manifest)).hexdigest():
         raise EngineError(f"the manifest of {folder} was altered after the build (its digest differs); build it again")
-    missing = [k for k in ("files", "modules", "components") if not isinstance(manifest.get(k), dict)]
-    if missing:
-        raise EngineError(f"the manifest of {folder} lacks {missing[0]!r}; build it again")
+    try:
+        _check_manifest(manifest)
+    except Unreadable as error:
+        raise EngineError(f"the manifest of {folder} is damaged: {error}; build the engine again") from error
     return manifest
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Raises Unreadable for a field of another type, and for any name of a file that is not in the folder."""
+    whole(manifest["schema"], "schema", 1)
+    files, modules, components = (table(entry(manifest, k, "it"), f"{k!r}") for k in ("files", "modules", "components"))
+    for name, value in files.items():
+        file_name(name)
+        row = table(value, f"the entry of {name}")
+        whole(entry(row, "size", f"the entry of {name}"), f"the size of {name}", 0)
+        if not all(map(_HASH.fullmatch, texts(entry(row, "sha256", f"the entry of {name}"), f"the hashes of {name}"))):
+            raise Unreadable(f"a hash of {name} is none")
+    for module, value in modules.items():
+        if not _MODULE.fullmatch(module):
+            raise Unreadable(f"a module is named {reading.shown(module)}, and should have a plain name")
+        _check_module(table(value, f"the entry of {module!r}"), f"the entry of {module!r}", files)
+    for component, value in components.items():
+        file_name(component, "a component")
+        row = table(value, f"the component {component!r}")
+        for field, found in row.items():
+            text(found, f"{field[:40]!r} of the component {component!r}")
+        file_name(row.get("folder", component), f"the folder of the component {component!r}")
+    for name in ("version", "target", "task"):
+        if name in manifest:
+            text(manifest[name], f"{name!r}")
+    for name in ("versions", "recipe"):
+        if name in manifest:
+            table(manifest[name], f"{name!r}")
+    for name, value in manifest.get("versions", {}).items():
+        text(value, f"the version of {name[:40]!r}")
+    if manifest.get("boundary_ratio") is not None:
+        reading.number(manifest["boundary_ratio"], "'boundary_ratio'")
+
+
+def _check_module(row: dict[str, Any], what: str, files: Mapping[str, Any]) -> None:
+    """Raises Unreadable for a field of a module's entry of another type, or a file that there is no hash of."""
+    programs = table(entry(row, "programs", what), f"'programs' of {what}")
+    if not programs:
+        raise Unreadable(f"{what} has no program")
+    groups = table(entry(row, "files", what), f"'files' of {what}")
+    named = [*programs.values(), *items(entry(row, "weights", what), f"'weights' of {what}")]
+    named += [name for shape, group in groups.items() for name in items(group, f"the files of {shape[:40]!r}")]
+    for name in named:
+        if file_name(name) not in files:
+            raise Unreadable(f"{what} names {name}, which is not among the engine's files")
+    for field in ("backend", "dtype"):
+        text(entry(row, field, what), f"{field!r} of {what}")
+    text(row.get("name", ""), f"'name' of {what}")
+    table(row.get("config", {}), f"'config' of {what}")
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any], names: Sequence[str] | None = None) -> None:
     """Compares size and hashes of the named files (all of them by default) with the manifest. Raises EngineError."""
     for name in names if names is not None else manifest["files"]:
-        entry = manifest["files"].get(name)
+        row = manifest["files"].get(name)
         path = inside(folder, name)
-        if not isinstance(entry, dict):
+        if not isinstance(row, dict):
             raise EngineError(f"the engine's {name} is not in its manifest; build it again")
-        if path.stat().st_size != entry.get("size"):
+        if path.stat().st_size != row.get("size"):
             raise EngineError(
-                f"the engine's {name} has {path.stat().st_size} bytes and should have {entry.get('size')}; "
-                "copy it again"
+                f"the engine's {name} has {path.stat().st_size} bytes and should have {row.get('size')}; copy it again"
             )
-        if _hashes(path) != entry.get("sha256"):
+        if _hashes(path) != row.get("sha256"):
             raise EngineError(f"the engine's {name} was altered (its hash differs); copy it again or build it again")
 
 
@@ -445,6 +522,21 @@ def check_strangers(folder: Path, manifest: Mapping[str, Any], place: str) -> No
         raise EngineError(f"the engine's {strangers[0]} is not in its manifest; remove it or build again")
 
 
+@contextlib.contextmanager
+def _plain_torch() -> Iterator[None]:
+    """Tensors are real ones on the CPU inside, whatever the caller set.
+
+    A default device, a FakeTensorMode or inference mode around `load` would make weights without values, or ones that
+    nobody can write to.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(unset_fake_temporarily())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.device("cpu"))
+        yield
+
+
 def load(folder: str | Path, *, device: torch.device | str | None = None, check: bool = True) -> Engine:
     """Opens an engine folder. Weights are mapped, not copied, until they are moved to a device.
 
@@ -453,7 +545,11 @@ def load(folder: str | Path, *, device: torch.device | str | None = None, check:
 
     Raises EngineError in one sentence where the folder is damaged, altered, newer than this version, or hostile.
     """
-    root = Path(folder)
+    with _plain_torch():
+        return _load(Path(folder), None if device is None else torch.device(device), check)
+
+
+def _load(root: Path, device: torch.device | None, check: bool) -> Engine:
     manifest = read_manifest(root)
     report_name = "report.json"
     report = None
@@ -466,43 +562,31 @@ def load(folder: str | Path, *, device: torch.device | str | None = None, check:
         tuning = read_tuning(read_json(inside(root, TUNING)), f"{TUNING} of {root}")
     tuning = merge(tuning, read_cache(str(manifest["digest"])))  # measured on this machine, so it comes last
     engines: dict[str, Engine] = {}
-    for module, entry in manifest["modules"].items():
-        engines[module] = _load_module(root, manifest, module, entry, report, check)
+    for module, row in manifest["modules"].items():
+        engines[module] = _load_module(root, manifest, module, row, report, check)
     if not engines:
         raise EngineError(f"the engine {root} holds no module; build it again")
     for engine in engines.values():
         object.__setattr__(engine, "experts", engines)
         engine.tuning = tuning
         if device is not None:
-            engine.move(torch.device(device))
+            engine.move(device)
     return engines.get("transformer") or next(iter(engines.values()))
 
 
 def _load_module(
-    root: Path, manifest: Mapping[str, Any], module: str, entry: Any, report: Report | None, check: bool
+    root: Path, manifest: Mapping[str, Any], module: str, row: Mapping[str, Any], report: Report | None, check: bool
 ) -> Engine:
-    try:
-        names = list(entry["programs"].values())
-        shards = list(entry["weights"])
-        dtype = parse_dtype(entry["dtype"])
-        files = {str(k): [str(f) for f in v] for k, v in entry["files"].items()}
-        get_backend(str(entry["backend"]))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise EngineError(f"the manifest's entry of {module!r} lacks {error}; build the engine again") from error
-    except UnsupportedError as error:
-        raise EngineError(str(error)) from error
+    """row: the module's entry of the manifest, which `read_manifest` checked."""
+    if row["backend"] not in BACKENDS:
+        raise EngineError(f"there is no backend {row['backend'][:40]!r}; choose one of {', '.join(BACKENDS)}")
+    dtype = parse_dtype(row["dtype"])
+    files = {shape: list(group) for shape, group in row["files"].items()}
     if check:
-        check_files(root, manifest, [*names, *shards, *(f for group in files.values() for f in group)])
-    programs = {str(k): from_json(read_json(inside(root, v))) for k, v in entry["programs"].items()}
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in shards:
-        path = inside(root, shard)
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for key in file.keys():  # noqa: SIM118 (not a dictionary)
-                    tensors[key] = file.get_tensor(key)
-        except SafetensorError as error:
-            raise EngineError(f"the engine's {shard} is no safetensors file ({error}); copy it again") from error
+        read = [*row["programs"].values(), *row["weights"], *(f for group in files.values() for f in group)]
+        check_files(root, manifest, read)
+    programs = {shape: from_json(read_json(inside(root, name))) for shape, name in row["programs"].items()}
+    tensors = _read_weights(root, row["weights"])
     for name, emission in weight_plan(programs).items():
         found = tensors.get(name)
         if found is None:
@@ -512,11 +596,23 @@ def _load_module(
                 f"the engine's weight {name!r} is {list(found.shape)} {found.dtype}, and its program reads "
                 f"{list(emission.expr.shape)} {emission.expr.dtype}; build it again"
             )
-    config = entry.get("config", {})
     return Engine(
-        programs, tensors, name=str(entry.get("name", module)), config=config if isinstance(config, dict) else {},
-        dtype=dtype, report=report, manifest=manifest, folder=root, backend=str(entry["backend"]), files=files,
+        programs, tensors, name=row.get("name", module), config=row.get("config", {}), dtype=dtype, report=report,
+        manifest=manifest, folder=root, backend=row["backend"], files=files,
     )  # fmt: skip
+
+
+def _read_weights(root: Path, shards: Sequence[str]) -> dict[str, torch.Tensor]:
+    """All tensors of the shards, mapped. Raises EngineError."""
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in shards:
+        try:
+            with safe_open(inside(root, shard), framework="pt", device="cpu") as file:
+                for key in file.keys():  # noqa: SIM118 (not a dictionary)
+                    tensors[key] = file.get_tensor(key)
+        except SafetensorError as error:
+            raise EngineError(f"the engine's {shard} is no safetensors file ({error}); copy it again") from error
+    return tensors
 
 
 def module_entry(engine: Engine, programs: Mapping[str, str], shards: Sequence[str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from turbocompile.cost import natural, node_cost, op_name, tensor_text
 from turbocompile.errors import EngineError
 from turbocompile.printer import code
 from turbocompile.program import SHELL, Program, call, module_path
+from turbocompile.reading import items, table
 
 ORIGINS, PASSES = "origins", "passes"  # in a node's meta
 INPUT, OUTPUT, CALL = "input", "output", "call"  # ops of a NodeView that are no operators
@@ -120,7 +121,7 @@ class NodeView:
             **fields,
             reads=_places(data.get("reads", []), place),
             origins=_places(data.get("origins", []), before),
-            passes=tuple(_text(p) for p in data.get("passes", [])),
+            passes=tuple(_text(p) for p in items(data.get("passes", []), "passes")),
         )
 
 
@@ -144,12 +145,12 @@ class GraphView:
     def from_dict(cls, data: Any) -> GraphView:
         """The inverse of `to_dict`. Raises EngineError in one sentence for anything else."""
         try:
-            if max(len(data["before"]), len(data["after"])) > MAX_NODES:
-                raise ValueError(f"more than {MAX_NODES} nodes")
-            before = tuple(NodeView.from_dict(n, i, 0) for i, n in enumerate(data["before"]))
-            after = tuple(NodeView.from_dict(n, i, len(before)) for i, n in enumerate(data["after"]))
-            return cls(natural(data["calls"]), before, after)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            given = table(data, "a graph")
+            old, new = (items(given[k], f"the nodes {k} the passes", MAX_NODES) for k in ("before", "after"))
+            before = tuple(NodeView.from_dict(table(n, "a node"), i, 0) for i, n in enumerate(old))
+            after = tuple(NodeView.from_dict(table(n, "a node"), i, len(before)) for i, n in enumerate(new))
+            return cls(natural(given["calls"]), before, after)
+        except (KeyError, ValueError) as error:
             raise EngineError(
                 f"the engine's graphs are damaged ({type(error).__name__}: {str(error)[:80]}); build the engine again"
             ) from error
@@ -159,7 +160,7 @@ def read_views(data: Any) -> dict[str, GraphView]:
     """The graphs of a module by their names. Raises EngineError in one sentence for what is none."""
     if not isinstance(data, dict):
         raise EngineError("the engine's graphs are damaged (no object); build the engine again")
-    return {str(name): GraphView.from_dict(view) for name, view in data.items()}
+    return {name: GraphView.from_dict(view) for name, view in data.items()}
 
 
 def _text(value: Any) -> str:
@@ -169,8 +170,8 @@ def _text(value: Any) -> str:
 
 
 def _places(value: Any, end: int) -> tuple[int, ...]:
-    places = tuple(natural(v) for v in value)
-    if len(places) > MAX_NODES or any(p >= end for p in places):
+    places = tuple(natural(v) for v in items(value, "places", MAX_NODES))
+    if any(p >= end for p in places):
         raise ValueError(f"{str(value)[:20]} are no places")
     return places
 

@@ -19,6 +19,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
+from turbocompile import reading
 from turbocompile.attentions import AttentionSite, attention_sites, with_times
 from turbocompile.cost import OpCost, activation_bytes, cost, natural, parameters_by_dtype
 from turbocompile.errors import EngineError, UnsupportedError
@@ -223,8 +224,10 @@ class Report:
     def from_dict(cls, data: Any) -> Report:
         """The inverse of `to_dict`. Raises EngineError in one sentence for anything else."""
         try:
-            return cls._from_dict(data, nested=False)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            made = cls._from_dict(reading.table(data, "the report"), nested=False)
+            _check_agrees(made.to_dict(), data, "the report")
+            return made
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
             raise EngineError(
                 f"the engine's report is damaged ({type(error).__name__}: {str(error)[:80]}); build the engine again"
             ) from error
@@ -434,6 +437,24 @@ def sensitivity_title(passes: Mapping[str, PassReport]) -> str:
     rest = [name for name, p in passes.items() if p.site_errors and not p.inputs]
     measured += [f"{', '.join(rest)} in the first layer"] if rest else []
     return f"What 8 bits do to each site ({'; '.join(measured)})"
+
+
+def _check_agrees(made: Any, data: Any, what: str) -> None:
+    """Raises ValueError unless what was read says what the file says: a number is no text, a text no list of letters.
+
+    Keys that the file lacks, or has beside, are as they were in another version.
+    """
+    if isinstance(made, dict) and isinstance(data, dict):
+        for key in made.keys() & data.keys() - _DERIVED:
+            _check_agrees(made[key], data[key], f"{key[:40]!r} of {what[:80]}")
+    elif isinstance(made, list) and isinstance(data, list) and len(made) == len(data):
+        for one, other in zip(made, data, strict=True):
+            _check_agrees(one, other, f"an entry of {what[:80]}")
+    elif made != data or isinstance(made, bool) != isinstance(data, bool):
+        raise ValueError(f"{what} is {reading.shown(data)}, which is not of its type")
+
+
+_DERIVED = {"least_seconds"}  # of the table of cards, which may know better by now
 
 
 def _optional(value: Any) -> int | None:

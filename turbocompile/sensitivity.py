@@ -123,8 +123,9 @@ def ranges(layers: Sequence[str]) -> str:
     found: dict[str, list[list[int]]] = {}
     for layer in layers:
         path, _, number = layer.rpartition(".")
-        runs = found.setdefault(path if number.isdigit() else layer, [])
-        if number.isdigit():
+        counted = number.isdecimal() and len(number) < 10  # a name from a file may end in what int() refuses
+        runs = found.setdefault(path if counted else layer, [])
+        if counted:
             if runs and runs[-1][1] == int(number) - 1:
                 runs[-1][1] = int(number)
             else:

@@ -22,6 +22,7 @@ from turbocompile.cost import arguments
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.kernels import ops
 from turbocompile.program import Program, is_op
+from turbocompile.reading import Unreadable, plain, table
 from turbocompile.sites import SAGE, SLA
 
 if TYPE_CHECKING:
@@ -116,9 +117,13 @@ def merge(*parts: Tuning) -> Tuning:
 
 def read_tuning(data: Any, where: str) -> Tuning:
     """Parsed JSON as a tuning. EngineError for other data; `where` names the file."""
-    kinds = data.values() if isinstance(data, dict) else [None]
-    if not all(isinstance(choices, dict) and all(isinstance(c, dict) for c in choices.values()) for choices in kinds):
-        raise EngineError(f"{where} is no tuning; the engine is damaged, build it again")
+    try:
+        for kind, choices in table(data, "it").items():
+            for key, config in table(choices, f"{kind[:40]!r}").items():
+                for name, value in table(config, f"the configuration of {key[:80]!r}").items():
+                    plain(value, f"{name[:40]!r} of {key[:80]!r}")
+    except Unreadable as error:
+        raise EngineError(f"{where} is no tuning ({error}); the engine is damaged, build it again") from error
     return data
 
 
@@ -144,7 +149,7 @@ def read_cache(digest: str) -> Tuning:
     try:
         path = cache_path("tuning", digest)
         return read_tuning(json.loads(path.read_text(encoding="utf-8")), str(path))
-    except (OSError, ValueError, EngineError):
+    except (OSError, ValueError, RecursionError, EngineError):
         return {}
 
 

@@ -11,6 +11,7 @@ import json
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,7 +57,10 @@ class TensorSource(Protocol):
 
 
 class Expr:
-    """One weight. Subclasses are frozen dataclasses with a `shape` and a `dtype`."""
+    """One weight. Subclasses are frozen dataclasses with a `shape` and a `dtype`.
+
+    A shape is computed once: one that asks its part for each axis would take time exponential in the depth.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -113,7 +117,7 @@ class Cast(Expr):
     of: Expr
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.of.shape
 
@@ -126,7 +130,7 @@ class Permute(Expr):
     of: Expr
     dims: tuple[int, ...]
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return tuple(self.of.shape[d] for d in self.dims)
 
@@ -147,7 +151,7 @@ class Slice(Expr):
     start: int
     stop: int
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         s = list(self.of.shape)
         s[self.dim] = self.stop - self.start
@@ -166,7 +170,7 @@ class Cat(Expr):
     of: tuple[Expr, ...]
     dim: int
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         s = list(self.of[0].shape)
         s[self.dim] = sum(e.shape[self.dim] for e in self.of)
@@ -187,7 +191,7 @@ class Mul(Expr):
     of: Expr
     by: Expr | float
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.of.shape
 
@@ -208,7 +212,7 @@ class AddLora(Expr):
     b: Expr
     scale: float
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.of.shape
 
@@ -229,7 +233,7 @@ class Dequantize(Expr):
     format: str
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.data.shape
 
@@ -245,7 +249,7 @@ class Quantize(Expr):
     format: str
     part: str
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         n, k = self.of.shape
         if self.part == "data":
