@@ -176,11 +176,10 @@ def planted(fault: Fault, layers: int) -> Iterator[None]:
 
 
 def _plant(fault: Fault, sub: Subgraph, graph: str, rewrites: Any, before: set[str], layers: int) -> None:
-    rng = random.Random(fault.seed)
     sites = [r for r in rewrites if fault.site in ("", r.site)]
     if not sites:
         return
-    rewrite = rng.choice(sites)
+    rewrite = random.Random(fault.seed).choice(sites)
     named = {n.name: n for n in sub.graph.nodes}
     made: dict[str, fx.Node] = {}
     todo = [named[new] for _, new in rewrite.replaced]
@@ -189,17 +188,18 @@ def _plant(fault: Fault, sub: Subgraph, graph: str, rewrites: Any, before: set[s
         if node.name not in before and node.name not in made:
             made[node.name] = node
             todo += node.all_input_nodes
-    _change(fault, rng, sub, [n for n in sub.graph.nodes if n.name in made], layers)
+    _change(fault, sub, [n for n in sub.graph.nodes if n.name in made], layers)
     if fault.what:
         fault.graph, fault.site = graph, rewrite.site
 
 
-def _change(fault: Fault, rng: random.Random, sub: Subgraph, nodes: list[fx.Node], layers: int) -> None:
+def _change(fault: Fault, sub: Subgraph, nodes: list[fx.Node], layers: int) -> None:
     """Makes the fault in one of the nodes, the same for the same seed and graph."""
     by_kind: dict[str, list[tuple[str, Any]]] = {}
     for node in nodes:
         for what, do in changes(node, sub, layers):
             by_kind.setdefault(what.split(":")[0] if ":" in what else "weight", []).append((what, do))
+    rng = random.Random(fault.seed + 1)
     if by_kind:
         fault.what, do = rng.choice(by_kind[rng.choice(sorted(by_kind))])
         do()
@@ -214,11 +214,10 @@ def _in_normal_form(fault: Fault, layers: int) -> Iterator[None]:
     def wrong(sub: Subgraph, program: Program) -> None:
         right(sub, program)
         graph = next(name for name, s in program.graphs.items() if s is sub)
-        rng = random.Random(fault.seed)
-        wanted = fault.graph or rng.choice(sorted(program.graphs))
+        wanted = fault.graph or random.Random(fault.seed).choice(sorted(program.graphs))
         if graph == wanted:
             nodes = [n for n in sub.graph.nodes if n.op == "call_function"]
-            _change(fault, rng, sub, nodes, layers)
+            _change(fault, sub, nodes, layers)
             fault.graph = graph
 
     with mock.patch.object(normal_form, "_normalize", wrong):
@@ -269,7 +268,8 @@ class Verdict:
 
     @property
     def caught(self) -> bool:
-        return self.verified <= SEEN
+        """Whether the engine has the right numbers, and the build said what it left."""
+        return self.verified <= SEEN and bool(self.said)
 
 
 class Case:

@@ -107,6 +107,16 @@ def test_a_wrong_value_that_the_shell_hands_to_a_block_is_found():
     assert list(wrong(model, raw, program, verifier)) == ["shell"]
 
 
+def test_a_shell_that_reads_another_call_of_a_block_is_found(case):
+    """Of the blocks one alone is computed for all, and still each gives something of its own."""
+    model, program, raw, verifier = case
+    first, last = raw.calls()
+    output = raw.shell.output()
+    output.args = ((first.node,),)
+    assert last.node.name != first.node.name
+    assert list(wrong(model, raw, program, verifier)) == ["shell"]
+
+
 class Clock(nn.Module):
     """Sines of a timestep in bfloat16, where 999 is 1000: radians off what float64 gives, as the model itself is."""
 

@@ -485,6 +485,26 @@ def results_of(program: Program, graph: str) -> list[fx.Node]:
     return program.graphs[graph].outputs() + read  # type: ignore[operator]
 
 
+def told_apart(program: Program, graph: str, given: Values) -> Values:
+    """What a graph is given, where each call in it gives something of its own.
+
+    A later call of a kind stands for the first: with one value for all, who reads which would make no difference.
+    """
+    calls = program.calls() if graph == SHELL else []
+    made = dict(given)
+    for number, use in enumerate(calls[1:], 1):
+        generator = torch.Generator().manual_seed(number)
+
+        def moved(t: Any, generator: torch.Generator = generator) -> Any:
+            if not isinstance(t, torch.Tensor) or not _is_wide_float(t.dtype):
+                return t
+            size = t.double().square().mean().sqrt()
+            return (t.double() + size * torch.randn(t.shape, generator=generator, dtype=torch.float64)).to(t.dtype)
+
+        made[use.node.name] = fx.node.map_aggregate(made[use.node.name], moved)
+    return made
+
+
 def widened(values: Mapping[str, Any], wide: torch.dtype | None) -> Values:
     """Values of an engine's dtypes in the dtype that is computed in."""
     return {
@@ -515,8 +535,10 @@ def wrong_forms(
     truth, wide = run_widest(captured, weights, inputs)
     found = {}
     for graph in truth:
-        pairs = zip(given_to(captured, graph), given_to(normal, graph), strict=True)
-        given = {(old.name, new.name): as_engine(truth[graph][old.name], old) for old, new in pairs}
+        pairs = list(zip(given_to(captured, graph), given_to(normal, graph), strict=True))
+        values = {old.name: as_engine(truth[graph][old.name], old) for old, _ in pairs}
+        values = told_apart(captured, graph, values)
+        given = {(old.name, new.name): values[old.name] for old, new in pairs}
         forms = _Forms(captured, normal, graph, given, weights, wide)
         reason = forms.differ() or forms.round_more(seed)
         if reason:
@@ -835,7 +857,7 @@ class Verifier:
             if graph not in self.truth:
                 continue
             replaced = {old: new for r in rewrites for old, new in r.replaced}
-            given = self._true_inputs(before, graph)
+            given = told_apart(before, graph, self._true_inputs(before, graph))
             rewritten = Rewritten(before, sub, graph, replaced, given, self.weights, self.wide)
             wrong = {}
             for rewrite in rewrites:
