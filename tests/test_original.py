@@ -183,10 +183,10 @@ def test_a_message_shows_values_as_the_user_wrote_them(given, message):
 
 
 class Gained(Linear):
-    """A number that the graph can take, and one that Python decides by."""
+    """Numbers that the graph can take, and one that Python decides by."""
 
-    def forward(self, x, gain=1.0, limit=None):
-        y = self.linear(x) * gain
+    def forward(self, x, gain=1.0, limit=None, options=None):
+        y = self.linear(x) * gain * (options["scale"] if options else 1.0)
         return y if limit is None or limit > 10 else y.clamp(max=limit)
 
 
@@ -198,6 +198,10 @@ def test_a_number_that_changes_is_an_input_where_the_graph_allows_it(tmp_path):
     assert len(lazy.engine.programs) == 1
     loaded = turbocompile.load(lazy.save(tmp_path / "engine"))
     assert torch.allclose(loaded(x, gain=0.3), model(x, gain=0.3), atol=1e-6)
+    for scale in (0.5, 0.25, 0.125):  # in a container: fixed until it changes
+        given = {"options": {"scale": scale}}
+        assert torch.allclose(lazy(x, gain=1.5, **given), model(x, gain=1.5, **given), atol=1e-6)
+    assert len(lazy.engine.programs) == 2
     for limit in (0.1, 20.0):  # Python compares it, so that each value is a Program
         assert torch.allclose(lazy(x, 0.5, limit), model(x, 0.5, limit), atol=1e-6)
     with pytest.raises(CaptureError, match="with a number for 'gain', and got a tensor"):

@@ -39,7 +39,15 @@ from turbocompile.recipe import Recipe, Shape, load_recipe
 from turbocompile.recording import MAX_TOKENS, Recorded, given_inputs, read_inputs
 from turbocompile.report import Report
 from turbocompile.serialize import to_json
-from turbocompile.signature import bound, describe, differs, fits, float_timesteps, tensors_of
+from turbocompile.signature import (
+    bound,
+    describe,
+    differs,
+    fits,
+    float_timesteps,
+    given_numbers,
+    tensors_of,
+)
 from turbocompile.tuning import FILE as TUNING
 from turbocompile.tuning import Tuning, merge, tune
 from turbocompile.verify import Verifier, random_inputs, wrong_forms
@@ -994,11 +1002,11 @@ class Taken:
 
 @dataclass(frozen=True)
 class _Way:
-    """How calls are captured. numbers: Python floats that they give are inputs. float_timesteps: integers are taken as
-    floats first.
+    """How calls are captured. numbers: paths of the Python floats that are inputs. float_timesteps: integers are taken
+    as floats first.
     """
 
-    numbers: bool = False
+    numbers: frozenset[str] = frozenset()
     float_timesteps: bool = True
 
 
@@ -1027,13 +1035,23 @@ def _ways(model: nn.Module, calls: Sequence[tuple[Any, Any]], recipe: Recipe, re
     if recipe.verify == "off":
         return [_Way()]
     ways = [_Way()]
-    args, kwargs = calls[0]
-    signature, _ = describe(model, args, kwargs, numbers=True)
-    if recorded is None and any(i.number for i in signature.inputs):
-        ways.insert(0, _Way(numbers=True))
+    numbers = _changing_numbers(model, calls)
+    if recorded is None and numbers:
+        ways.insert(0, _Way(numbers=numbers))
+    signature, _ = describe(model, *calls[0])
     if float_timesteps(signature) != signature:
         ways.append(_Way(float_timesteps=False))
     return ways
+
+
+def _changing_numbers(model: nn.Module, calls: Sequence[tuple[Any, Any]]) -> frozenset[str]:
+    """Floats that are arguments by themselves; of those in containers (options of a LoRA, which fold into weights) the
+    ones that differ between the calls.
+    """
+    given = [given_numbers(model, *call) for call in calls]
+    paths = {path for one in given for path in one}
+    differing = {path for path in paths if len({one[path] for one in given if path in one}) > 1}
+    return frozenset(path for path in paths if "." not in path) | differing
 
 
 def _taken(

@@ -13,7 +13,7 @@ import hashlib
 import operator
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,14 @@ def capture(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    numbers: bool = False,
+    numbers: Container[str] = (),
     float_timesteps: bool = True,
 ) -> Program:
     """The Program of `model` at the shapes of the example call.
 
     model: any module; its parameters may be on the meta device. No other thread may call it meanwhile. args, kwargs: as
     the model is called, which is how it is traced; tensors may be on any device, meta included, their values are not
-    read. numbers: Python floats that the call gives are inputs of the Program, not fixed. float_timesteps: integer
+    read. numbers: paths of the Python floats that are inputs of the Program, not fixed. float_timesteps: integer
     timesteps are tried as float32 first, since samplers give either.
 
     Raises CaptureError where the model cannot be exported, with the module and the line at fault; UnsupportedError for

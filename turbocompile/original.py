@@ -77,7 +77,7 @@ class Original:
 
     def compare(self, program: Program, source: TensorSource) -> Comparison:
         """Compares the module with its captured Program. source: the weights' values."""
-        numbers = any(i.number for i in program.signature.inputs)
+        numbers = {i.path for i in program.signature.inputs if i.number}
         wrapper = program.signature.return_dict
         signature, tensors = sig.describe(self.model, self.args, self.kwargs, wrapper, numbers)
         spelling = sig.Spelling.of(signature, self.args, self.kwargs)

@@ -15,7 +15,7 @@ import inspect
 import math
 import re
 from collections import OrderedDict, namedtuple
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,25 +63,28 @@ _DEFAULT = _Default()
 
 
 def describe(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wrapper: bool = True, numbers: bool = False
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    wrapper: bool = True,
+    numbers: Container[str] = (),
 ) -> tuple[Signature, list[torch.Tensor]]:
     """The signature of a call (its output is filled in after the export) and its tensors, in order.
 
     wrapper: whether a `return_dict` that is on by default means what diffusers means by it: the same results, in an
-    object or in a tuple. Else it is an argument like any other. numbers: whether a Python float that the call gives is
-    an input, a tensor of float64 without dimensions, rather than fixed.
+    object or in a tuple. Else it is an argument like any other. numbers: paths of the Python floats that are inputs,
+    tensors of float64 without dimensions, rather than fixed.
     """
     declared = list(inspect.signature(model.forward).parameters.values())
     parameters = tuple((p.name, p.kind.name, p.default is not p.empty, _as_data(p.default)) for p in declared)
     has_return_dict = wrapper and any(p.name == "return_dict" and p.default in (True, None) for p in declared)
     bound = _bind(parameters, args, kwargs, type(model).__name__)
-    given = _given(parameters, args, kwargs) if numbers else {}
     inputs, guards, tensors = [], {}, []
     for path, value in _walk(bound):
         if isinstance(value, torch.Tensor):
             inputs.append(Input(path, tuple(value.shape), value.dtype, bool(TIMESTEP.search(path))))
             tensors.append(value)
-        elif type(value) is float and math.isfinite(value) and path in given:
+        elif path in numbers and type(value) is float and math.isfinite(value):
             inputs.append(Input(path, (), NUMBER, number=True))
             tensors.append(torch.tensor(value, dtype=NUMBER))
         elif isinstance(value, PLAIN) or _is_marker(value):
@@ -98,18 +101,25 @@ def describe(
     return Signature(parameters, tuple(inputs), guards, {}, has_return_dict), tensors
 
 
-def _given(parameters: Sequence[tuple[str, str, bool, Any]], args: Any, kwargs: Any) -> dict[str, Any]:
-    """What the call itself gives, by path: without the defaults."""
-    positional = [n for n, kind, _, _ in parameters if kind in ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD")]
-    rest = next((n for n, kind, _, _ in parameters if kind == "VAR_POSITIONAL"), "")
-    more = next((n for n, kind, _, _ in parameters if kind == "VAR_KEYWORD"), "")
-    known = {n for n, kind, _, _ in parameters if not kind.startswith("VAR_")}
-    found: dict[str, Any] = {}
+def given_numbers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, float]:
+    """The finite Python floats that a call itself gives, by path: without the defaults."""
+    parameters = [(p.name, p.kind.name) for p in inspect.signature(model.forward).parameters.values()]
+    found = dict(pair for path, value in _paths(parameters, args, kwargs) for pair in _walk(value, path))
+    return {path: v for path, v in found.items() if type(v) is float and math.isfinite(v)}
+
+
+def _paths(
+    parameters: Sequence[tuple[str, str]], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    """Each argument that a call gives, with its path; first those by position."""
+    positional = [n for n, kind in parameters if kind in ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD")]
+    rest = next((n for n, kind in parameters if kind == "VAR_POSITIONAL"), "")
+    more = next((n for n, kind in parameters if kind == "VAR_KEYWORD"), "")
+    known = {n for n, kind in parameters if not kind.startswith("VAR_")}
     for i, value in enumerate(args):
-        found |= _walk(value, positional[i] if i < len(positional) else f"{rest}.{i - len(positional)}")
+        yield positional[i] if i < len(positional) else f"{rest}.{i - len(positional)}", value
     for name, value in kwargs.items():
-        found |= _walk(value, name if name in known else f"{more}.{name}")
-    return found
+        yield name if name in known else f"{more}.{name}", value
 
 
 @dataclass(frozen=True)
@@ -133,18 +143,11 @@ class Spelling:
     def call(self, leaves: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """args and kwargs with `leaves[path]` in the places that have one, in new containers of the same kinds."""
         kinds = [(n, kind) for n, kind, _, _ in self.parameters]
-        positional = [n for n, kind in kinds if kind in ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD")]
-        rest = next((n for n, kind in kinds if kind == "VAR_POSITIONAL"), "")
-        more = next((n for n, kind in kinds if kind == "VAR_KEYWORD"), "")
-        known = {n for n, kind in kinds if not kind.startswith("VAR_")}
-        args = []
-        for i, value in enumerate(self.args):
-            args.append(
-                _filled(value, positional[i] if i < len(positional) else f"{rest}.{i - len(positional)}", leaves)
-            )
-        kwargs = {k: _filled(v, k if k in known else f"{more}.{k}", leaves) for k, v in self.kwargs.items()}
+        filled = [_filled(value, path, leaves) for path, value in _paths(kinds, self.args, self.kwargs)]
+        args, kwargs = filled[: len(self.args)], dict(zip(self.kwargs, filled[len(self.args) :], strict=True))
         if self.return_dict is not None:
-            place = positional.index("return_dict") if "return_dict" in positional else len(args)
+            names = [n for n, kind in kinds if kind in ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD")]
+            place = names.index("return_dict") if "return_dict" in names else len(args)
             default = next(d for n, _, _, d in self.parameters if n == "return_dict")
             if place < len(args):
                 args[place] = self.return_dict
