@@ -97,6 +97,25 @@ def test_save_pretrained_says_that_it_leaves_the_engine_out_and_how_to_keep_it(p
     assert (generate(again) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+def test_adapters_of_a_pipeline_with_an_engine_are_refused_in_a_sentence(pipe, compiled, lazy):
+    """diffusers passes over what is no model of its own without a word."""
+    pipe.transformer = turbocompile.optimize(pipe.transformer) if lazy else compiled
+    for use in (
+        pipe.disable_lora,
+        pipe.enable_lora,
+        lambda: pipe.fuse_lora(components=["transformer"]),
+        lambda: pipe.delete_adapters("default"),
+        pipe.unload_lora_weights,
+        lambda: pipe.transformer.set_adapters("default"),
+        lambda: pipe.transformer.load_lora_adapter({}),
+    ):
+        with pytest.raises(UnsupportedError, match="which is an engine: its adapters became part of its weights"):
+            use()
+    assert isinstance(pipe.transformer, torch.nn.Module)
+    assert generate(pipe).shape[1] == 16
+
+
 def test_model_cpu_offload_says_that_it_needs_an_accelerator_or_works(pipe, compiled):
     """On a machine without a GPU diffusers itself refuses; the engine must not be what fails."""
     expected = generate(pipe)

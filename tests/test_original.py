@@ -612,6 +612,20 @@ def test_the_report_says_how_the_graph_stands_beside_the_module():
 # ------------------------------------------------------------------------------------------------------------ around it
 
 
+class Copying(Linear):
+    def forward(self, x, t):
+        y = torch.tensor(t)
+        y += 1
+        return self.linear(x) * y + torch.as_tensor(t)
+
+
+def test_a_tensor_made_of_a_tensor_is_a_copy():
+    model, args = Copying().eval(), (x8(), torch.tensor(2.0))
+    engine = compiled(model, args)
+    assert torch.equal(engine(*args), model(*args))
+    assert args[1] == 2.0
+
+
 @dataclasses.dataclass
 class Config:
     depth: int = 2

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from turbocompile.adapters import FixedWeights
 from turbocompile.attentions import chosen
 from turbocompile.backends import get_backend
 from turbocompile.bench import time_attentions
@@ -873,7 +874,7 @@ class EngineBuild:
     stages: Stages
 
 
-class LazyEngine(nn.Module):
+class LazyEngine(FixedWeights, nn.Module):
     """A module that compiles itself at its first call, for that call's shapes and plain arguments; other calls add
     theirs. In a pipeline it stands for the module: it has the module's attributes, and moves with it.
     """
@@ -894,6 +895,7 @@ class LazyEngine(nn.Module):
         self.recipe, self.verify_args, self.progress, self.recorded = recipe, verify_args, progress, recorded
         self.calls: list[tuple[Any, Any]] = []
         self.engine = None
+        self.model_name = type(model).__name__
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         engine = self.engine

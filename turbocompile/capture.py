@@ -222,6 +222,11 @@ def _explain(model: nn.Module, error: Exception) -> str:
     kind = type(error).__name__
     if "DataDependent" in kind or any(w in reason for w in ("data-dependent", "data dependent", "SymInt", "SymBool")):
         reason = "Python there decides by a tensor's value, which a graph cannot; decide by shape, or use torch.where"
+    elif "data is not allocated" in reason:
+        reason = (
+            "Python there reads a tensor's value, as torch.tensor([a, b]) of tensors does, which a graph cannot; "
+            "use torch.stack"
+        )
     place = f"{where[2]}, {where[0]}:{where[1]}" if where else "no line of the model's own code"
     return f"{name} cannot be captured: {kind} at {place}: {reason}"
 
@@ -368,6 +373,8 @@ def _operation(graph: fx.Graph, node: Any, env: dict[fx.Node, fx.Node]) -> fx.No
             f"the model uses {target}, which has no graph form here; "
             "use torch.nn.functional.scaled_dot_product_attention instead of flex attention"
         )
+    if target is aten.detach_.default:  # of torch.tensor(t), which copies
+        target = aten.clone.default
     if target is aten.view.default:  # for strides that a decomposition chose, which later ones need not have
         target = aten.reshape.default
     if isinstance(target, torch._ops.OpOverload):

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from turbocompile import reading
 from turbocompile import signature as sig
+from turbocompile.adapters import FixedWeights
 from turbocompile.backends import BACKENDS, get_backend
 from turbocompile.cuda_graph import CudaGraph, Pool
 from turbocompile.errors import CaptureError, EngineError
@@ -91,7 +92,7 @@ def weight_plan(programs: Mapping[str, Program]) -> dict[str, Emission]:
     return dict(sorted(plan.items(), key=lambda item: item[0]))
 
 
-class Engine(nn.Module):
+class Engine(FixedWeights, nn.Module):
     """A compiled model, at one or several shapes, with its weights.
 
     Called like the model it came from. `.to(device)` moves the weights; no `.to(dtype)` changes them. `experts` maps
