@@ -283,7 +283,7 @@ class Evaluation:
         if self.wide is None:
             return node.target(*args, **place(node, kwargs, self.device))  # type: ignore[operator]
         constant = node in self.constant
-        if is_op(node, *SAGE, ops.norm_sla_attention):
+        if is_op(node, *SAGE, *SLA):
             return _unquantized(node, fx.node.map_aggregate(args, self._widen_argument))
         if is_op(node, aten.to.dtype) and node.meta["val"].dtype.is_floating_point and args[0].is_floating_point():
             return self._constant(node, args[0]) if constant else self._widen(args[0])
