@@ -271,7 +271,7 @@ def _rewrite_programs(
     stages: Stages,
 ) -> list[list[PassResult]]:
     """Runs the passes on copies of the Programs of all shapes; gives what they did at each."""
-    everyone = []
+    everyone: list[list[PassResult]] = []
     for shape, start in found.programs.items():
         first = not everyone
         program = done.programs[shape] = start.copy()
@@ -307,12 +307,11 @@ def _disagreements(everyone: Sequence[Sequence[PassResult]]) -> Vetoes:
     found: Vetoes = {}
     for name in dict.fromkeys(r.name for results in everyone for r in results):
         ran = [next((r for r in results if r.name == name), None) for results in everyone]
-        rewritten = [{x.site for x in r.rewrites} if r else set() for r in ran]
+        rewritten: list[set[str]] = [{x.site for x in r.rewrites} if r else set() for r in ran]
         differ = set.union(*rewritten) - set.intersection(*rewritten)
         if name in OF_QUANTIZED_ATTENTIONS:
-            seen = [
-                sites | ({s for s, _, _ in r.skipped} if r else set()) for sites, r in zip(rewritten, ran, strict=True)
-            ]
+            skipped: list[set[str]] = [{s for s, _, _ in r.skipped} if r else set() for r in ran]
+            seen = [one | other for one, other in zip(rewritten, skipped, strict=True)]
             differ &= set.intersection(*seen)
         if differ:
             reason = "rewritten at one shape and not at another, so that it was left alone at all"
