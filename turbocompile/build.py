@@ -308,11 +308,11 @@ def _disagreements(everyone: Sequence[Sequence[PassResult]]) -> Vetoes:
     for name in dict.fromkeys(r.name for results in everyone for r in results):
         ran = [next((r for r in results if r.name == name), None) for results in everyone]
         rewritten: list[set[str]] = [{x.site for x in r.rewrites} if r else set() for r in ran]
-        differ = set.union(*rewritten) - set.intersection(*rewritten)
+        differ = rewritten[0].union(*rewritten) - rewritten[0].intersection(*rewritten)
         if name in OF_QUANTIZED_ATTENTIONS:
             skipped: list[set[str]] = [{s for s, _, _ in r.skipped} if r else set() for r in ran]
             seen = [one | other for one, other in zip(rewritten, skipped, strict=True)]
-            differ &= set.intersection(*seen)
+            differ &= seen[0].intersection(*seen)
         if differ:
             reason = "rewritten at one shape and not at another, so that it was left alone at all"
             found[name] = dict.fromkeys(sorted(differ), reason)
