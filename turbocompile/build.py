@@ -295,7 +295,7 @@ def _rewrite_programs(
     stages: Stages,
 ) -> list[list[PassResult]]:
     """Runs the passes on copies of the Programs of all shapes; gives what they did at each."""
-    everyone = []
+    everyone: list[list[PassResult]] = []
     for shape, start in found.programs.items():
         first = not everyone
         program = done.programs[shape] = start.copy()
@@ -331,13 +331,12 @@ def _disagreements(everyone: Sequence[Sequence[PassResult]]) -> Vetoes:
     found: Vetoes = {}
     for name in dict.fromkeys(r.name for results in everyone for r in results):
         ran = [next((r for r in results if r.name == name), None) for results in everyone]
-        rewritten = [{x.site for x in r.rewrites} if r else set() for r in ran]
-        differ = set.union(*rewritten) - set.intersection(*rewritten)
+        rewritten: list[set[str]] = [{x.site for x in r.rewrites} if r else set() for r in ran]
+        differ = rewritten[0].union(*rewritten) - rewritten[0].intersection(*rewritten)
         if name in OF_QUANTIZED_ATTENTIONS:
-            seen = [
-                sites | ({s for s, _, _ in r.skipped} if r else set()) for sites, r in zip(rewritten, ran, strict=True)
-            ]
-            differ &= set.intersection(*seen)
+            skipped: list[set[str]] = [{s for s, _, _ in r.skipped} if r else set() for r in ran]
+            seen = [one | other for one, other in zip(rewritten, skipped, strict=True)]
+            differ &= seen[0].intersection(*seen)
         if differ:
             reason = "rewritten at one shape and not at another, so that it was left alone at all"
             found[name] = dict.fromkeys(sorted(differ), reason)

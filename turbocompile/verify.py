@@ -283,7 +283,7 @@ class Evaluation:
         if self.wide is None:
             return node.target(*args, **place(node, kwargs, self.device))  # type: ignore[operator]
         constant = node in self.constant
-        if is_op(node, *SAGE, ops.norm_sla_attention):
+        if is_op(node, *SAGE, *SLA):
             return _unquantized(node, fx.node.map_aggregate(args, self._widen_argument))
         if is_op(node, aten.to.dtype) and node.meta["val"].dtype.is_floating_point and args[0].is_floating_point():
             return self._constant(node, args[0]) if constant else self._widen(args[0])
@@ -712,8 +712,8 @@ class Rewritten:
         except Exception as error:
             return f"the rewritten site cannot be computed ({brief(explained(error))})"
         errors = [compare(found[new], true[old]) for old, new in pairs]
-        for (old, _), error in zip(pairs, errors, strict=True):
-            reason = differs(error, self.nodes[old].meta["val"].dtype, self.wide)
+        for (old, _), off in zip(pairs, errors, strict=True):
+            reason = differs(off, self.nodes[old].meta["val"].dtype, self.wide)
             if reason:
                 return f"changes the numbers: {reason}"
         return errors
@@ -746,8 +746,8 @@ class Rewritten:
         except Exception as error:
             return f"it cannot be computed ({brief(explained(error))})"
         for old, new in zip(results, results_of(program, graph), strict=True):
-            error = compare(values[new.name], self.values[0][old.name])
-            reason = differs(error, old.meta["val"].dtype, self.wide)
+            off = compare(values[new.name], self.values[0][old.name])
+            reason = differs(off, old.meta["val"].dtype, self.wide)
             if reason:
                 return f"changes the numbers: {reason}"
         return ""
@@ -859,7 +859,7 @@ class Verifier:
             replaced = {old: new for r in rewrites for old, new in r.replaced}
             given = told_apart(before, graph, self._true_inputs(before, graph))
             rewritten = Rewritten(before, sub, graph, replaced, given, self.weights, self.wide)
-            wrong = {}
+            wrong: dict[str, str] = {}
             for rewrite in rewrites:
                 error, reason = rewritten.judge(rewrite.replaced)
                 errors += [error] if error is not None else []
