@@ -175,7 +175,7 @@ def _transposed(m: Match, node: fx.Node) -> fx.Node:
 
 def _heads(root: fx.Node, q: fx.Node) -> tuple[int, int]:
     """(batch, heads) of an attention that may have them in one axis."""
-    if len(shape(q)) > 3:
+    if len(shape(q)) > 3 or len(shape(root)) > 3:
         return math.prod(shape(root)[:-3]), shape(root)[-3]
     for node in (q, *root.users):
         other = node.args[0] if node is q else node
