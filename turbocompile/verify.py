@@ -671,8 +671,12 @@ class Rewritten:
         return repr(fx.map_arg((node.args, dict(node.kwargs)), lambda n: replaced.get(n.name, n.name)))
 
     def judge(self, pairs: Sequence[tuple[str, str]]) -> tuple[Error | None, str]:
-        """The error of new nodes in the widest dtype, and why they do not equal the old ones; empty where they do."""
-        pairs = [(old, new) for old, new in pairs if isinstance(self.values[0].get(old), torch.Tensor)]
+        """The error of new nodes in the widest dtype, and why they do not equal the old ones; empty where they do.
+
+        A new node that a later rewrite of the pass took in is judged with that one's.
+        """
+        there = {n.name for n in self.after.graph.nodes}
+        pairs = [(o, n) for o, n in pairs if n in there and isinstance(self.values[0].get(o), torch.Tensor)]
         read = set(self.given) | self._read([new for _, new in pairs])
         errors: list[Error] = []
         for prefix, values in zip(self.prefixes, self.values, strict=True):
