@@ -72,7 +72,7 @@ def kinds(place: Place) -> set[str]:
 
 def normed(sub: Subgraph) -> Iterator[fx.Node]:
     """Attentions whose q or k is normed or rotated."""
-    yield from (n for n in attentions(sub) if any(kinds(place) for place in operands(n)))
+    yield from (n for n in attentions(sub) if len(shape(n)) == 4 and any(kinds(place) for place in operands(n)))
 
 
 def rebuilt(m: Match, top: fx.Node, place: Place, rotary: Rotary | None) -> fx.Node | None:

@@ -78,9 +78,9 @@ def terms(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, fx.Node | None]]:
 
 
 def is_sum(node: fx.Node) -> bool:
-    """Whether node adds two tensors to a floating (batch, tokens, channels)."""
+    """Whether node adds two tensors to a floating (batch, tokens, channels), or one with more axes of tokens."""
     added = is_op(node, aten.add.Tensor) and len(node.args) == 2 and isinstance(node.args[1], fx.Node)
-    return added and len(shape(node)) == 3 and dtype(node).is_floating_point
+    return added and len(shape(node)) >= 3 and dtype(node).is_floating_point
 
 
 def residuals(sub: Subgraph) -> Iterator[fx.Node]:

@@ -18,7 +18,7 @@ from turbocompile.kernels.w8a8_linear import ALIGNED
 from turbocompile.hardware import choose_linear_format
 from turbocompile.match import Match, Pass, rewrite
 from turbocompile.program import SHELL, Subgraph, dtype, is_op, shape
-from turbocompile.sites import HOLDS, first_weight, rows
+from turbocompile.sites import HOLDS, first_weight, is_of_heads, rows
 from turbocompile.weights import BLOCK, Cast, Cat, Dequantize, Expr, Quantize
 
 aten = torch.ops.aten
@@ -79,9 +79,11 @@ def refusal(m: Match, x: fx.Node, weight: fx.Node, expr: Expr | None, format: st
 
 
 def acts_on_tokens(m: Match, x: fx.Node) -> bool:
-    """Whether x has more vectors than the batch has samples, each a token's (a head's vectors have a fourth axis)."""
+    """Whether x has more vectors than the batch has samples, each a token's: (batch, tokens, channels), or with more
+    axes of tokens (frames, rows, columns, windows). Those of heads have a further axis, too.
+    """
     batch = min((shape(n)[0] for n in m.sub.inputs() if len(shape(n)) > 1), default=1)
-    return len(shape(x)) <= 3 and rows(x) > batch
+    return rows(x) > batch and (len(shape(x)) <= 3 or not is_of_heads(x))
 
 
 def quantized(expr: Expr, format: str) -> tuple[Expr, Expr]:

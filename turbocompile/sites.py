@@ -14,6 +14,7 @@ from torch import fx
 from turbocompile.kernels import ops as ours
 from turbocompile.match import Match, arguments, is_cast, uncast, unwiden
 from turbocompile.program import Subgraph, dtype, is_op, shape
+from turbocompile.weights import Cast, Expr, is_adapted
 
 aten = torch.ops.aten
 
@@ -78,9 +79,32 @@ def operands(m: Match) -> Operands | str:
     q, k, v, mask, dropout, is_causal, scale, _ = given
     if dropout:
         return f"has dropout ({dropout:g}); call model.eval() before it is captured"
-    if len(shape(q)) != 4:
-        return f"has {len(shape(q))}-dimensional operands instead of (batch, heads, tokens, channels)"
+    lead = shape(q)[:-3]
+    if any(shape(n)[:-3] != lead for n in (k, v)):
+        return "its operands have different batches"
+    if len(lead) != 1:
+        q, k, v = (straightened(m, _with_one_batch(m, n)) for n in (q, k, v))
+        mask = _mask_of_one_batch(m, mask, lead, ranks=len(shape(m.root)))
     return Operands(q, *grouped(m, k, v), scale, mask, bool(is_causal))
+
+
+def _with_one_batch(m: Match, node: fx.Node) -> fx.Node:
+    """(B, ..., H, L, D), or (B, L, D) of one head, as (B, H, L, D)."""
+    *batch, length, channels = shape(node)
+    heads = batch.pop() if len(batch) > 1 else 1
+    return reshaped(m, node, (math.prod(batch), heads, length, channels))
+
+
+def _mask_of_one_batch(m: Match, mask: Any, lead: tuple[int, ...], ranks: int) -> Any:
+    """The mask of operands with `ranks` axes, those of `lead` before (H, L, D), for operands of one batch axis."""
+    if mask is None or len(shape(mask)) < 3:
+        return mask
+    if ranks == 3:  # (B, L, K) of one head
+        return reshaped(m, mask, (shape(mask)[0], 1, *shape(mask)[1:]))
+    batch, rest = shape(mask)[:-3], shape(mask)[-3:]
+    if all(n == 1 for n in batch):
+        return reshaped(m, mask, (1, *rest))
+    return reshaped(m, m.op(aten.expand.default, mask, [*lead, *rest]), (math.prod(lead), *rest))
 
 
 def _unbatched(node: Any) -> Any:
@@ -175,6 +199,30 @@ _PASSED = (
     ours.rope,
     ours.qk_norm_rope,
 )
+
+
+def is_of_heads(node: fx.Node) -> bool:
+    """Whether each vector of a node is one head's: a part of the channels that a reshape split, or an attention's."""
+    seen: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        top = todo.pop()
+        if top in seen or top.op != "call_function" or not isinstance(top.meta["val"], torch.Tensor):
+            continue
+        seen.add(top)
+        if rows(top) != rows(node):  # one of several parts was taken, as of a modulation
+            continue
+        if is_attention(top):
+            return True
+        source: Any = top.args[0] if top.args else None
+        if is_op(top, aten.reshape.default) and shape(source)[-1] != shape(top)[-1]:
+            if shape(source)[-1] > shape(top)[-1]:
+                return True
+        elif is_op(top, aten.linear.default):
+            todo.append(source)
+        elif not is_op(top, aten.permute.default) or list(top.args[1])[-1] == len(shape(top)) - 1:  # type: ignore[arg-type]
+            todo += [n for n in top.all_input_nodes if n.op != "get_attr"]
+    return False
 
 
 def feeding_linears(node: Any) -> list[fx.Node]:
@@ -304,7 +352,7 @@ def below_layout(place: Place) -> Place:
         node, source = place.node, place.node.args[0] if place.node.args else None
         if is_cast(node) or is_op(node, aten.reshape.default):
             place = replace(place, node=source)  # type: ignore[arg-type]
-        elif is_op(node, aten.permute.default) and place.whole:
+        elif is_op(node, aten.permute.default) and place.whole and len(place.sizes) == len(place.order):
             axes = {d: (axis, size) for d, axis, size in zip(node.args[1], place.order, place.sizes, strict=True)}  # type: ignore[arg-type]
             order, sizes = zip(*(axes[d] for d in range(4)), strict=True)
             place = Place(source, "".join(order), sizes)  # type: ignore[arg-type]
@@ -385,6 +433,13 @@ def first_weight(node: fx.Node) -> fx.Node:
     while node.op != "get_attr":
         node = node.all_input_nodes[0]
     return node
+
+
+def widened(expr: Expr) -> Expr:
+    """A weight in float32 at least; of one that adapters were added to, the sum before it is rounded."""
+    if isinstance(expr, Cast) and is_adapted(expr.of):
+        return expr.of
+    return Cast(expr, torch.float32) if expr.dtype.itemsize < 4 else expr
 
 
 def rows(node: fx.Node) -> int:

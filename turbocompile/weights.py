@@ -201,7 +201,7 @@ class Mul(Expr):
 
 @dataclass(frozen=True)
 class AddLora(Expr):
-    """`of + scale * b @ a`: of (out, in), a (rank, in), b (out, rank); computed in float32."""
+    """`of + scale * b @ a`: of (out, in), a (rank, in), b (out, rank); computed in float32, of float64 in float64."""
 
     of: Expr
     a: Expr
@@ -284,6 +284,11 @@ def stacked(expr: Expr) -> list[Load]:
             parts = [stacked(part) for part in expr.of]
             return [load for part in parts for load in part] if all(parts) else []
     return []
+
+
+def is_adapted(expr: Expr) -> bool:
+    """Whether adapters were added to a weight, or to a part of it."""
+    return isinstance(expr, AddLora) or any(map(is_adapted, expr.parts()))
 
 
 def full_name(name: str, prefix: str) -> str:
@@ -382,7 +387,8 @@ class Evaluator:
                 return (value.float() * by).to(value.dtype)
             case AddLora():
                 value = of(expr.of)
-                return (value.float() + expr.scale * (of(expr.b).float() @ of(expr.a).float())).to(value.dtype)
+                wide = torch.promote_types(value.dtype, torch.float32)
+                return (value.to(wide) + expr.scale * (of(expr.b).to(wide) @ of(expr.a).to(wide))).to(value.dtype)
             case Dequantize():
                 return dequantize(of(expr.data), of(expr.scale), expr.format, expr.dtype)
             case Quantize():
