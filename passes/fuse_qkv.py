@@ -14,8 +14,8 @@ from torch import fx
 
 from turbocompile.match import Match, Pass, rewrite
 from turbocompile.program import Subgraph, is_op, shape
-from turbocompile.sites import HOLDS, attentions, feeding_linears, first_weight
-from turbocompile.weights import Cat, Expr, Zeros
+from turbocompile.sites import HOLDS, attentions, feeding_linears, first_weight, widened
+from turbocompile.weights import Cat, Expr, Zeros, is_adapted
 
 aten = torch.ops.aten
 
@@ -67,7 +67,12 @@ def fuse_qkv(m: Match) -> dict[fx.Node, fx.Node] | str:
     if any(e is None for e in given):
         return "a bias is computed in the graph"
     names = [str(first_weight(w).target) for w in weights]
+    stored = known[0].dtype
+    if any(is_adapted(e) for e in known):  # rounded once, behind the sums
+        known = [widened(e) for e in known]
     weight = m.weight(fused_name(names), Cat(tuple(known), 0))
+    if known[0].dtype != stored:
+        weight = m.op(aten.to.dtype, weight, stored)
     arguments = [group[0].args[0], weight]
     if given:
         zeros = [Zeros(e.shape[:1], e.dtype) for e in known]

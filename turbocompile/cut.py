@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from turbocompile.program import SHELL, Program, Subgraph, call
+from turbocompile.program import SHELL, Program, Subgraph, call, drop_unread
 from turbocompile.weights import RELATIVE, Constant, Dequantize, Expr, Load
 
 MAX_KINDS = 4  # of blocks that differ in the values of constants alone: each is rewritten, checked and tuned
@@ -280,7 +280,7 @@ def _keys(piece: Piece, weights: Mapping[str, Expr]) -> list[str]:
 
 
 def _digest(tensor: torch.Tensor) -> bytes:
-    return hashlib.sha256(tensor.resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy()).digest()
+    return hashlib.sha256(tensor.resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy().data).digest()
 
 
 def _structure(piece: Piece, weights: Mapping[str, Expr]) -> str:
@@ -469,13 +469,6 @@ def _shell(flat: Subgraph, pieces: list[Piece], names: Mapping[str, str]) -> Sub
             shell.graph.erase_node(node)
     drop_unread(shell)
     return shell
-
-
-def drop_unread(sub: Subgraph) -> None:
-    """Drops the weights that no node reads: equal constants share a name, so one that goes may leave a reader."""
-    read = {str(node.target) for node in sub.graph.nodes if node.op == "get_attr"}
-    for name in [n for n in sub.weights if n not in read]:
-        del sub.weights[name]
 
 
 def _copy(shell: Subgraph, flat: Subgraph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:

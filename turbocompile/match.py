@@ -441,6 +441,7 @@ class Pass:
     kind: "exact" (the same function to rounding), "quantizing" (within a budget) or "semantic" (another function); or a
     function of the pass's options that says which.
     section: the recipe section whose options the pass gets, where that is not its own name.
+    quiet: whether the report leaves the pass out where it finds no site.
     needs, provides: names of what must have been provided by an earlier pass; they order third-party passes.
     """
 
@@ -450,6 +451,7 @@ class Pass:
     needs: tuple[str, ...] = ()
     provides: tuple[str, ...] = ()
     section: str = ""
+    quiet: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.kind):

@@ -16,15 +16,17 @@ from turbocompile import lineage
 from turbocompile.errors import TurbocompileError
 from turbocompile.match import Match, Outcome, Pass, is_cast
 from turbocompile.normalize import clean
-from turbocompile.program import Program, Subgraph, module_path
+from turbocompile.program import Program, Subgraph, drop_unread, module_path
 from turbocompile.sensitivity import SiteError
+from turbocompile.weights import Cast, is_adapted
 
 aten = torch.ops.aten
 
-# One module of turbocompile.passes each, with its PASS, in the order they run: norms are one op before anyone looks at
-# what multiplies them, rotary before gated residuals (x * cos + ... looks like one), attention before what feeds it,
-# and last what takes that in.
+# One module of turbocompile.passes each, with its PASS, in the order they run: adapters join the linears beside which
+# they run before anyone looks at linears, norms are one op before anyone looks at what multiplies them, rotary before
+# gated residuals (x * cos + ... looks like one), attention before what feeds it, and last what takes that in.
 PASSES = (
+    "lora",
     "norms",
     "rope",
     "sla",
@@ -155,9 +157,29 @@ def run_passes(
             refused |= {site: result.site_errors[site] for site in bad if site in result.site_errors}
             program.graphs, program.constants = before.graphs, before.constants
         result.site_errors |= refused
-        if not pass_.section or result.rewrites:
+        if (not pass_.section or result.rewrites) and (not pass_.quiet or result.sites):
             results.append(result)
+    for sub in program.graphs.values():
+        _store_as_read(sub)
     return results
+
+
+def _store_as_read(sub: Subgraph) -> None:
+    """Stores weights with adapters in the type that they are read in: the sum is made in float32, and rounded here."""
+    for node in [n for n in sub.graph.nodes if is_cast(n) and n.args[0].op == "get_attr"]:
+        source, to = node.args[0], node.meta["val"].dtype
+        expr = sub.weights[str(source.target)]
+        if is_adapted(expr):
+            name = f"{str(source.target).removesuffix('weight')}{str(to).removeprefix('torch.')}_weight"
+            sub.weights[name] = Cast(expr, to)
+            with sub.graph.inserting_before(source):
+                made = sub.graph.create_node("get_attr", name)
+            made.meta = dict(node.meta)
+            node.replace_all_uses_with(made)
+            sub.graph.erase_node(node)
+            if not source.users:
+                sub.graph.erase_node(source)
+    drop_unread(sub)
 
 
 def run_pass(

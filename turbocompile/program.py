@@ -176,6 +176,13 @@ class Program:
         return Program(graphs, self.signature, dict(self.constants), self.fake_mode)
 
 
+def drop_unread(sub: Subgraph) -> None:
+    """Drops the weights that no node reads: equal constants share a name, so one that goes may leave a reader."""
+    read = {str(node.target) for node in sub.graph.nodes if node.op == "get_attr"}
+    for name in [n for n in sub.weights if n not in read]:
+        del sub.weights[name]
+
+
 def val(node: fx.Node) -> Any:
     """The FakeTensor (or tuple) a node stands for."""
     return node.meta["val"]

@@ -346,6 +346,7 @@ class Passes(Section):
     """The rewrites, in the order they run. `passes: off` skips all of them, and normalize too."""
 
     enabled: bool = _field(True, "whether anything is rewritten")
+    lora: PassSpec = _field(PassSpec(), "adapters (LoRA) of a model are added to the weights beside which they run")
     norms: PassSpec = _field(PassSpec(), "LayerNorm and RMSNorm written by hand become the one op")
     rope: PassSpec = _field(PassSpec(), "rotary embeddings in any style become the one op")
     attention: AttentionSpec = _field(AttentionSpec(), "SDPA or softmax attention")

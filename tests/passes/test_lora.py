@@ -1,0 +1,132 @@
+"""Adapters that run beside a linear join its weight, and what is not exactly that stays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+import turbocompile
+from turbocompile.weights import AddLora, Cast
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
+C, RANK = 32, 4
+
+
+class Adapted(nn.Module):
+    """A residual linear with adapters beside it. form: how they are written."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form, self.base = form, nn.Linear(C, C)
+        self.down, self.up = nn.Linear(C, RANK, bias=False), nn.Linear(RANK, C, bias=form == "bias")
+        self.down2, self.up2 = nn.Linear(C, 2, bias=False), nn.Linear(2, C, bias=False)
+        self.gain = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        y, adapter = self.base(x), self.up(self.down(x))
+        added = {
+            "scaled": lambda: y + adapter * 0.5,
+            "first": lambda: -2 * adapter + y,
+            "plain": lambda: y + adapter,
+            "inside": lambda: y + self.up(self.down(x) * 0.5),
+            "two": lambda: y + adapter * 0.5 + self.up2(self.down2(x)) * 2.0,
+            "bias": lambda: y + adapter * 0.5,
+            "learned": lambda: y + adapter * self.gain,
+            "another input": lambda: y + self.up(self.down(x + 1)),
+            "bent": lambda: y + self.up(self.down(x).relu()),
+            "of its output": lambda: y + self.up(self.down(y)),
+        }
+        return x + added[self.form]().tanh().sin().cos().exp().tanh()
+
+
+def stack(form, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = zoo.Stack(lambda: Adapted(form)).eval().requires_grad_(False).to(dtype)
+    return model, (torch.randn(2, 6, C, dtype=dtype),)
+
+
+@pytest.mark.parametrize(("form", "count"), {"scaled": 1, "first": 1, "plain": 1, "inside": 1, "two": 2}.items())
+def test_adapters_join_the_weight(form, count, rewrite, assert_same):
+    model, args = stack(form)
+    done = rewrite(model, args)
+    assert done.results["lora"].rewritten == done.results["lora"].sites == 2 * count
+    assert done.ops("blocks").count("linear") == 1
+    assert_same(done.run(*args), model(*args))
+
+
+STAYS = {
+    "bias": "it is no linear(x) + scale * b(a(x)) without a bias of its own",
+    "learned": "its scale is computed in the graph",
+    "another input": "it is no linear(x)",
+    "of its output": "it is no linear(x)",
+    "bent": None,  # no candidate
+}
+
+
+@pytest.mark.parametrize(("form", "reason"), STAYS.items())
+def test_what_is_no_sum_of_weights_stays(form, reason, rewrite, assert_same):
+    model, args = stack(form)
+    done = rewrite(model, args)
+    assert "lora" not in done.results or done.results["lora"].rewritten == 0
+    if reason:
+        assert reason in done.reasons("lora")[0]
+    assert ("lora" in done.results) == (reason is not None)
+    assert_same(done.run(*args), model(*args))
+
+
+def test_a_weight_of_16_bits_is_rounded_once_and_is_as_near_to_the_truth_as_the_adapter_was(rewrite):
+    model, args = stack("two", torch.bfloat16)
+    done = rewrite(model, args)
+    stored = [e for e in done.program.graphs["blocks"].weights.values() if isinstance(e, Cast)]
+    assert [(e.dtype, type(e.of), e.of.dtype) for e in stored] == [(torch.bfloat16, AddLora, torch.float32)]
+    truth = model.double()(*(a.double() for a in args))
+    model.to(torch.bfloat16)
+    found, eager = (float((y.double() - truth).norm()) for y in (done.run(*args), model(*args)))
+    assert found <= 1.1 * eager  # of 384 values, whose mean error varies by 1 / sqrt(384) = 5%, twice
+
+
+def test_the_recipe_keeps_adapters_apart(rewrite, assert_same):
+    model, args = stack("scaled")
+    done = rewrite(model, args, options={"lora": {"enabled": False}})
+    assert done.ops("blocks").count("linear") == 3
+    assert_same(done.run(*args), model(*args))
+
+
+@pytest.fixture(scope="module")
+def sites():
+    """sites(engine): what each pass did, without the pass lora."""
+
+    def of(engine):
+        return {r.name: (r.sites, r.rewritten) for r in engine.build.compiled.results if r.name != "lora"}
+
+    return of
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wan_with_adapters_of_peft_has_the_sites_of_one_without(dtype, wan, wan_call, sites, tmp_path):
+    peft = pytest.importorskip("peft")
+    call, recipe = {**wan_call(dtype=dtype), "return_dict": False}, {"passes": {"w8a8": {"format": "off"}}}
+    plain = turbocompile.optimize(wan().to(dtype), kwargs=call, recipe=recipe)
+    model = wan()
+    for name, rank, targets in (("a", 4, TARGETS), ("b", 2, ["to_q", "to_v"])):
+        model.add_adapter(peft.LoraConfig(r=rank, lora_alpha=8, target_modules=targets), adapter_name=name)
+    model.set_adapters(["a", "b"], [0.7, -0.3])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.02)
+    model.requires_grad_(False).to(dtype)
+    engine = turbocompile.optimize(model, kwargs=call, recipe=recipe)
+    assert sites(engine) == sites(plain)
+    folded = next(r for r in engine.build.compiled.results if r.name == "lora")
+    assert folded.rewritten == folded.sites == 2 * (10 + 4)  # layers x (ten linears, and q and v of two attentions)
+    truth, found = model(**call)[0], engine(**call)[0]
+    error = float((found.double() - truth.double()).norm() / truth.double().norm())
+    assert error < (1e-5 if dtype == torch.float32 else 1e-2)  # some hundred roundings, each of 2^-9, halved by chance
+    loaded = turbocompile.load(engine.save(tmp_path / "engine"))
+    assert torch.equal(loaded(**call)[0], found)
+    model.disable_adapters()
+    off = turbocompile.optimize(model, kwargs=call, recipe=recipe)
+    assert all(r.name != "lora" for r in off.build.compiled.results)
+    assert sites(off) == sites(plain)
