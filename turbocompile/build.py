@@ -468,12 +468,13 @@ def emit_module(
         item.programs, {}, name=item.name, config=json_config(config), dtype=recipe.torch_dtype, backend=recipe.backend
     )
     if recipe.backend != "triton":
-        with stages(recipe.backend):
+        with stages(recipe.backend), _collected() as said:
             weights = {k: evaluate(e.expr, e.prefix) for k, e in item.plan.items()}
             for shape, program in item.programs.items():
                 engine.files[shape] = get_backend(recipe.backend).emit(
                     program, weights, folder, f"{item.name}-{shape}", recipe.target
                 )
+        item.warnings += said
     return module_entry(engine, programs, shards)
 
 
@@ -636,14 +637,21 @@ def optimize(
     evaluate = Evaluator(item.source, item.constants)
     with stages("weights"):
         weights = {name: evaluate(e.expr, e.prefix) for name, e in item.plan.items()}
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    runners: dict[str, Any] = {}
+    if options.backend != "triton":
+        prove = get_backend(options.backend).prove
+        with stages(options.backend), _collected() as said:
+            runners = {name: prove(program, weights, device, options.target) for name, program in item.programs.items()}
+        item.warnings += said
     report = make_report({"transformer": item}, options, stages, model=type(model).__name__, weights=MODULES_OWN)
     engine = Engine(
         item.programs, weights, name=type(model).__name__, config=getattr(model, "config", None) or {},
         dtype=_module_dtype(model), report=report, backend=options.backend,
     )  # fmt: skip
     engine.build = EngineBuild(options, item, stages)
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     engine.to(device)
+    engine._runners |= {name: runner for name, runner in runners.items() if runner is not None}
     # On a CPU weights that no pass changed stay the module's memory: a copy takes room, and sums in another order.
     engine.watch(source.shares)
     return engine
