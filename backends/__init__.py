@@ -37,6 +37,14 @@ class Backend(Protocol):
     ) -> Runner:
         """A callable over the Program's flat tensors. weights: stored name -> tensor, on `device`."""
 
+    def prove(
+        self, program: Program, weights: Mapping[str, torch.Tensor], device: torch.device, target: str
+    ) -> Runner | None:
+        """Raises at a build what `emit` and `compile_program` would raise later; what runs the program on `device`.
+
+        None where nothing had to be made, or what was made runs elsewhere.
+        """
+
 
 def get_backend(name: str) -> Backend:
     """The backend of that name. Raises UnsupportedError where there is none."""

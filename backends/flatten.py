@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from turbocompile.backends.plain_attention import attention
 from turbocompile.backends.triton import foldable
 from turbocompile.kernels import DECOMPOSITIONS
 
+from turbocompile.cost import arguments
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.normalize import normalize
 from turbocompile.pipeline import load_pass, run_pass
@@ -27,6 +29,25 @@ aten = torch.ops.aten
 
 _EIGHT_BITS = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 _QUANTIZED_INSIDE = (*SAGE, *SLA)  # floating point goes in and comes out
+
+
+def _where_bool(condition: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (condition & a) | (~condition & b)
+
+
+def _where_int16(condition: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.where(condition, a.int(), b.int()).to(torch.int16)
+
+
+def _or(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(a).bool() | torch.as_tensor(b).bool()
+
+
+# What torch has in dtypes that ONNX, or onnxruntime, has not.
+_INSTEAD: dict[Any, dict[torch.dtype, Any]] = {
+    aten.where.self: {torch.bool: _where_bool, torch.int16: _where_int16},
+    aten.add.Tensor: {torch.bool: _or},
+}
 
 
 @dataclass(frozen=True)
@@ -127,10 +148,32 @@ class _Flattener:
                 env[node] = env[node.args[0]][node.args[1]]
             else:
                 mapped = fx.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
-                env[node] = self.graph.call_function(node.target, *mapped)
+                env[node] = self._operation(node, *mapped)
         if name == SHELL:
             self.graph.output(tuple(outputs))
         return outputs
+
+    def _operation(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        """What runtimes do not have in this form or dtype is written out in a function, which the export traces."""
+        dtype = getattr(node.meta["val"], "dtype", None)
+        target = node.target
+        if target is aten.scaled_dot_product_attention.default:
+            if arguments(node)["dropout_p"]:
+                raise UnsupportedError(
+                    f"the attention {node.name!r} drops weights at random (dropout_p), which no ONNX file does; "
+                    "call the model in eval mode with dropout_p=0.0, or use backend: triton"
+                )
+            target = attention
+        elif dtype in _INSTEAD.get(target, {}):
+            target = _INSTEAD[target][dtype]
+        elif dtype == torch.float64 and isinstance(target, torch._ops.OpOverload):
+            # ONNX's exporter writes a number beside a tensor in float32, whatever the tensor's dtype is.
+            args = tuple(
+                self._buffer(f"folded.{a!r}", torch.tensor(a, dtype=dtype))
+                if isinstance(a, float) and isinstance(given.type, torch.TensorType) else a
+                for a, given in zip(args, target._schema.arguments, strict=False)
+            )  # fmt: skip
+        return self.graph.call_function(target, args, kwargs)
 
     def _weight(self, node: fx.Node, sub: Subgraph, graph: str, prefix: str) -> tuple[str, torch.Tensor]:
         """The stored name and the values of a weight; constants in another form than stored have their own name."""

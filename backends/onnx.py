@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import re
 import struct
 import tempfile
 import warnings
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from turbocompile.backends.flatten import Flat, flatten
+from turbocompile.backends.trial import Trial, too_large
 
 from turbocompile.engine import inside
 from turbocompile.errors import EngineError, UnsupportedError
@@ -50,9 +52,50 @@ def require(backend: str, packages: Sequence[str], install: str) -> None:
 
 
 def emit(program: Program, weights: Mapping[str, torch.Tensor], folder: Path, name: str, target: str) -> list[str]:
-    """Writes `name.onnx`, and `name.onnx.data` for what no safetensors file of the folder holds."""
+    """Writes `name.onnx`, and `name.onnx.data` for what no safetensors file of the folder holds.
+
+    The file is run once, and what it gives compared with the program. Raises UnsupportedError where it cannot be
+    written or run, VerificationError where its numbers differ; nothing is left in the folder then.
+    """
     check(target)
-    return write_model(program, weights, folder, name, "onnx")
+    files = write_model(program, weights, folder, name, "onnx")
+    try:
+        _try(folder / files[0], program, weights, must_run=target == "cpu")
+    except BaseException:
+        for file in files:
+            (folder / file).unlink()
+        raise
+    return files
+
+
+def prove(program: Program, weights: Mapping[str, torch.Tensor], device: torch.device, target: str) -> Runner | None:
+    """What runs the program on `device`, tried once: as `compile_program`, at a build."""
+    return compile_program(program, weights, device)
+
+
+def _try(
+    path: Path, program: Program, weights: Mapping[str, torch.Tensor], must_run: bool, runner: Runner | None = None
+) -> None:
+    """Runs a file once on the CPU and compares it with the program, or warns of why not.
+
+    must_run: the file is meant for a CPU, so that what onnxruntime cannot run there is an UnsupportedError. runner: of
+    the file on the CPU, where there is one already. Raises UnsupportedError, VerificationError.
+    """
+    reason = too_large(program)
+    if reason is None:
+        try:
+            runner = runner or Runner(path, program, torch.device("cpu"))
+        except UnsupportedError as error:
+            if must_run:
+                raise
+            reason = str(error).partition("; ")[0]
+    trial = Trial(program, weights) if reason is None else None
+    if trial is None or not trial.computes:
+        reason = reason or "the model does not take random integers"
+        warnings.warn(f"{path.name} was not tried: {reason}; run it once before you rely on it", stacklevel=3)
+        return
+    assert runner is not None
+    trial.check(runner(*trial.inputs), path.name)
 
 
 def write_model(
@@ -229,14 +272,19 @@ def compile_program(
     folder: Path | None = None,
     files: tuple[str, ...] = (),
 ) -> Runner:
-    """A callable over flat tensors on `device`. Without files (an engine in memory) the model is exported first."""
+    """A callable over flat tensors on `device`. Without files (an engine in memory) the model is exported first, and
+    tried as `emit` tries it.
+    """
     check("cpu")
     if folder is not None and files:
         _check_model(folder, files[0])
         return Runner(folder / files[0], program, device)
     with tempfile.TemporaryDirectory() as temporary:  # the session maps what it needs before the files go
-        written = emit(program, weights, Path(temporary), "model", "cpu")
-        return Runner(Path(temporary) / written[0], program, device)
+        path = Path(temporary) / write_model(program, weights, Path(temporary), "model", "onnx")[0]
+        runner = Runner(path, program, device)
+        on_cpu = device.type == "cpu"
+        _try(path, program, weights, must_run=on_cpu, runner=runner if on_cpu else None)
+        return runner
 
 
 def _check_model(folder: Path, name: str) -> None:
@@ -274,26 +322,42 @@ def _tensors(graph: Any) -> Iterator[Any]:
                 yield from _tensors(inner)
 
 
+def _widened(has: list[Any], needs: list[Any]) -> bool:
+    """Whether types differ where onnxruntime gives float for float16 alone: it leaves the last cast out.
+
+    It does so where an operator that it has in float32 alone gives an output, on a CPU.
+    """
+    half = ("tensor(float)", "tensor(float16)")
+    return len(has) == len(needs) and all(
+        a == b or ((a[0], b[0]) == half and a[1] == b[1]) for a, b in zip(has, needs, strict=True)
+    )
+
+
 class Runner:
     """Runs an ONNX file: `runner(*tensors) -> tuple of tensors`, each result in memory of its own."""
 
     def __init__(self, path: Path, program: Program, device: torch.device) -> None:
-        self.device = device
+        self.device, self.name = device, path.name
         self.session = _session(path, device)
         self.inputs = tuple((i.shape, i.dtype) for i in program.signature.inputs)
         self.outputs = tuple((tuple(n.meta["val"].shape), n.meta["val"].dtype) for n in program.shell.outputs())
         self.input_names = [i.name for i in self.session.get_inputs()]
         self.output_names = [o.name for o in self.session.get_outputs()]
+        types = {f"tensor({name})": dtype for dtype, (_, name) in _ONNX_TYPES.items()}
+        self.given = [
+            (shape, types.get(o.type, dtype))
+            for o, (shape, dtype) in zip(self.session.get_outputs(), self.outputs, strict=True)
+        ]
         for found, wanted in ((self.session.get_inputs(), self.inputs), (self.session.get_outputs(), self.outputs)):
             has = [(v.type, list(v.shape)) for v in found]
             needs = [(f"tensor({_ONNX_TYPES[dtype][1]})", list(shape)) for shape, dtype in wanted]
-            if has != needs:
+            if has != needs and not _widened(has, needs):
                 raise EngineError(f"{path.name} takes or gives {has} where its program has {needs}; build it again")
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         # Held until the run is over: the session is given addresses.
         given = [t.detach().to(dtype).contiguous() for t, (_, dtype) in zip(tensors, self.inputs, strict=True)]
-        results = tuple(torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.outputs)
+        results = tuple(torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.given)
         binding = self.session.io_binding()
         for name, tensor in zip(self.input_names, given, strict=True):
             binding.bind_input(name, *self._place(tensor))
@@ -301,9 +365,12 @@ class Runner:
             binding.bind_output(name, *self._place(tensor))
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # the session runs on a stream of its own
-        self.session.run_with_iobinding(binding)
+        try:
+            self.session.run_with_iobinding(binding)
+        except _failures() as error:
+            raise UnsupportedError(_failed(error, self.name, self.device)) from error
         binding.synchronize_outputs()
-        return results
+        return tuple(t.to(dtype) for t, (_, dtype) in zip(results, self.outputs, strict=True))
 
     def _place(self, tensor: torch.Tensor) -> tuple[str, int, int, list[int], int]:
         return (
@@ -318,7 +385,6 @@ class Runner:
 def _session(path: Path, device: torch.device) -> Any:
     """An InferenceSession on the device. Raises UnsupportedError where onnxruntime cannot run the model there."""
     import onnxruntime
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     if device.type == "cpu":
         providers: list[Any] = ["CPUExecutionProvider"]
@@ -331,15 +397,39 @@ def _session(path: Path, device: torch.device) -> Any:
         )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    failures = (
-        state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoSuchFile,
-        state.NotImplemented, state.RuntimeException, state.EPFail,
-    )  # fmt: skip
+    options.log_severity_level = 4  # errors are raised, and told in a sentence
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
-    except failures as error:
-        raise UnsupportedError(
-            f"onnxruntime {onnxruntime.__version__} cannot run {path.name} on {device.type}: {_reason(error)}; "
-            "use float32 there, or backend: triton"
-        ) from error
+    except _failures() as error:
+        raise UnsupportedError(_failed(error, path.name, device)) from error
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What onnxruntime raises for a graph that it cannot load or run; running raises plain RuntimeErrors, too."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return (
+        state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoSuchFile,
+        state.NotImplemented, state.RuntimeException, state.EPFail, RuntimeError,
+    )  # fmt: skip
+
+
+_NODE = re.compile(r"running (\w+) node\. Name:'([^']*)' Status Message: (.*)", re.DOTALL)
+
+
+def _failed(error: Exception, name: str, device: torch.device) -> str:
+    """One sentence: the operator and the node that onnxruntime does not run, why, and what to do."""
+    import onnxruntime
+
+    text = str(error).strip()
+    at = _NODE.search(text)
+    if at is None:
+        reason = _reason(error)
+    else:  # the C++ function's place and signature say nothing to a user
+        said = at[3].strip().split("\n")[0]
+        said = said.rsplit(") ", 1)[-1] if said.startswith("/") else said
+        reason = f"the operator {at[1]} at {at[2]!r} fails ({said[:200]})"
+    return (
+        f"onnxruntime {onnxruntime.__version__} cannot run {name} on {device.type}: {reason}; "
+        "use float32 there, or backend: triton"
+    )

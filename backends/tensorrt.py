@@ -9,6 +9,8 @@ Data-centre cards have another product, `tensorrt`, which builds only on the car
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,12 +54,64 @@ def emit(program: Program, weights: Mapping[str, torch.Tensor], folder: Path, na
     return [file]
 
 
+def prove(program: Program, weights: Mapping[str, torch.Tensor], device: torch.device, target: str) -> Runner | None:
+    """What runs the program, where `device` is the target; elsewhere a plan is built, to see that there is one."""
+    if device.type == "cuda" and target_of(torch.cuda.get_device_capability(device)) == target:
+        return compile_program(program, weights, device)
+    with tempfile.TemporaryDirectory() as temporary:
+        emit(program, weights, Path(temporary), "model", target)
+    return None
+
+
 def build_plan(model: Path, target: str) -> Any:
     """The serialized plan of an ONNX file for a target, as a buffer. Raises UnsupportedError with TensorRT's reason."""
-    import tensorrt_rtx as trt
-
     check(target)
     _refuse_float64(model)
+    return _build_apart(model, target) if _may_die(model) else _build(model, target)
+
+
+def _may_die(model: Path) -> bool:
+    """Whether there are several attentions, one with a mask: version 1.7 ends the process where some share a tensor."""
+    import onnx
+
+    nodes = onnx.load(str(model), load_external_data=False).graph.node
+    attentions = [n for n in nodes if n.op_type == "Attention"]
+    return len(attentions) > 1 and any(len(n.input) > 3 and n.input[3] for n in attentions)
+
+
+_CHILD = """
+import sys
+from pathlib import Path
+from turbocompile.backends.tensorrt import _build
+from turbocompile.errors import UnsupportedError
+try:
+    Path(sys.argv[3]).write_bytes(_build(Path(sys.argv[1]), sys.argv[2]))
+except UnsupportedError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+def _build_apart(model: Path, target: str) -> bytes:
+    """As `_build`, in a process of its own, whose death is an UnsupportedError."""
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary) / "plan"
+        command = [sys.executable, "-c", _CHILD, str(model.resolve()), target, str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 2 and done.stdout.strip():
+            raise UnsupportedError(done.stdout.strip().split("\n")[-1])
+        if done.returncode or not out.is_file():
+            raise UnsupportedError(
+                f"TensorRT died while it built a plan for {target} (exit code {done.returncode}), as it does where "
+                f"attentions with masks share queries or keys; {_INSTEAD}"
+            )
+        return out.read_bytes()
+
+
+def _build(model: Path, target: str) -> Any:
+    """As `build_plan`, for a graph that was looked at."""
+    import tensorrt_rtx as trt
+
     log = _logger()
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))

@@ -625,12 +625,13 @@ def emit_module(
         item.programs, {}, name=item.name, config=json_config(config), dtype=recipe.torch_dtype, backend=recipe.backend
     )
     if recipe.backend != "triton":
-        with stages(recipe.backend):
+        with stages(recipe.backend), _collected() as said:
             weights = {k: evaluate(e.expr, e.prefix) for k, e in item.plan.items()}
             for shape, program in item.programs.items():
                 engine.files[shape] = get_backend(recipe.backend).emit(
                     program, weights, folder, f"{item.name}-{shape}", recipe.target
                 )
+        item.warnings += said
     return module_entry(engine, programs, shards)
 
 
@@ -808,16 +809,23 @@ def _engine_of(
     evaluate = Evaluator(item.source, item.constants)
     with stages("weights"):
         weights = {name: evaluate(e.expr, e.prefix) for name, e in item.plan.items()}
-    report = make_report({"transformer": item}, options, stages, model=type(model).__name__, weights=MODULES_OWN)
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     if device.type == "cpu":  # what is written to the model later does not reach the engine
         weights = {k: copied(t) if source.shares(t) else t for k, t in weights.items()}
+    runners: dict[str, Any] = {}
+    if options.backend != "triton":
+        prove = get_backend(options.backend).prove
+        with stages(options.backend), _collected() as said:
+            runners = {name: prove(program, weights, device, options.target) for name, program in item.programs.items()}
+        item.warnings += said
+    report = make_report({"transformer": item}, options, stages, model=type(model).__name__, weights=MODULES_OWN)
     engine = Engine(
         item.programs, weights, name=type(model).__name__, config=config_of(model),
         dtype=_module_dtype(model), report=report, backend=options.backend,
     )  # fmt: skip
     engine.build = EngineBuild(options, item, stages)
     engine.to(device)
+    engine._runners |= {name: runner for name, runner in runners.items() if runner is not None}
     if taken.original is not None and not taken.original.unchanged():
         raise VerificationError(
             f"{type(model).__name__} gives another result after the build than before it, so that something which it "

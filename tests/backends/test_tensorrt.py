@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 import zoo
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from turbocompile.backends import tensorrt as backend
 from turbocompile.backends import triton
 from turbocompile.backends.onnx import write_model
@@ -117,6 +118,79 @@ def test_float64_is_refused_where_tensorrt_would_round_it_in_silence(case, tmp_p
     with pytest.raises(UnsupportedError, match=r"TensorRT has no float64, and the model computes '[\w.]+' in it"):
         backend.emit(it.program, it.weights, tmp_path, "a", "sm120")
     assert list(tmp_path.iterdir()) == []
+
+
+class MaskedAttentions(torch.nn.Module):
+    """One attention a mask, then a causal one of two lengths, a negative scale, grouped heads and three dimensions.
+
+    Each has queries, keys and values of its own, as a model's have.
+    """
+
+    def forward(self, q, k, v, *masks):
+        own = [(q * (i + 2), k * (i + 2), v * (i + 2)) for i in range(len(masks) + 4)]
+        outputs = [sdpa(*three, mask) for three, mask in zip(own, masks, strict=False)]
+        causal, negative, (q, k, v), (q3, k3, v3) = own[len(masks) :]
+        return (
+            *outputs,
+            sdpa(*causal, is_causal=True),
+            sdpa(*negative, scale=-0.2),
+            sdpa(q, k[:, :2], v[:, :2], masks[0], enable_gqa=True),
+            sdpa(q3[0], k3[0], v3[0], masks[1][0]),
+        )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(torch.float32, torch.bool), (torch.bfloat16, torch.bfloat16)],
+    ids=["float32 with booleans", "bfloat16 with floats"],
+)
+def test_masks_of_every_shape_build(case, tmp_path, dtype, kind):
+    heads, queries, keys = 4, 5, 7
+    shapes = [
+        (queries, keys),
+        (2, 1, 1, keys),
+        (1, heads, 1, keys),
+        (2, 1, queries, keys),
+        (2, heads, 1, keys),
+        (queries, 1),
+    ]
+    tensors = [torch.randn(2, heads, n, 64).to(dtype) for n in (queries, keys, keys)]
+    it = case(MaskedAttentions(), (*tensors, *(torch.ones(shape).to(kind) for shape in shapes)))
+    (file,) = backend.emit(it.program, it.weights, tmp_path, "a", "sm120")
+    assert cards((tmp_path / file).read_bytes()) == {b"120"}
+
+
+class Shared(torch.nn.Module):
+    def forward(self, q, k, v, mask):
+        return sdpa(q, k, v, mask), sdpa(2 * q, k, v, mask)
+
+
+@pytest.fixture
+def shared(case):
+    """A model that version 1.7 of TensorRT does not survive."""
+    return case(Shared(), (*(torch.randn(2, 4, n, 64) for n in (5, 7, 7)), torch.ones(5, 7, dtype=torch.bool)))
+
+
+def test_a_builder_that_dies_is_told_and_leaves_nothing(shared, tmp_path, monkeypatch):
+    monkeypatch.setattr(backend, "_CHILD", "import os; os.abort()")
+    with pytest.raises(UnsupportedError, match=r"TensorRT died .* for sm120 \(exit code -6\).*; use backend: triton"):
+        backend.emit(shared.program, shared.weights, tmp_path, "a", "sm120")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_attentions_that_share_their_keys_are_built_or_refused(shared, tmp_path):
+    """This process lives on, whichever TensorRT is installed."""
+    refused = False
+    try:
+        backend.emit(shared.program, shared.weights, tmp_path, "a", "sm120")
+    except UnsupportedError:
+        refused = True
+    assert [p.name for p in tmp_path.iterdir()] == ([] if refused else ["a-sm120.plan"])
+
+
+def test_what_does_not_build_is_refused_when_an_engine_is_made():
+    with pytest.raises(UnsupportedError, match=r"TensorRT cannot (read|build) .*; use backend: triton"):
+        turbocompile.optimize(Bits(), (torch.arange(8),), recipe={"passes": "off"}, backend="tensorrt", target="sm89")
 
 
 class Bits(torch.nn.Module):
