@@ -30,7 +30,19 @@ from turbocompile.kernels import ops
 from turbocompile.match import arguments, default_eps
 from turbocompile.program import SHELL, Program, Subgraph, call, is_op
 from turbocompile.sites import SAGE, SLA
-from turbocompile.weights import Cat, Constant, Evaluator, Expr, Mul, Permute, Reshape, Slice, is_relative
+from turbocompile.weights import (
+    AddLora,
+    Cast,
+    Cat,
+    Constant,
+    Evaluator,
+    Expr,
+    Mul,
+    Permute,
+    Reshape,
+    Slice,
+    is_relative,
+)
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -409,8 +421,13 @@ class Weights:
         return weight
 
     def _unrounded(self, expr: Expr, prefix: str) -> torch.Tensor:
-        """A weight that a pass scaled, in float64: its rounding to the weight's dtype is no part of the function."""
+        """A weight that a pass scaled or added to, in float64: its rounding to its dtype is no part of the function."""
         match expr:
+            case AddLora():
+                of, a, b = (self._unrounded(part, prefix) for part in (expr.of, expr.a, expr.b))
+                return of + expr.scale * (b @ a)
+            case Cast() if _scaled(expr):
+                return self._unrounded(expr.of, prefix)
             case Mul():
                 by = self._unrounded(expr.by, prefix) if isinstance(expr.by, Expr) else expr.by
                 return self._unrounded(expr.of, prefix) * by
@@ -426,10 +443,10 @@ class Weights:
 
 
 def _scaled(expr: Expr) -> bool:
-    """Whether a weight is, or is laid out from, one that is multiplied by something."""
-    if isinstance(expr, Mul):
+    """Whether a weight is, or is laid out or cast from, one that is multiplied by something or added to."""
+    if isinstance(expr, (AddLora, Mul)):
         return True
-    return isinstance(expr, (Reshape, Permute, Slice, Cat)) and any(_scaled(part) for part in expr.parts())
+    return isinstance(expr, (Reshape, Permute, Slice, Cat, Cast)) and any(_scaled(part) for part in expr.parts())
 
 
 def run_all(
