@@ -101,11 +101,14 @@ def lent(model: nn.Module, mode: FakeTensorMode, **more: Any) -> Iterator[None]:
                 given[id(t)] = t.cpu() if t.device.type not in ("cpu", "meta") else t
         return given[id(t)]
 
-    stored = {id(t) for _, t, saved in named_tensors(model) if saved}
+    tensors = list(named_tensors(model))
+    stored = {id(t) for _, t, saved in tensors if saved}
     _check_buffers(model)
     try:
         with process_kept(), torch.device("cpu"):
             state.replace(made)
+            if any(t.device.type not in ("cpu", "meta") for _, t, _ in tensors):
+                state.empty_caches()  # of tensors on the model's device
             for module in model.modules():
                 held = vars(module)
                 held["training"] = False  # a graph has one mode

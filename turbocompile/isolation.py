@@ -206,6 +206,11 @@ class State:
             if cache.cache_info().misses != misses:
                 cache.cache_clear()
 
+    def empty_caches(self) -> None:
+        """Empties what `functools.lru_cache` holds: tensors in it cannot be replaced, and are computed again."""
+        for cache, _ in self._caches:
+            cache.cache_clear()
+
     def replace(self, made: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Puts `made(t)` in the place of each tensor t that is held; names of Python files and classes stay."""
         for kept in self._kept:
