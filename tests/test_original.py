@@ -612,6 +612,21 @@ def test_the_report_says_how_the_graph_stands_beside_the_module():
 # ------------------------------------------------------------------------------------------------------------ around it
 
 
+def test_a_default_device_is_the_modules_alone():
+    """A build makes tensors of its own; on the meta device it could compare nothing."""
+
+    class Made(Linear):
+        def forward(self, x):
+            return self.linear(x) * torch.ones(8, device=x.device) + torch.zeros(8, device=x.device)
+
+    model, x = Made().eval(), x8()
+    with torch.device("meta"):
+        engine = compiled(model, (x,), recipe=None)
+        found = engine(x)
+    assert torch.allclose(found, model(x), atol=1e-6)
+    assert engine.report.compared.startswith("2 calls")
+
+
 class Copying(Linear):
     def forward(self, x, t):
         y = torch.tensor(t)

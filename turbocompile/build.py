@@ -779,8 +779,7 @@ def optimize(
     recorded = given_inputs(calibration, model) if calibration is not None else None
     if args is None and kwargs is None:
         return LazyEngine(model, options, verify_args, progress, recorded)
-    with compiling():
-        return _engine_of(model, _calls(args, kwargs), options, verify_args, recorded, Stages(progress))
+    return _engine_of(model, _calls(args, kwargs), options, verify_args, recorded, Stages(progress))
 
 
 def _engine_of(
@@ -791,10 +790,27 @@ def _engine_of(
     recorded: Recorded | None,
     stages: Stages,
 ) -> Engine:
-    """The engine of a module for some calls of it."""
+    """The engine of a module for some calls of it.
+
+    What the build itself makes is on the CPU; the module's own calls have the default device that the user set.
+    """
+    default_device = torch.get_default_device()
+    with compiling(), torch.device("cpu"):
+        return _built(model, calls, options, verify_args, recorded, stages, default_device)
+
+
+def _built(
+    model: nn.Module,
+    calls: Sequence[tuple[Any, Any]],
+    options: Recipe,
+    verify_args: Any,
+    recorded: Recorded | None,
+    stages: Stages,
+    default_device: torch.device,
+) -> Engine:
     source = ModuleTensors(model)
     with stages("capture"):
-        taken = take(model, calls, verify_args, options, recorded)
+        taken = take(model, calls, verify_args, options, recorded, default_device)
     item = compile_programs(
         "transformer", {k: p.copy for k, p in taken.programs.items()}, source, options.pass_options(), options.target,
         rewrite=options.passes.enabled, twin=taken.twin.copy if taken.twin else None, recorded=recorded,
@@ -1020,7 +1036,12 @@ class _Way:
 
 
 def take(
-    model: nn.Module, calls: Sequence[tuple[Any, Any]], verify_args: Any, recipe: Recipe, recorded: Recorded | None
+    model: nn.Module,
+    calls: Sequence[tuple[Any, Any]],
+    verify_args: Any,
+    recipe: Recipe,
+    recorded: Recorded | None,
+    default_device: torch.device | None = None,
 ) -> Taken:
     """Captures a module for some calls, in the way that serves most calls of those whose graph is the module.
 
@@ -1029,7 +1050,7 @@ def take(
     ways = _ways(model, calls, recipe, recorded)
     for way in ways:
         try:
-            taken = _taken(model, calls, verify_args, recipe, recorded, way)
+            taken = _taken(model, calls, verify_args, recipe, recorded, way, default_device)
         except CaptureError:
             if way == ways[-1]:
                 raise
@@ -1070,6 +1091,7 @@ def _taken(
     recipe: Recipe,
     recorded: Recorded | None,
     way: _Way,
+    default_device: torch.device | None,
 ) -> Taken:
     """Captures in one way, and compares."""
 
@@ -1098,7 +1120,7 @@ def _taken(
     elif verify_args is not None:
         call = tuple(verify_args[0]), dict(verify_args[1])
         twin = captured(*call)
-    original = Original(model, *call)
+    original = Original(model, *call, default_device)
     tokens = max_tokens(twin)
     if tokens > VERIFY_TOKENS:
         reason = (

@@ -72,24 +72,22 @@ class _Kept:
         self.saved = read()
 
     def differs(self) -> bool:
-        now = self._read()
+        now, was = self._read(), self.saved
         if isinstance(now, dict):
-            return list(map(id, now.values())) != list(map(id, self.saved.values())) or list(now) != list(self.saved)
+            return list(now) != list(was) or not all(_same(a, was[k]) for k, a in now.items())
         if isinstance(now, (list, tuple)):
-            return list(map(id, now)) != list(map(id, self.saved))
+            return len(now) != len(was) or not all(map(_same, now, was))
         if isinstance(now, (set, frozenset)):
-            return now != self.saved
-        return now is not self.saved
+            return now != was
+        return not _same(now, was)
 
     def changed(self) -> list[str]:
         """The places below it whose values are others now."""
         now = self._read()
         if not isinstance(now, dict):
             return [self.label] if self.differs() else []
-        names = [k for k in {**self.saved, **now} if now.get(k, _MISSING) is not self.saved.get(k, _MISSING)]
-        return [
-            f"{self.label}.{k}" if isinstance(k, str) and k.isidentifier() else f"{self.label}[{k!r}]" for k in names
-        ]
+        names = [k for k in {**self.saved, **now} if not _same(now.get(k, _MISSING), self.saved.get(k, _MISSING))]
+        return [f"{self.label}.{k}" if str(k).isidentifier() else f"{self.label}[{k!r}]" for k in names]
 
     def put(self, value: Any) -> None:
         self._write(value)
@@ -97,6 +95,11 @@ class _Kept:
     def restore(self) -> None:
         if self.differs():
             self._write(self.saved)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values are one object, or equal plain values."""
+    return a is b or (type(a) is type(b) and isinstance(a, ATOMS) and (a == b or a != a))
 
 
 def _mapping(label: str, held: dict[Any, Any]) -> _Kept:

@@ -65,11 +65,19 @@ class _Made:
 class Original:
     """A module and one call of it, as its user makes it.
 
-    args, kwargs: the call; where its tensors are on the meta device, random ones stand for them. Calls are made on the
-    module's own device, without gradients and with dropout off; afterwards the module and the process are as they were.
+    args, kwargs: the call; where its tensors are on the meta device, random ones stand for them. default_device: where
+    the module's own code makes tensors, if the user set that. Calls are made on the module's own device, without
+    gradients and with dropout off; afterwards the module and the process are as they were.
     """
 
-    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        default_device: torch.device | None = None,
+    ) -> None:
+        self.default_device = default_device or torch.get_default_device()
         self.model, self.args, self.kwargs = model, tuple(args), dict(kwargs)
         self.device = next((t.device for t in _tensors(model) if t.device.type != "meta"), torch.device("cpu"))
         self.name = type(model).__name__
@@ -176,7 +184,8 @@ class Original:
         placed = {k: v.to(self.device).clone() if isinstance(v, torch.Tensor) else v for k, v in leaves.items()}
         args, kwargs = spelling.call(placed)
         flat: list[torch.Tensor] = []
-        sig.describe_output(self.model(*args, **kwargs), flat)
+        with self.default_device:
+            sig.describe_output(self.model(*args, **kwargs), flat)
         return [t.detach().clone() for t in flat]
 
     def _wrong(self, number: int, difference: float, made: _Made) -> str:
