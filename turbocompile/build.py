@@ -854,7 +854,7 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     """A module's configuration as a dictionary: of diffusers, transformers, dataclasses, namespaces, and other objects
     that have attributes. Empty where there is none.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     found: Any = {}
     if isinstance(config, Mapping):
         found = config

@@ -175,7 +175,10 @@ def _attribute(label: str, held: Any, name: str) -> _Kept:
 
 
 def _generator(label: str, held: torch.Generator) -> _Kept:
-    kept = _Kept(label, held.get_state, held.set_state)
+    def write(state: torch.Tensor) -> None:
+        held.set_state(state)
+
+    kept = _Kept(label, held.get_state, write)
     kept.differs = lambda: not torch.equal(held.get_state(), kept.saved)  # type: ignore[method-assign]
     return kept
 

@@ -19,7 +19,9 @@ from turbocompile import signature as sig
 from turbocompile.backends.triton import compile_program
 from turbocompile.engine import weight_plan
 from turbocompile.isolation import State, compiling, process_kept
+from turbocompile.kernels.quantize import dequantize
 from turbocompile.program import Program, Signature
+from turbocompile.quantized import quantized
 from turbocompile.verify import compare, random_inputs
 from turbocompile.weights import Evaluator, TensorSource
 
@@ -149,6 +151,7 @@ class Original:
         state = State(model=self.model)
         try:
             with process_kept(), torch.no_grad():
+                state.replace(_dequantized)
                 for module in self.model.modules():
                     vars(module)["training"] = False
                 for leaves in calls:
@@ -257,6 +260,15 @@ def _nudged(leaves: Leaves) -> Leaves:
         else:
             made[path] = value
     return made
+
+
+def _dequantized(tensor: torch.Tensor) -> torch.Tensor:
+    """The weight that one which torchao quantized stands for: how activations are quantized is the passes' matter."""
+    parts = quantized("a weight", tensor)
+    if parts is None:
+        return tensor
+    made = dequantize(parts.data, parts.scale, parts.format, tensor.dtype)
+    return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
 
 
 def _leaves(signature: Signature, tensors: Sequence[torch.Tensor]) -> Leaves:

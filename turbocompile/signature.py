@@ -363,7 +363,7 @@ def _shown(path: str, values: Mapping[str, Any], inputs: Mapping[str, Input] | N
         return f"a tensor {list(value.shape)}"
     if value == BY_DEFAULT:
         return repr(_DEFAULT)
-    if not _is_marker(value):
+    if not isinstance(value, dict) or not _is_marker(value):
         return repr(value)
     items = [_shown(f"{path}.{key}", values, inputs) for key in value["keys"]]
     if value["container"] == "dict":
