@@ -304,3 +304,37 @@ def test_two_attributes_with_a_number_that_are_a_small_part_of_a_model_are_no_bl
             return self.rest(self.attn2(self.attn1(x)))
 
     assert list(capture(Two().eval(), inputs()[:1]).graphs) == [SHELL]
+
+
+class Shifted(nn.Module):
+    """Positions that are made of constants and then written to through a view, as LTX-2 makes them for its blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Attended() for _ in range(2))
+
+    def forward(self, x):
+        positions = torch.arange(x.shape[1] * 2, dtype=x.dtype).reshape(x.shape[1], 2)
+        positions[:, 0] = (positions[:, 0] - 3).clamp(min=0)
+        for block in self.blocks:
+            x = block(x, positions)
+        return x
+
+
+class Attended(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x, positions):
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        q = q * positions.sum(-1).cos()[:, None]
+        return x + self.out(torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+def test_what_is_written_to_through_a_view_does_not_move_into_the_blocks():
+    torch.manual_seed(0)
+    model, x = Shifted().eval().requires_grad_(False), torch.randn(2, 6, 16)
+    engine = turbocompile.optimize(model, (x,), recipe={"passes": "off"})
+    assert "blocks" in engine.programs["call"].graphs
+    assert torch.equal(engine(x), model(x))

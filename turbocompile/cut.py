@@ -189,15 +189,30 @@ def _mutates(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
+def _written(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose memory is written to, be it through a view of it."""
+    base: dict[fx.Node, fx.Node] = {}
+    bases: set[fx.Node] = set()
+    for node in graph.nodes:
+        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        schema = _schema(node)
+        views = source is not None and (schema is None or schema.arguments[0].alias_info is not None)
+        base[node] = base.get(source, source) if views and node.op == "call_function" else node  # type: ignore[arg-type]
+        if _mutates(node) and source is not None:
+            bases.add(base.get(source, source))
+    return {node for node, of in base.items() if of in bases}
+
+
 def _constants(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that depend on weights that are no parameter of a block and on nothing else, and that nobody writes to."""
     found: set[fx.Node] = set()
+    written = _written(graph)
     for node in graph.nodes:
         if node.op == "call_function":
             random = (
                 isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
             )
-            pure = not _mutates(node) and not random and not any(_mutates(u) for u in node.users)
+            pure = not _mutates(node) and not random and node not in written
             if pure and all(n in found or n.op == "get_attr" for n in node.all_input_nodes):
                 found.add(node)
     return found
