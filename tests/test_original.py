@@ -550,6 +550,28 @@ def test_threads_compile_one_after_the_other():
     assert len(engine.engine.programs) == 4
 
 
+def test_threads_that_fail_and_threads_that_run_do_not_meet():
+    good, bad = Cached().eval(), Unruly().eval()
+    ready, x = compiled(Linear().eval(), (x8(),)), x8()
+    expected, before = ready(x), settings()
+
+    def build(model):
+        try:
+            return turbocompile.optimize(model, (x,), recipe=OFF)(x)
+        except CaptureError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(6) as pool:
+        built = [pool.submit(build, model) for model in (good, bad, good, bad)]
+        ran = [pool.submit(ready, x) for _ in range(20)]
+    assert settings() == before
+    assert all(torch.equal(r.result(), expected) for r in ran)
+    found = [b.result() for b in built]
+    assert torch.equal(found[0], good(x))
+    assert torch.equal(found[2], found[0])
+    assert all("decides by a tensor's value" in f for f in (found[1], found[3]))
+
+
 def test_state_is_named_and_put_back():
     model = Kept()
     model.helper, model.list = Helper(), [1, 2]
