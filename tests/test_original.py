@@ -322,6 +322,24 @@ def test_a_counter_that_nothing_depends_on_is_said_and_no_more():
     assert model.calls == 1
 
 
+class Noisy(Linear):
+    def forward(self, x):
+        return self.linear(x) + torch.randn_like(x)
+
+
+class AlwaysDropped(Linear):
+    def forward(self, x):
+        return nn.functional.dropout(self.linear(x), 0.5)
+
+
+@pytest.mark.parametrize(("make", "named"), [(Noisy, "aten.randn_like"), (AlwaysDropped, "aten.dropout")])
+def test_a_model_that_draws_random_numbers_is_refused_by_that(make, named):
+    model, state = make().eval(), torch.get_rng_state()
+    with pytest.raises(CaptureError, match=f"draws random numbers .{named}"):
+        turbocompile.optimize(model, (torch.ones(2, 8),), recipe=OFF)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 # -------------------------------------------------------------------------------------------------------- what wraps it
 
 

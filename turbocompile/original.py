@@ -20,7 +20,7 @@ from turbocompile.backends.triton import compile_program
 from turbocompile.engine import weight_plan
 from turbocompile.isolation import State, compiling, process_kept
 from turbocompile.kernels.quantize import dequantize
-from turbocompile.program import Program, Signature
+from turbocompile.program import Program, Signature, is_op
 from turbocompile.quantized import quantized
 from turbocompile.verify import compare, random_inputs
 from turbocompile.weights import Evaluator, TensorSource
@@ -87,6 +87,10 @@ class Original:
 
     def compare(self, program: Program, source: TensorSource) -> Comparison:
         """Compares the module with its captured Program. source: the weights' values."""
+        drawn = _drawn(program)
+        if drawn:
+            reason = f"{self.name} draws random numbers ({drawn}), so that no two calls of it are alike"
+            return Comparison(wrong=f"{reason}; give it the noise as an argument, or build with verify: off")
         numbers = {i.path for i in program.signature.inputs if i.number}
         wrapper = program.signature.return_dict
         signature, tensors = sig.describe(self.model, self.args, self.kwargs, wrapper, numbers)
@@ -260,6 +264,18 @@ def _nudged(leaves: Leaves) -> Leaves:
         else:
             made[path] = value
     return made
+
+
+def _drawn(program: Program) -> str:
+    """The first operator of a Program that draws random numbers; empty where none does."""
+    for sub in program.graphs.values():
+        for node in sub.graph.nodes:
+            seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+            off = is_op(node, torch.ops.aten.dropout) and not node.args[2]
+            without = is_op(node, torch.ops.aten.scaled_dot_product_attention) and not (*node.args, 0, 0, 0, 0, 0)[4]
+            if seeded and not off and not without:
+                return str(node.target)
+    return ""
 
 
 def _dequantized(tensor: torch.Tensor) -> torch.Tensor:
