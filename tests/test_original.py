@@ -643,6 +643,26 @@ def test_a_module_that_the_build_changes_is_said(monkeypatch):
         compiled(model, (x8(),))
 
 
+class Heavy(Linear):
+    def __init__(self, failing):
+        super().__init__()
+        self.failing = failing
+
+    def forward(self, x):
+        if not torch.compiler.is_exporting():
+            self.failing -= 1
+            if self.failing == 0:
+                raise torch.OutOfMemoryError("no room")
+        return self.linear(x)
+
+
+def test_a_module_that_has_no_room_to_run_is_compiled_and_said_not_to_be_compared():
+    engine = compiled(Heavy(1).eval(), (x8(),))
+    assert engine.report.compared == "not compared: the module needs more memory than there is"
+    assert any("was not compared with Heavy itself" in w for w in engine.report.warnings)
+    assert "calls of the module are those of its graph" in compiled(Heavy(2).eval(), (x8(),)).report.compared
+
+
 def test_the_report_says_how_the_graph_stands_beside_the_module():
     engine = compiled(Linear().eval(), (x8(),))
     assert engine.report.compared.startswith("2 calls of the module are those of its graph (largest difference ")

@@ -32,6 +32,7 @@ CALLS_OF_STATE = 8  # where a model's attributes change from call to call
 EXACT = 1e-5
 EXACT_16 = 2.0**-7  # relative L1 in a 16-bit type: two of its roundings
 MULTIPLE = 8  # of what one rounding of the inputs moves, where a model makes more of a rounding than that
+NO_MEMORY = "needs more memory than there is"
 STATELESS = "compile a model whose forward depends on its arguments alone"
 Leaves = dict[str, Any]
 
@@ -99,25 +100,33 @@ class Original:
         with compiling():
             made = self._made(spelling, calls)
             if not made.results:
-                said = f"the engine was not compared with {self.name} itself, because {self.name} {made.failure}"
-                return Comparison(words=f"not compared: the module {made.failure}", warnings=(said,))
-            run = _Graph(program, source, self.device)
-            worst = 0.0
-            for number, (leaves, outputs) in enumerate(zip(made.calls, made.results, strict=True)):
-                difference, bound = run.difference(leaves, outputs)
-                worst = max(worst, difference)
-                if not difference <= bound:
-                    return Comparison(number + 1, self._wrong(number, difference, made))
+                return self._not_compared(made.failure)
+            try:
+                differences = self._differences(_Graph(program, source, self.device), made)
+            except torch.OutOfMemoryError:
+                return self._not_compared(NO_MEMORY)
+        for number, (difference, bound) in enumerate(differences):
+            if not difference <= bound:
+                return Comparison(number + 1, self._wrong(number, difference, made))
         if made.failure:
             return Comparison(len(made.results), f"{self.name} {made.failure}, and its graph does not; {STATELESS}")
         self._first = spelling, made.calls[0], made.results[0]
-        count = len(made.results)
+        count, worst = len(made.results), max(difference for difference, _ in differences)
         words = f"{count} calls of the module are those of its graph (largest difference {worst:.1e})"
         warned = (
             f"{self.name} changes {_listed(made.moving)} with each call, and its engine keeps nothing between calls; "
             f"{count} calls were equal"
         )
         return Comparison(count, "", words, (warned,) if made.moving else ())
+
+    def _differences(self, run: _Graph, made: _Made) -> list[tuple[float, float]]:
+        """How far the graph is from each of the module's results, and how far it may be."""
+        pairs = zip(made.calls, made.results, strict=True)
+        return [run.difference(leaves, outputs) for leaves, outputs in pairs]
+
+    def _not_compared(self, reason: str) -> Comparison:
+        said = f"the engine was not compared with {self.name} itself, because {self.name} {reason}"
+        return Comparison(words=f"not compared: the module {reason}", warnings=(said,))
 
     def unchanged(self) -> bool:
         """Whether the module gives its first result again."""
@@ -181,7 +190,7 @@ class Original:
                 made.failure = ""
                 return True
             except torch.OutOfMemoryError:
-                made.failure = "needs more memory than there is"
+                made.failure = "" if made.results else NO_MEMORY
             except Exception as error:  # the user's code may raise anything; the report says what it was
                 reason = (str(error).strip().split("\n") or [""])[0][:200]
                 made.failure = f"raises {type(error).__name__} at call {len(made.calls) + 1} ({reason})"
