@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextvars
 import dataclasses
 import functools
 import logging
+import random
 import sys
+import threading
 import types
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -307,6 +312,53 @@ def test_a_model_that_keeps_something_between_calls_is_refused_and_left(make, na
         assert not any(isinstance(t, FakeTensor) for t in vars(module).values())
 
 
+class InArray(Linear):
+    """A step counter in a numpy array, and one in a tensor that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps, self.table = numpy.zeros(1), [torch.zeros(1)]
+
+    def forward(self, x):
+        self.steps += 1
+        return self.linear(x) * float(self.steps[0])
+
+
+class InTensor(InArray):
+    def forward(self, x):
+        self.table[0].add_(1)
+        return self.linear(x) * self.table[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), [(InArray, "keeps something.*steps"), (InTensor, "writes to a tensor that")]
+)
+def test_what_is_counted_in_place_is_refused_and_put_back(make, message):
+    model = make().eval()
+    with pytest.raises(CaptureError, match=message):
+        compiled(model, (x8(),))
+    assert model.steps[0] == model.table[0] == 0
+
+
+class Dropping(Linear):
+    """LayerDrop: Python's random numbers decide."""
+
+    def forward(self, x):
+        return self.linear(x) if random.random() < 0.5 else x
+
+
+def test_a_model_that_pythons_random_numbers_decide_for_is_refused():
+    state = random.getstate()
+    with pytest.raises(CaptureError, match=r"draws random numbers \(Python's random"):
+        compiled(Dropping().eval(), (x8(),))
+    assert random.getstate() == state
+
+
+def test_a_lazy_module_is_called_first():
+    with pytest.raises(CaptureError, match=r"without a shape yet \(weight\); call it once first"):
+        compiled(nn.LazyLinear(8), (x8(),))
+
+
 def test_a_counter_that_nothing_depends_on_is_said_and_no_more():
     class Counted(Linear):
         calls = 0
@@ -483,7 +535,31 @@ class InHelper(Linear):
         return self.linear(x) * self.helper.table
 
 
-@pytest.mark.parametrize("make", [Cached, InFile, InClass, InMethod, InProperty, InHelper])
+LOCAL, CONTEXT, WEAK = threading.local(), contextvars.ContextVar("table"), weakref.WeakKeyDictionary()
+
+
+class InLocal(Linear):
+    def forward(self, x):
+        if not hasattr(LOCAL, "table"):
+            LOCAL.table = torch.arange(8).float().cos()
+        return self.linear(x) * LOCAL.table
+
+
+class InContext(Linear):
+    def forward(self, x):
+        if CONTEXT.get(None) is None:
+            CONTEXT.set(torch.arange(8).float().cos())
+        return self.linear(x) * CONTEXT.get()
+
+
+class InWeak(Linear):
+    def forward(self, x):
+        if self not in WEAK:
+            WEAK[self] = torch.arange(8).float().cos()
+        return self.linear(x) * WEAK[self]
+
+
+@pytest.mark.parametrize("make", [Cached, InFile, InClass, InMethod, InProperty, InHelper, InLocal, InContext, InWeak])
 def test_tables_that_are_kept_at_the_first_call_are_real_afterwards(make):
     model, x = make().eval(), x8()
     engine = compiled(model, (x,))

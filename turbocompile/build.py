@@ -738,7 +738,14 @@ def versions() -> dict[str, str]:
 
 def json_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration's entries that JSON can hold (diffusers adds private ones)."""
-    return json.loads(json.dumps({k: v for k, v in config.items() if not str(k).startswith("_")}, default=str))
+    kept: dict[str, Any] = {}
+    for key, value in config.items():
+        if not str(key).startswith("_"):
+            with contextlib.suppress(Exception):  # an object's own __str__ may raise anything, a dictionary hold itself
+                text = json.dumps(value, default=str, ensure_ascii=False)
+                text.encode("utf-8")
+                kept[str(key)] = json.loads(text)
+    return kept
 
 
 # ---------------------------------------------------------------------------------------------------- from a module
@@ -854,7 +861,9 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     """A module's configuration as a dictionary: of diffusers, transformers, dataclasses, namespaces, and other objects
     that have attributes. Empty where there is none.
     """
-    config: Any = getattr(model, "config", None)
+    config: Any = None
+    with contextlib.suppress(Exception):  # a property of the user's may raise anything; without it the engine has none
+        config = getattr(model, "config", None)
     found: Any = {}
     if isinstance(config, Mapping):
         found = config
@@ -882,6 +891,9 @@ def _check_arguments(model: Any, verify_args: Any) -> None:
             f"optimize() takes a torch.nn.Module, not {type(model).__name__}; for a folder there is turbocompile.load, "
             "for a recipe `turbocompile optimize`"
         )
+    waiting = next((n for n, p in model.named_parameters() if torch.nn.parameter.is_lazy(p)), None)
+    if waiting is not None:
+        raise CaptureError(f"{type(model).__name__} has parameters without a shape yet ({waiting}); call it once first")
     pair = isinstance(verify_args, (tuple, list)) and len(verify_args) == 2
     fits = pair and isinstance(verify_args[0], (tuple, list)) and isinstance(verify_args[1], Mapping)
     if verify_args is not None and not fits:

@@ -9,6 +9,7 @@ its own parameters back, with whatever else the trace changed (isolation.py).
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import hashlib
 import operator
 import sys
@@ -69,7 +70,10 @@ def capture(
             check_call(model, signature)
             spelling = sig.Spelling.of(signature, args, kwargs or {})
             with lent(model, mode, call=(args, kwargs)):
-                signature, exported, recorder = _export(model, signature, spelling, tensors, mode, float_timesteps)
+                alone = contextvars.copy_context()  # what the trace sets in a ContextVar stays in it
+                signature, exported, recorder = alone.run(
+                    _export, model, signature, spelling, tensors, mode, float_timesteps
+                )
             if not signature.return_dict or recorder.record.output["kind"] == "class":
                 break  # else `return_dict` means something of the model's own here
         program = _program(exported, signature, state, mode)
@@ -296,6 +300,8 @@ def _refuse_writes(graph: fx.Graph) -> None:
         base[node] = base.get(source, source) if source is not None and aliases else node
         if schema is not None and schema.is_mutable and base[node].op in ("placeholder", "get_attr"):
             name = base[node].target if base[node].op == "get_attr" else "its input"
+            if str(name).startswith("lifted."):
+                name = "a tensor that it keeps"
             raise CaptureError(
                 f"the model writes to {name} while it runs, so two calls would not be alike; "
                 "compile a model whose forward leaves its buffers and inputs alone"

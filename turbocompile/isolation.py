@@ -44,10 +44,11 @@ MACHINERY = (
 )  # fmt: skip
 OPAQUE = (  # state that is not data, or that nobody may put back
     type(sys), types.CodeType, types.FrameType, types.GeneratorType, types.CoroutineType, weakref.ref, logging.Logger,
-    weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet, torch.dtype, torch.device,
-    type(threading.Lock()), type(threading.RLock()), threading.Thread, threading.local, torch.Size,
+    torch.dtype, torch.device, type(threading.Lock()), type(threading.RLock()), threading.Thread, torch.Size,
 )  # fmt: skip
 ATOMS = (type(None), bool, int, float, complex, str, bytes, range, slice, type(Ellipsis))
+WEAK = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
+COPIED = 64 << 20  # bytes of a tensor or an array whose values are kept; a larger one that is written to stays so
 _LOCK = threading.RLock()
 _MISSING: Any = object()
 _CACHE = type(functools.lru_cache(lambda: None))
@@ -119,6 +120,48 @@ def _sequence(label: str, held: Any) -> _Kept:
         held.extend(value)
 
     return _Kept(label, lambda: list(held), write)
+
+
+def _weak(label: str, held: Any) -> _Kept:
+    def write(value: dict[Any, Any]) -> None:
+        held.clear()
+        held.update(value)
+
+    return _Kept(label, lambda: dict(held.items()), write)
+
+
+class _Values(_Kept):
+    """The values of a tensor or of a numpy array, which may be written to in place."""
+
+    def __init__(self, label: str, held: Any, copied: Callable[[Any], Any], write: Callable[[Any], None]) -> None:
+        super().__init__(label, lambda: held, write, shared=True)
+        self.values = copied(held)
+
+    def differs(self) -> bool:
+        if isinstance(self.saved, torch.Tensor):
+            return not torch.equal(self.saved.detach(), self.values)
+        return self.saved.tobytes() != self.values.tobytes()
+
+    def changed(self) -> list[str]:
+        return [self.label] if self.differs() else []
+
+    def restore(self) -> None:
+        if self.differs():
+            self._write(self.values)
+
+
+def _tensor_values(label: str, held: torch.Tensor) -> _Values:
+    def write(value: torch.Tensor) -> None:
+        held.data.copy_(value)
+
+    return _Values(label, held, lambda t: t.detach().clone(), write)
+
+
+def _array_values(label: str, held: Any) -> _Values:
+    def write(value: Any) -> None:
+        held[...] = value
+
+    return _Values(label, held, lambda a: a.copy(), write)
 
 
 def _set(label: str, held: set[Any]) -> _Kept:
@@ -232,8 +275,18 @@ class State:
     def _visit(self, value: Any, label: str) -> None:
         if isinstance(value, torch.Generator):
             self._kept.append(_generator(label, value))
-        elif isinstance(value, (*OPAQUE, torch.Tensor, enum.Enum, enum.EnumMeta)):
+        elif isinstance(value, torch.Tensor):
+            if type(value) is torch.Tensor and value.device.type == "cpu" and value.nbytes <= COPIED:
+                self._kept.append(_tensor_values(label, value))
+        elif type(value).__module__ == "numpy" and type(value).__name__ == "ndarray":
+            if value.nbytes <= COPIED and value.flags.writeable and not value.dtype.hasobject:
+                self._kept.append(_array_values(label, value))
+        elif isinstance(value, (*OPAQUE, enum.Enum, enum.EnumMeta)):
             return
+        elif isinstance(value, WEAK):
+            self._kept.append(_weak(label, value))
+            for v in list(value.values()):
+                self._later(v, label)
         elif isinstance(value, type):
             self._visit_class(value)
         elif isinstance(value, types.FunctionType):
@@ -272,10 +325,12 @@ class State:
 
     def _visit_object(self, value: Any, label: str) -> None:
         kind = type(value)
-        if not isinstance(value, nn.Module) and _root(kind.__module__) in ("torch", "numpy", "_thread", "threading"):
+        foreign = _root(kind.__module__) in ("torch", "numpy", "_thread", "threading", "weakref")
+        if foreign and not isinstance(value, (nn.Module, threading.local)):
             return
         with contextlib.suppress(AttributeError):
-            held = object.__getattribute__(value, "__dict__")
+            local = isinstance(value, threading.local)  # has one dictionary a thread, which it alone finds
+            held = value.__dict__ if local else object.__getattribute__(value, "__dict__")
             if isinstance(held, dict):
                 self._kept.append(_mapping(label, held))
                 for name, v in list(held.items()):

@@ -8,19 +8,22 @@ its first; where its Python state still moves then, more calls follow.
 
 from __future__ import annotations
 
+import contextvars
+import random
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from turbocompile import signature as sig
 from turbocompile.backends.triton import compile_program
 from turbocompile.engine import weight_plan
 from turbocompile.isolation import State, compiling, process_kept
 from turbocompile.kernels.quantize import dequantize
-from turbocompile.program import Program, Signature, is_op
+from turbocompile.program import Program, Signature
 from turbocompile.quantized import quantized
 from turbocompile.verify import compare, random_inputs
 from turbocompile.weights import Evaluator, TensorSource
@@ -55,13 +58,14 @@ NOT_COMPARED = Comparison()
 @dataclass
 class _Made:
     """Calls that were made of a module and their results, flat; what of its Python state all of them changed, and the
-    second one by itself; why there are no more.
+    second one by itself; whose random numbers they drew; why there are no more.
     """
 
     calls: list[Leaves] = field(default_factory=list)
     results: list[list[torch.Tensor]] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     moving: list[str] = field(default_factory=list)
+    drawn: str = ""
     failure: str = ""
 
 
@@ -98,7 +102,10 @@ class Original:
         spelling = sig.Spelling.of(signature, self.args, self.kwargs)
         calls = self._calls(program, signature, tensors)
         with compiling():
-            made = self._made(spelling, calls)
+            made = contextvars.copy_context().run(self._made, spelling, calls)
+            if made.drawn:
+                reason = f"{self.name} draws random numbers ({made.drawn}), so that no two calls of it are alike"
+                return Comparison(wrong=f"{reason}; decide by an argument, or build with verify: off")
             if not made.results:
                 return self._not_compared(made.failure)
             try:
@@ -134,7 +141,7 @@ class Original:
             return True
         spelling, leaves, outputs = self._first
         with compiling():
-            again = self._made(spelling, [leaves]).results
+            again = contextvars.copy_context().run(self._made, spelling, [leaves]).results
         return bool(again) and all(
             difference <= bound
             for difference, bound in (_difference(a, b) for a, b in zip(again[0], outputs, strict=True))
@@ -161,7 +168,7 @@ class Original:
     def _made(self, spelling: sig.Spelling, calls: Sequence[Leaves]) -> _Made:
         """The module's own calls, one after the other."""
         made = _Made()
-        state = State(model=self.model)
+        state, randomness = State(model=self.model), _randomness()
         try:
             with process_kept(), torch.no_grad():
                 state.replace(_dequantized)
@@ -176,6 +183,7 @@ class Original:
                         made.moving = before.changed()
                     if len(made.results) >= CALLS and not made.moving:
                         break
+                made.drawn = next((k for k, v in _randomness().items() if v != randomness.get(k, v)), "")
                 made.kept = [k for k in state.changed() if not k.endswith(".training")]
         finally:
             state.restore()
@@ -279,12 +287,28 @@ def _drawn(program: Program) -> str:
     """The first operator of a Program that draws random numbers; empty where none does."""
     for sub in program.graphs.values():
         for node in sub.graph.nodes:
-            seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-            off = is_op(node, torch.ops.aten.dropout) and not node.args[2]
-            without = is_op(node, torch.ops.aten.scaled_dot_product_attention) and not (*node.args, 0, 0, 0, 0, 0)[4]
-            if seeded and not off and not without:
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _is_off(node):
                 return str(node.target)
     return ""
+
+
+def _is_off(node: fx.Node) -> bool:
+    """Whether an operator that may drop values (dropout, attention, recurrent cells) is told to drop none."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    ways = [given[name] for name in ("p", "dropout", "dropout_p") if name in given]
+    if "dropout_p" in names and "dropout_p" not in given:
+        return True
+    return given.get("train") is False or (bool(ways) and all(way == 0 for way in ways))
+
+
+def _randomness() -> dict[str, Any]:
+    """The states of Python's and numpy's random numbers, by whose they are."""
+    found: dict[str, Any] = {"Python's random": random.getstate()}
+    if "numpy" in sys.modules:
+        kind, keys, *rest = sys.modules["numpy"].random.get_state()
+        found["numpy.random"] = (kind, keys.tobytes(), *rest)
+    return found
 
 
 def _dequantized(tensor: torch.Tensor) -> torch.Tensor:

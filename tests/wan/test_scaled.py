@@ -206,3 +206,57 @@ def test_descriptions_of_weights_are_followed_or_refused(description, words):
         return
     with pytest.raises(UnsupportedError, match=words):
         ScaledTensors(Tensors(file), "x")
+
+
+def saved(tmp_path, model, change):
+    """A .pth of a tiny transformer whose 2-D block weights are float8, after a change."""
+    state = {}
+    for name, weight in model.state_dict().items():
+        if name.startswith("blocks.") and weight.dim() == 2:
+            scale = weight.abs().max() / 448
+            state[name] = (weight / scale).to(torch.float8_e4m3fn)
+            state[name.removesuffix("weight") + "weight_scale"] = scale.reshape(())
+        else:
+            state[name] = weight
+    path = tmp_path / "model.pth"
+    torch.save(change(state), path)
+    return path
+
+
+def scales(state):
+    return {k: v for k, v in state.items() if k.endswith("weight_scale")}
+
+
+def without(state):
+    return {k: v for k, v in state.items() if not k.endswith("weight_scale")}
+
+
+MISLAID = {
+    "beside": (lambda s: {"model": without(s), "scales": scales(s)}, "tensors under 'scales' beside 'model'"),
+    "within": (lambda s: {**without(s), "scales": scales(s)}, "tensors under 'scales' that are in no state dict"),
+    "said": (
+        lambda s: {**without(s), "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)},
+        "is said to be scaled .* and has no scale",
+    ),
+    "not finite": (lambda s: {k: v * float("nan") if k in scales(s) else v for k, v in s.items()}, "no finite number"),
+    "without values": (lambda s: {k: v.to("meta") for k, v in s.items()}, "on the meta device, without values"),
+    "sparse": (
+        lambda s: {**s, "patch_embedding.bias": s["patch_embedding.bias"].to_sparse()},
+        "stored as torch.sparse",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISLAID)
+def test_scales_that_are_elsewhere_missing_or_no_numbers_are_refused(name, wan, tmp_path):
+    change, message = MISLAID[name]
+    with pytest.raises(EngineError, match=message):
+        opened(saved(tmp_path, wan(num_attention_heads=1, attention_head_dim=128), change)).load()
+
+
+def test_scales_that_are_python_numbers_are_read(wan, tmp_path):
+    model = wan(num_attention_heads=1, attention_head_dim=128)
+    path = saved(tmp_path, model, lambda s: {k: float(v) if k in scales(s) else v for k, v in s.items()})
+    found = opened(path).load().state_dict()
+    for name, weight in model.state_dict().items():
+        assert (found[name] - weight).abs().max() <= weight.abs().max() / 16  # half a step of e4m3's three bits

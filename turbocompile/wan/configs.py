@@ -152,6 +152,9 @@ def wrong_latents(vae: Mapping[str, Any]) -> str | None:
         if not isinstance(values, (list, tuple)) or len(values) != channels:
             count = f"{len(values)} values" if isinstance(values, (list, tuple)) else repr(values)
             return f"{name} has {count} for the {channels} channels of z_dim"
+        numbers = all(type(v) in (int, float) and math.isfinite(v) for v in values)
+        if not numbers or (name == "latents_std" and min(values) <= 0):
+            return f"{name} holds {values!r}, and must hold finite numbers (of latents_std above zero)"
     return None
 
 

@@ -42,6 +42,7 @@ class ScaledTensors:
         markers = {name for name in names if name.rpartition(".")[2] == MARKER and raw.spec(name)[1] in FLOAT8}
         consumed = {*self._scales.values(), *described, *unused, *markers}
         self._names = [name for name in raw.keys() if name not in consumed]  # noqa: SIM118 (no mapping)
+        self._check_said(described, markers)
         self._check_stored()
         self.notes: tuple[str, ...] = ()
         if unused:
@@ -88,12 +89,24 @@ class ScaledTensors:
             found.add(name)
         return found
 
+    def _check_said(self, described: set[str], markers: set[str]) -> None:
+        """Raises EngineError where the file says that its 8-bit weights are scaled, and the scales are missing."""
+        weights = [f"{_path(name)}.weight" for name in described]
+        if markers and not self._scales:
+            weights += [name for name in self._names if name.rpartition(".")[2] == "weight"]
+        for name in weights:
+            if name in self._names and name not in self._scales and self._raw.spec(name)[1] in EIGHT_BIT:
+                raise EngineError(
+                    f"{self._where}: {name} is said to be scaled ({min([*markers, *described])}) and has no scale "
+                    "beside it; get the whole file again, or give the checkpoint that was not quantized"
+                )
+
     def _check_stored(self) -> None:
         """Integers are no weights without a scale, nor is a float8 weight among others that have one."""
         scaled = {self._raw.spec(name)[1] for name in self._scales}
         for name in self._names:
             dtype = self._raw.spec(name)[1]
-            if name in self._scales or name.rpartition(".")[2] != "weight":
+            if name in self._scales or (name.rpartition(".")[2] != "weight" and dtype not in scaled):
                 continue
             if not dtype.is_floating_point or dtype in scaled:
                 others = " where other weights have one" if dtype in scaled else ""
@@ -117,7 +130,12 @@ class ScaledTensors:
     def get(self, name: str) -> torch.Tensor:
         stored = self._raw.get(name)
         scale = self._scales.get(name)
-        return stored if scale is None else dequantized(stored, self._raw.get(scale), self._where, scale)
+        if scale is None:
+            return stored
+        values = self._raw.get(scale)
+        if not bool(values.float().isfinite().all()):
+            raise EngineError(f"{self._where}: the scale {scale} is no finite number; download the checkpoint again")
+        return dequantized(stored, values, self._where, scale)
 
 
 def _path(name: str) -> str:

@@ -190,24 +190,55 @@ def checkpoint_file(path: Path) -> TensorSource:
         raise EngineError(f"{path}: cannot be read as a checkpoint of plain tensors ({reason})") from e
     for key in ("state_dict", "model", "module"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            _check_beside(loaded, key, path)
             loaded = loaded[key]
     if not isinstance(loaded, dict):
         raise EngineError(f"{path}: holds no state dict but a {type(loaded).__name__}")
     return Tensors(_tensors(loaded, path))
 
 
+# What training keeps beside a model: no weights of it.
+_TRAINING = re.compile(
+    r"(?i)(optim\w*|lr_?sched\w*|\w*schedulers?|(grad_?)?scaler|rng\w*|callbacks|loops|hyper_?parameters)"
+)
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether there is a tensor in some nested containers."""
+    if isinstance(value, Mapping):
+        return any(map(_holds_tensors, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_tensors, value))
+    return isinstance(value, torch.Tensor)
+
+
+def _check_beside(loaded: Mapping[Any, Any], chosen: str, path: Path) -> None:
+    """Raises EngineError for tensors beside the state dict that is taken: scales, adapters, another model."""
+    for key, value in loaded.items():
+        if key != chosen and _holds_tensors(value) and not _TRAINING.fullmatch(str(key)):
+            raise EngineError(
+                f"{path}: holds tensors under {str(key)!r} beside {chosen!r}, and turbocompile reads one state dict; "
+                "save all that belongs to the model in one, and nothing else"
+            )
+
+
 def _tensors(state: Mapping[Any, Any], path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a state dict. Other entries (a step, a configuration) are no weights; nested tensors may be."""
-    nested = [
-        str(k) for k, v in state.items()
-        if isinstance(v, Mapping) and v and all(isinstance(t, torch.Tensor) for t in v.values())
-    ]  # fmt: skip
-    found = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
-    if nested and not found:
-        raise EngineError(
-            f"{path}: holds the state dicts {', '.join(nested)} and none under state_dict, model or module; save the "
-            "one that is the model alone"
-        )
+    """The tensors of a state dict, numbers with a parameter's name too. Raises EngineError for tensors elsewhere."""
+    found: dict[str, torch.Tensor] = {}
+    for key, value in state.items():
+        name = str(key)
+        if isinstance(value, torch.Tensor):
+            if value.is_meta or value.layout is not torch.strided or value.is_quantized:
+                kind = "on the meta device, without values" if value.is_meta else f"stored as {value.layout}"
+                raise EngineError(f"{path}: {name} is {kind}; save the checkpoint with dense tensors that have values")
+            found[name] = value
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and "." in name:
+            found[name] = torch.tensor(float(value))
+        elif _holds_tensors(value) and not _TRAINING.fullmatch(name):
+            raise EngineError(
+                f"{path}: holds tensors under {name!r} that are in no state dict by themselves; save the state dict of "
+                "the model alone, or under state_dict, model or module"
+            )
     return found
 
 
