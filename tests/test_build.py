@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from turbocompile.engine import load, read_manifest
 from turbocompile.errors import EngineError
 from turbocompile.recipe import Recipe, load_recipe
 from turbocompile.wan.example import write_example
-from turbocompile.wan.source import open_source
+from turbocompile.wan.source import BlocksFrom, open_source
 
 SMALL = {"height": 64, "width": 64, "num_frames": 5}
 
@@ -434,3 +435,16 @@ def test_exact_rewrites_in_bf16_round_no_more_than_eager_does(tmp_path, head_dim
     engine_error, eager_error, _ = maximum_error((made, tmp_path / "engine"))
     assert 1e-4 < eager_error < 0.1
     assert engine_error <= 2 * eager_error
+
+
+def test_a_recipe_compares_its_blocks_two_by_two_with_their_own_weights(tmp_path, monkeypatch):
+    made = recipe(model={"preset": "wan-tiny", "weights": "synthetic", "config": {"num_layers": 5}}, components="none")
+    assert re.match(r"[245] of 5 blocks: 2 calls", optimize_recipe(made, tmp_path / "short").compared)
+    monkeypatch.setattr(build, "COMPARED_SHARE", 100.0)
+    assert optimize_recipe(made, tmp_path / "long").compared.startswith("5 of 5 blocks: 2 calls of the module")
+    source = open_source(made).transformers["transformer"].tensors
+    last = BlocksFrom(source, 3)
+    assert torch.equal(last.get("blocks.1.ffn.net.2.weight"), source.get("blocks.4.ffn.net.2.weight"))
+    assert not any(name.startswith("blocks.2.") for name in last.keys())  # noqa: SIM118 (no mapping)
+    unmeasured = Recipe.from_dict({**made.to_dict(), "verify": "off"})
+    assert not optimize_recipe(unmeasured, tmp_path / "off").compared

@@ -53,7 +53,7 @@ from turbocompile.tuning import FILE as TUNING
 from turbocompile.tuning import Tuning, merge, tune
 from turbocompile.verify import Verifier, random_inputs, wrong_forms
 from turbocompile.wan.configs import Geometry
-from turbocompile.wan.source import BOUNDARY, Source, TransformerSource, open_source
+from turbocompile.wan.source import BOUNDARY, BlocksFrom, Source, TransformerSource, open_source
 from turbocompile.weights import (
     Emission,
     Evaluator,
@@ -68,6 +68,7 @@ from turbocompile.weights import (
 MODULES_OWN = "the module's"  # where the weights of a report come from
 VERIFY_TOKENS = MAX_TOKENS  # a larger call is verified at a smaller shape, or not at all
 TWIN = (3, 8, 8)  # patches of frames, height and width: 192 tokens are some blocks of every kernel, and ragged
+COMPARED_SHARE = 0.08  # of a build's time that its blocks are compared in
 OF_QUANTIZED_ATTENTIONS = ("norm_attention",)  # passes whose sites are the attentions that were quantized
 Progress = Callable[[str, float], None]
 
@@ -584,19 +585,43 @@ def _compile_transformer(
         name, captured, tensors, options, recipe.target,
         rewrite=recipe.passes.enabled, twin=twin, recorded=recorded, stages=stages,
     )  # fmt: skip
-    item.compared = compared.words
     item.warnings += [*compared.warnings, *transformer.notes]
+    if compared.calls:
+        allowed = COMPARED_SHARE * sum(stages.seconds.values()) - stages.seconds["compare"]
+        with stages("compare"):
+            blocks = _compared_further(transformer, shallow, small(), smallest, recipe, allowed)
+        item.compared = f"{blocks} of {transformer.config['num_layers']} blocks: {compared.words}"
+    else:
+        item.compared = compared.words
     return item
 
 
 def _compared(transformer: TransformerSource, program: Program, shape: Shape, recipe: Recipe) -> Comparison:
-    """The first blocks of the eager transformer beside their graph. Raises VerificationError where they differ."""
-    model = transformer.load().to(_device(recipe.target))
+    """An eager transformer of two blocks beside its graph. Raises VerificationError where they differ."""
+    device = _device(recipe.target)
+    model = transformer.load().to(device)
     args, kwargs = transformer.example_inputs(shape)
-    comparison = Original(model, args, kwargs).compare(program, ModuleTensors(model, _device(recipe.target)))
+    comparison = Original(model, args, kwargs).compare(program, ModuleTensors(model, device))
     if comparison.wrong:
         raise VerificationError(f"{transformer.where}: {comparison.wrong}")
-    return replace(comparison, words=f"of {transformer.config['num_layers']} blocks: {comparison.words}")
+    return comparison
+
+
+def _compared_further(
+    transformer: TransformerSource, shallow: TransformerSource, program: Program, shape: Shape, recipe: Recipe,
+    seconds: float,
+) -> int:  # fmt: skip
+    """Compares the following blocks, two by two, each pair with its own weights, for so long; how many blocks it were.
+
+    The whole transformer may be too large to run, and its blocks are one graph.
+    """
+    done, layers = 2, transformer.config["num_layers"]
+    started = time.perf_counter()
+    while done < layers and (time.perf_counter() - started) * (done / max(done - 2, 1)) < seconds:
+        first = min(done, layers - 2)
+        _compared(replace(shallow, tensors=BlocksFrom(transformer.tensors, first)), program, shape, recipe)
+        done = first + 2
+    return min(done, layers)
 
 
 def measure(item: Compiled, recipe: Recipe, stages: Stages) -> None:

@@ -10,7 +10,7 @@ import re
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ ONE_TIMESTEP = (
 )
 PUBLISHED = Geometry()
 QUANTIZED = ("int8_weight", "scale")  # TurboDiffusion's two parts of a weight
+_OF_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _SLA = re.compile(r"blocks\.\d+\.attn1\.proj_l\.(weight|bias)")  # read by the pass for sparse-linear attention
 
 
@@ -152,6 +153,29 @@ class TransformerSource:
             )
         kwargs["return_dict"] = False
         return (), kwargs
+
+
+class BlocksFrom:
+    """The tensors of a checkpoint with blocks `first` and the next under the names of the first two, and no others."""
+
+    def __init__(self, tensors: TensorSource, first: int) -> None:
+        self._tensors = tensors
+        self._names: dict[str, str] = {}
+        for name in tensors.keys():  # noqa: SIM118 (no mapping)
+            block = _OF_BLOCK.fullmatch(name)
+            if block is None:
+                self._names[name] = name
+            elif first <= int(block[1]) < first + 2:
+                self._names[f"blocks.{int(block[1]) - first}.{block[2]}"] = name
+
+    def keys(self) -> Iterable[str]:
+        return self._names.keys()
+
+    def spec(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        return self._tensors.spec(self._names[name])
+
+    def get(self, name: str) -> torch.Tensor:
+        return self._tensors.get(self._names[name])
 
 
 @dataclass(frozen=True)
