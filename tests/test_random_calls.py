@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies
+
+sys.path.insert(0, str(Path(__file__).parent))
 from random_calls import trial
 
 SEEDS = strategies.integers(0, 2**32 - 1)

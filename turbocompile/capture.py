@@ -129,9 +129,9 @@ def lent(model: nn.Module, mode: FakeTensorMode, **more: Any) -> Iterator[None]:
 
 def _check_buffers(model: nn.Module) -> None:
     for module in model.modules():
-        for name in module._non_persistent_buffers_set:
-            buffer = module._buffers.get(name)
-            if buffer is not None and buffer.device.type == "meta":
+        for name, buffer in module._buffers.items():
+            kept = name in module._non_persistent_buffers_set
+            if kept and buffer is not None and buffer.device.type == "meta":
                 raise CaptureError(
                     f"the buffer {name!r} of {type(module).__name__} is on the meta device and in no checkpoint, "
                     "so its values are unknown; build the model with its buffers on the CPU"
