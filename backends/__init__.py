@@ -10,7 +10,7 @@ from typing import Protocol, cast
 import torch
 
 from turbocompile.errors import UnsupportedError
-from turbocompile.program import Program
+from turbocompile.ir.program import Program
 
 BACKENDS = ("triton", "onnx", "tensorrt")
 Runner = Callable[..., tuple[torch.Tensor, ...]]

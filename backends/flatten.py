@@ -17,13 +17,13 @@ from turbocompile.backends.plain_attention import attention
 from turbocompile.backends.triton import foldable
 from turbocompile.kernels import DECOMPOSITIONS
 
-from turbocompile.cost import arguments
 from turbocompile.errors import EngineError, UnsupportedError
-from turbocompile.normalize import normalize
-from turbocompile.pipeline import load_pass, run_pass
-from turbocompile.program import SHELL, Program, Subgraph, call, is_op, walk_tensors
-from turbocompile.sites import SAGE, SLA
-from turbocompile.weights import Constant, emitted_name, full_name
+from turbocompile.ir.cost import arguments
+from turbocompile.ir.program import SHELL, Program, Subgraph, call, is_op, walk_tensors
+from turbocompile.ir.weights import Constant, emitted_name, full_name
+from turbocompile.rewrite.attention_sites import SAGE, SLA
+from turbocompile.rewrite.normalize import normalize
+from turbocompile.rewrite.pipeline import load_pass, run_pass
 
 aten = torch.ops.aten
 

@@ -23,9 +23,9 @@ import torch
 from turbocompile.backends.flatten import Flat, flatten
 from turbocompile.backends.trial import Trial, too_large
 
-from turbocompile.engine import inside
 from turbocompile.errors import EngineError, UnsupportedError
-from turbocompile.program import Program
+from turbocompile.ir.program import Program
+from turbocompile.runtime.engine import inside
 
 SMALL = 256  # elements of a constant that is no weight: shapes, axes, scalars, epsilons
 OPSET = 23  # the first with Attention and RMSNormalization

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from turbocompile.backends.onnx import require, write_model
 
-from turbocompile.engine import inside
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.hardware import check_target, target_of
-from turbocompile.program import Program
-from turbocompile.serialize import dtype_name
+from turbocompile.ir.program import Program
+from turbocompile.ir.serialize import dtype_name
+from turbocompile.runtime.engine import inside
 
 TARGETS = ("sm86", "sm89", "sm120")  # the RTX cards; ComputeCapability has a member of the same name in capitals
 EXTRA = 'pip install "turbocompile[tensorrt]"'

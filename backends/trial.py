@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from turbocompile.backends import triton
 
-from turbocompile.cost import arguments, cost
 from turbocompile.errors import VerificationError
-from turbocompile.program import Program, is_op
-from turbocompile.verify import random_inputs
+from turbocompile.ir.cost import arguments, cost
+from turbocompile.ir.program import Program, is_op
+from turbocompile.numerics.verifier import random_inputs
 
 CPU = torch.device("cpu")
 Run = Callable[..., tuple[torch.Tensor, ...]]

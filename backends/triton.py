@@ -15,8 +15,8 @@ import torch
 from torch import fx, nn
 
 from turbocompile.errors import EngineError, UnsupportedError
-from turbocompile.program import SHELL, Program, Subgraph, call, walk_tensors
-from turbocompile.weights import Constant, Expr, emitted_name, is_relative
+from turbocompile.ir.program import SHELL, Program, Subgraph, call, walk_tensors
+from turbocompile.ir.weights import Constant, Expr, emitted_name, is_relative
 
 LAYER_BYTES = 1 << 20  # of a tensor that a layer computes from its constants and keeps: a table of 4096 x 64
 SOURCE = "source"  # in the meta of a node of generated code: the program's node that it comes from

@@ -25,8 +25,8 @@ from timing import milliseconds, versions
 from torch.nn.attention import SDPBackend
 from torch.profiler import ProfilerActivity, profile
 from turbocompile.kernels import ops
-from turbocompile.kernels.sla_attention import kept_blocks, reference
-from turbocompile.kernels.sla_triton import sla_forward
+from turbocompile.kernels.attention.sla_attention import kept_blocks, reference
+from turbocompile.kernels.attention.sla_triton import sla_forward
 
 TOPK = 0.1
 FORMATS = ("fp8", "fp16")
@@ -183,8 +183,8 @@ def sla_accuracy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Found:
 
 def wan_mini_accuracy() -> dict[str, Found]:
     """Mean and worst errors over all attentions of wan-mini, at three times of two prompts."""
-    from turbocompile.digits import world  # here: the rest of this file needs torch and the kernels alone
-    from turbocompile.digits.activations import record_pipeline
+    from turbocompile.wan_mini import world  # here: the rest of this file needs torch and the kernels alone
+    from turbocompile.wan_mini.activations import record_pipeline
 
     recorded = record_pipeline(WAN_MINI, world.evaluation_set(2), device="cuda", dtype=torch.bfloat16)
     found: dict[str, Found] = {}

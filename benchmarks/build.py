@@ -20,9 +20,9 @@ import click
 MEASURED = """
 import json, resource, sys, time
 from pathlib import Path
-from turbocompile.build import optimize_recipe
-from turbocompile.engine import load
-from turbocompile.recipe import Recipe, load_recipe
+from turbocompile.build.compile import optimize_recipe
+from turbocompile.runtime.engine import load
+from turbocompile.recipe.schema import Recipe, load_recipe
 kind, argument, settings, out = json.loads(sys.stdin.read())
 started = time.perf_counter()
 if kind == "load":

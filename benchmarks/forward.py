@@ -23,8 +23,8 @@ from diffusers import WanTransformer3DModel
 from timing import milliseconds, versions
 
 import turbocompile
-from turbocompile.bench import example
-from turbocompile.engine import Engine
+from turbocompile.runtime.engine import Engine
+from turbocompile.tools.bench import example
 
 ENGINE, EAGER, COMPILED = "engine", "diffusers, eager", "diffusers, compiled"
 

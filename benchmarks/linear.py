@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from timing import replayed, versions
 from turbocompile.kernels import ops
-from turbocompile.kernels.linear_triton import (
+from turbocompile.kernels.linear.linear_triton import (
     CONFIGS,
     LinearConfig,
     candidates,
@@ -35,7 +35,7 @@ from turbocompile.kernels.linear_triton import (
     default_config,
     launch_linear,
 )
-from turbocompile.kernels.quantize import quantize
+from turbocompile.kernels.quantize.quantize import quantize
 
 BF16 = torch.bfloat16
 BASELINE = "bf16 F.linear"

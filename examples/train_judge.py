@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from turbocompile.digits import world
-from turbocompile.digits.diversity import draw_glyphs
-from turbocompile.digits.judge import train_classifier
+from turbocompile.wan_mini import world
+from turbocompile.wan_mini.diversity import draw_glyphs
+from turbocompile.wan_mini.judge import train_classifier
 
 
 def main() -> None:

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from turbocompile.digits import world
 from turbocompile.errors import TurbocompileError
-from turbocompile.evaluate import evaluate_vae, evaluate_videos, write_sheet
-from turbocompile.training import wan_mini
 from turbocompile.training.config import TrainConfig
 from turbocompile.training.trainer import Data, Objective, Trainer
+from turbocompile.wan_mini import train as wan_mini
+from turbocompile.wan_mini import world
+from turbocompile.wan_mini.evaluate import evaluate_vae, evaluate_videos, write_sheet
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from turbocompile.kernels import (
-    adaln,
-    gelu_quantize,
-    norm_attention,
-    norm_quantize,
-    qk_norm_rope,
-    quantize,
-    residual_norm,
-    rope,
-    sage_attention,
-    sla_attention,
-    w8a8_linear,
-)
+from turbocompile.kernels.attention import norm_attention, sage_attention, sla_attention
+from turbocompile.kernels.linear import w8a8_linear
+from turbocompile.kernels.norms import adaln, norm_quantize, residual_norm
+from turbocompile.kernels.quantize import gelu_quantize, quantize
+from turbocompile.kernels.rotary import qk_norm_rope, rope
 
 _MODULES = (
     rope,

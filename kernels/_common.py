@@ -82,10 +82,10 @@ def register_kernel(
 ) -> None:
     """Makes a kernel the op's implementation on CUDA where takes(*args) says so; the reference stays for the rest.
 
-    launch: "file.function" of this package with the op's arguments, imported at the first call: a machine without a
-    GPU may lack Triton.
+    launch: "family.file.function" of this package with the op's arguments, imported at the first call: a machine
+    without a GPU may lack Triton.
     """
-    module, function = launch.split(".")
+    module, function = launch.rsplit(".", 1)
 
     def on_cuda(*args: Any) -> Any:
         if not takes(*args):

@@ -10,9 +10,9 @@ import torch
 from torch import fx
 from turbocompile.kernels import ops
 
-from turbocompile.match import LAST, Match, Pass, layer_norm, rewrite, uncast, variables
-from turbocompile.program import Subgraph, is_op, shape
-from turbocompile.sites import in_result_dtype, lone_quantize, replaced_items, token_layout
+from turbocompile.ir.program import Subgraph, is_op, shape
+from turbocompile.rewrite.attention_sites import in_result_dtype, lone_quantize, replaced_items, token_layout
+from turbocompile.rewrite.match import LAST, Match, Pass, layer_norm, rewrite, uncast, variables
 
 aten = torch.ops.aten
 x, scale, shift, gain, bias, eps = variables("x scale shift gain bias eps")

@@ -18,11 +18,11 @@ from torch import fx
 from turbocompile.kernels import ops
 from turbocompile.passes import sla
 
-from turbocompile.attentions import WHY, because
 from turbocompile.hardware import AttentionChoice, AttentionShape, choose_attention, choose_pv, has_sage
-from turbocompile.match import Match, Pass, rewrite
-from turbocompile.program import Subgraph, is_op, shape
-from turbocompile.sites import BHLD, BLHD, Operands, operands, permuted, reshaped, softmax_attentions
+from turbocompile.ir.program import Subgraph, is_op, shape
+from turbocompile.report.attentions import WHY, because
+from turbocompile.rewrite.attention_sites import BHLD, BLHD, Operands, operands, permuted, reshaped, softmax_attentions
+from turbocompile.rewrite.match import Match, Pass, rewrite
 
 aten = torch.ops.aten
 MAX_HEAD_DIM = 128  # of the 8-bit kernels

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from turbocompile.match import Match, Pass, rewrite
-from turbocompile.program import Subgraph, is_op, shape
-from turbocompile.sites import HOLDS, attentions, feeding_linears, first_weight, widened
-from turbocompile.weights import Cat, Expr, Zeros, is_adapted
+from turbocompile.ir.program import Subgraph, is_op, shape
+from turbocompile.ir.weights import Cat, Expr, Zeros, is_adapted
+from turbocompile.rewrite.attention_sites import HOLDS, attentions, feeding_linears, first_weight, widened
+from turbocompile.rewrite.match import Match, Pass, rewrite
 
 aten = torch.ops.aten
 

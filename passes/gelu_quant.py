@@ -12,9 +12,9 @@ import torch
 from torch import fx
 from turbocompile.kernels import ops
 
-from turbocompile.match import Match, Pass, arguments, rewrite
-from turbocompile.program import Subgraph, is_op
-from turbocompile.sites import as_norm, in_result_dtype, lone_quantize, readers, replaced_items
+from turbocompile.ir.program import Subgraph, is_op
+from turbocompile.rewrite.attention_sites import as_norm, in_result_dtype, lone_quantize, readers, replaced_items
+from turbocompile.rewrite.match import Match, Pass, arguments, rewrite
 
 aten = torch.ops.aten
 

@@ -14,10 +14,10 @@ import torch
 from torch import fx
 from turbocompile.passes.w8a8 import dequantized
 
-from turbocompile.match import Match, Pass, linear, rewrite, uncast, variables
-from turbocompile.program import Subgraph, dtype, is_op, shape
-from turbocompile.sites import first_weight, widened
-from turbocompile.weights import AddLora, Expr
+from turbocompile.ir.program import Subgraph, dtype, is_op, shape
+from turbocompile.ir.weights import AddLora, Expr
+from turbocompile.rewrite.attention_sites import first_weight, widened
+from turbocompile.rewrite.match import Match, Pass, linear, rewrite, uncast, variables
 
 aten = torch.ops.aten
 x, w, bias, a, b, scale = variables("x w bias a b scale")

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import fx
 from turbocompile.kernels import ops
-from turbocompile.kernels.norm_attention import HEAD_DIMS
+from turbocompile.kernels.attention.norm_attention import HEAD_DIMS
 
-from turbocompile.attentions import SITE, WHY
-from turbocompile.match import Match, Pass, rewrite
-from turbocompile.program import Subgraph, is_op, shape
+from turbocompile.ir.program import Subgraph, is_op, shape
+from turbocompile.report.attentions import SITE, WHY
+from turbocompile.rewrite.match import Match, Pass, rewrite
 
 WITH_NORM = {
     ops.sage_attention.default: ops.norm_sage_attention.default,

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from turbocompile.match import (
+from turbocompile.ir.program import Subgraph, dtype, is_op, shape
+from turbocompile.rewrite.match import (
     LAST,
     Match,
     Pass,
@@ -28,7 +29,6 @@ from turbocompile.match import (
     unwiden,
     variables,
 )
-from turbocompile.program import Subgraph, dtype, is_op, shape
 
 aten = torch.ops.aten
 Node = Any  # an fx.Node, whose arguments fx types too widely to read them

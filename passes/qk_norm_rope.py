@@ -15,9 +15,8 @@ import torch
 from torch import fx
 from turbocompile.kernels import ops
 
-from turbocompile.match import Match, Pass, rewrite
-from turbocompile.program import Subgraph, is_op, shape
-from turbocompile.sites import (
+from turbocompile.ir.program import Subgraph, is_op, shape
+from turbocompile.rewrite.attention_sites import (
     BLHD,
     Place,
     as_norm,
@@ -28,6 +27,7 @@ from turbocompile.sites import (
     permuted,
     reshaped,
 )
+from turbocompile.rewrite.match import Match, Pass, rewrite
 
 aten = torch.ops.aten
 

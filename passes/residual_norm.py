@@ -16,9 +16,8 @@ import torch
 from torch import fx
 from turbocompile.kernels import ops
 
-from turbocompile.match import LAST, Match, Pass, matches, rewrite, rms_norm, uncast, unwiden, variables
-from turbocompile.program import Subgraph, dtype, is_op, shape
-from turbocompile.sites import (
+from turbocompile.ir.program import Subgraph, dtype, is_op, shape
+from turbocompile.rewrite.attention_sites import (
     Norm,
     as_norm,
     in_result_dtype,
@@ -28,6 +27,7 @@ from turbocompile.sites import (
     result_dtype,
     token_layout,
 )
+from turbocompile.rewrite.match import LAST, Match, Pass, matches, rewrite, rms_norm, uncast, unwiden, variables
 
 aten = torch.ops.aten
 r, scale, shift, weight, eps = variables("r scale shift weight eps")

@@ -17,8 +17,8 @@ from torch import fx
 from turbocompile.kernels import ops
 from turbocompile.passes.rope_tables import alike, repeated, tables_per_axis
 
-from turbocompile.match import Match, Pass, matches, rewrite, uncast, unwiden, variables
-from turbocompile.program import Subgraph, dtype, is_op, shape
+from turbocompile.ir.program import Subgraph, dtype, is_op, shape
+from turbocompile.rewrite.match import Match, Pass, matches, rewrite, uncast, unwiden, variables
 
 aten = torch.ops.aten
 Node = Any  # an fx.Node, whose arguments fx types too widely to read them

@@ -10,9 +10,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from turbocompile.match import Match, uncast
-from turbocompile.program import SHELL, dtype, is_op, shape
-from turbocompile.weights import Constant, full_name
+from turbocompile.ir.program import SHELL, dtype, is_op, shape
+from turbocompile.ir.weights import Constant, full_name
+from turbocompile.rewrite.match import Match, uncast
 
 aten = torch.ops.aten
 Node = Any  # an fx.Node, whose arguments fx types too widely to read them

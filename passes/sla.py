@@ -15,10 +15,10 @@ from typing import Any
 from torch import fx
 from turbocompile.kernels import ops
 
-from turbocompile.attentions import because
-from turbocompile.match import Match, Pass, rewrite
-from turbocompile.program import SHELL, dtype, module_path, shape
-from turbocompile.sites import (
+from turbocompile.ir.program import SHELL, dtype, module_path, shape
+from turbocompile.ir.weights import RELATIVE, Expr, Load, Zeros
+from turbocompile.report.attentions import because
+from turbocompile.rewrite.attention_sites import (
     BHLD,
     BLHD,
     Operands,
@@ -28,7 +28,7 @@ from turbocompile.sites import (
     reshaped,
     softmax_attentions,
 )
-from turbocompile.weights import RELATIVE, Expr, Load, Zeros
+from turbocompile.rewrite.match import Match, Pass, rewrite
 
 PROJECTION = "proj_l"  # the name that the checkpoints of SLA models share
 UNTUNED = (

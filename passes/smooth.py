@@ -15,12 +15,12 @@ import torch
 from torch import fx
 from turbocompile.passes.w8a8 import all_linears, held
 
-from turbocompile.attentions import SITE, WHY
-from turbocompile.folds import Fold, between, fold_of, given_weights, has_norm, path_of_v
-from turbocompile.match import Match, Pass, arguments, is_cast, rewrite, uncast
-from turbocompile.program import dtype, is_op, shape
-from turbocompile.sites import HOLDS, as_norm, first_weight
-from turbocompile.weights import Cast, Cat, Expr, Mul, Reshape, Slice
+from turbocompile.ir.program import dtype, is_op, shape
+from turbocompile.ir.weights import Cast, Cat, Expr, Mul, Reshape, Slice
+from turbocompile.report.attentions import SITE, WHY
+from turbocompile.rewrite.attention_sites import HOLDS, as_norm, first_weight
+from turbocompile.rewrite.match import Match, Pass, arguments, is_cast, rewrite, uncast
+from turbocompile.rewrite.scale_folding import Fold, between, fold_of, given_weights, has_norm, path_of_v
 
 aten = torch.ops.aten
 OF_A_NODE = ("nn_module_stack", "stack_trace", SITE, WHY, HOLDS)  # keys of meta that a copy with other inputs keeps

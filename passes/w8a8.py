@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import fx
 from turbocompile.kernels import ops
-from turbocompile.kernels.w8a8_linear import ALIGNED
+from turbocompile.kernels.linear.w8a8_linear import ALIGNED
 
 from turbocompile.hardware import choose_linear_format
-from turbocompile.match import Match, Pass, rewrite
-from turbocompile.program import SHELL, Subgraph, dtype, is_op, shape
-from turbocompile.sites import HOLDS, first_weight, is_of_heads, rows
-from turbocompile.weights import BLOCK, Cast, Cat, Dequantize, Expr, Quantize
+from turbocompile.ir.program import SHELL, Subgraph, dtype, is_op, shape
+from turbocompile.ir.weights import BLOCK, Cast, Cat, Dequantize, Expr, Quantize
+from turbocompile.rewrite.attention_sites import HOLDS, first_weight, is_of_heads, rows
+from turbocompile.rewrite.match import Match, Pass, rewrite
 
 aten = torch.ops.aten
 

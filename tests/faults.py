@@ -25,13 +25,13 @@ from torch import fx, nn
 sys.path.insert(0, str(Path(__file__).parent))
 import random_dits
 
-from turbocompile import normalize as normal_form
-from turbocompile import pipeline
-from turbocompile.capture import capture
-from turbocompile.match import arguments
-from turbocompile.program import Program, Subgraph, is_op
-from turbocompile.verify import Evaluation, Weights, compare, random_inputs
-from turbocompile.weights import RELATIVE, Cat, Evaluator, Expr, Load, ModuleTensors, Permute
+from turbocompile.capture.export import capture
+from turbocompile.ir.program import Program, Subgraph, is_op
+from turbocompile.ir.weights import RELATIVE, Cat, Evaluator, Expr, Load, ModuleTensors, Permute
+from turbocompile.numerics.verifier import Evaluation, Weights, compare, random_inputs
+from turbocompile.rewrite import normalize as normal_form
+from turbocompile.rewrite import pipeline
+from turbocompile.rewrite.match import arguments
 
 aten = torch.ops.aten
 SEEN = 1e-8  # of the largest value, in float64: what differs by less is no fault

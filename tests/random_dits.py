@@ -27,12 +27,12 @@ if "zoo" not in sys.modules:  # as in tests/conftest.py, for a script
     spec.loader.exec_module(sys.modules["zoo"])
 import zoo
 
-from turbocompile.build import Compiled, compile_programs
-from turbocompile.capture import capture
-from turbocompile.engine import Engine
-from turbocompile.program import Program
-from turbocompile.recipe import Recipe
-from turbocompile.weights import Evaluator, ModuleTensors
+from turbocompile.build.compile import Compiled, compile_programs
+from turbocompile.capture.export import capture
+from turbocompile.ir.program import Program
+from turbocompile.ir.weights import Evaluator, ModuleTensors
+from turbocompile.recipe.schema import Recipe
+from turbocompile.runtime.engine import Engine
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 IN_CHANNELS, TEXT_CHANNELS, LONGEST = 4, 12, 64

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import turbocompile
-from turbocompile.build import calibration_inputs
-from turbocompile.capture import capture
+from turbocompile.build.compile import calibration_inputs
+from turbocompile.capture.export import capture
 from turbocompile.errors import CaptureError, EngineError, RecipeError, UnsupportedError, VerificationError
+from turbocompile.ir.weights import ModuleTensors
 from turbocompile.wan.example import write_example
-from turbocompile.weights import ModuleTensors
 
 
 @pytest.fixture(scope="module")
@@ -399,7 +399,7 @@ def test_a_model_that_does_not_take_random_inputs_says_so():
 
 
 def test_torch_compile_reaches_the_same_blocks(tiny):
-    from turbocompile.dynamo import backend
+    from turbocompile.build.torch_compile import backend
 
     seen = []
 

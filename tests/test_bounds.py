@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import turbocompile
-from turbocompile import build, normalize, pipeline, simplify
-from turbocompile.capture import capture
+from turbocompile.build import compile as build
+from turbocompile.capture.export import capture
 from turbocompile.errors import RecipeError, VerificationError
-from turbocompile.program import is_op
+from turbocompile.ir.program import is_op
+from turbocompile.rewrite import normalize, pipeline, simplify
 
 sys.path.insert(0, str(Path(__file__).parent))
 import faults

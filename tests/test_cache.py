@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from turbocompile.bench import read_record
 from turbocompile.cache import cache_path, keep_json, write_json
-from turbocompile.tuning import read_cache
+from turbocompile.runtime.tuning import read_cache
+from turbocompile.tools.bench import read_record
 
 
 def test_the_users_cache_is_where_the_desktop_standard_has_it(monkeypatch, tmp_path):

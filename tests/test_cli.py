@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from turbocompile.cli import main
 from turbocompile.errors import VerificationError
 from turbocompile.version import __version__
-from turbocompile.video import read_video
+from turbocompile.video.file import read_video
 
 ROOT = Path(__file__).parent.parent
 RECIPE = """\
@@ -157,9 +157,9 @@ def test_verify_says_that_the_engine_is_whole_and_right(engine):
 
 
 def test_verify_fails_where_the_numbers_are_off(engine, monkeypatch):
-    import turbocompile.check
+    import turbocompile.tools.verify_folder
 
-    monkeypatch.setattr(turbocompile.check, "EXACT_LIMIT", -1.0)
+    monkeypatch.setattr(turbocompile.tools.verify_folder, "EXACT_LIMIT", -1.0)
     assert call("verify", engine, "--numeric").exit_code == 1
 
 
@@ -218,36 +218,36 @@ def test_a_place_that_cannot_be_written_is_one_sentence(recipe, engine, tmp_path
 
 @pytest.mark.parametrize(("number", "code"), [(errno.EACCES, 2), (errno.EROFS, 2), (errno.ENOSPC, 1)])
 def test_what_the_system_refuses_is_one_sentence(recipe, monkeypatch, number, code):
-    import turbocompile.build
+    import turbocompile.build.compile
 
     def fails(*args, **kwargs):
         raise OSError(number, os.strerror(number), "/some/engine")
 
-    monkeypatch.setattr(turbocompile.build, "optimize_recipe", fails)
+    monkeypatch.setattr(turbocompile.build.compile, "optimize_recipe", fails)
     result = call("optimize", recipe, "--dry-run")
     assert result.exit_code == code
     assert result.stderr.splitlines()[-1] == f"Error: /some/engine: {os.strerror(number)}"
 
 
 def test_a_failed_verification_has_exit_code_1(recipe, tmp_path, monkeypatch):
-    import turbocompile.build
+    import turbocompile.build.compile
 
     def fails(*args, **kwargs):
         raise VerificationError("a pass changed\n the numbers")
 
-    monkeypatch.setattr(turbocompile.build, "optimize_recipe", fails)
+    monkeypatch.setattr(turbocompile.build.compile, "optimize_recipe", fails)
     result = call("optimize", recipe, "-o", tmp_path / "engine")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == "Error: a pass changed the numbers"
 
 
 def test_an_unexpected_error_keeps_its_traceback(recipe, monkeypatch):
-    import turbocompile.build
+    import turbocompile.build.compile
 
     def fails(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(turbocompile.build, "optimize_recipe", fails)
+    monkeypatch.setattr(turbocompile.build.compile, "optimize_recipe", fails)
     assert isinstance(call("optimize", recipe, "--dry-run").exception, ZeroDivisionError)
 
 
@@ -288,7 +288,7 @@ def test_a_build_that_is_stopped_leaves_nothing(recipe, tmp_path):
     """By SIGTERM, as a scheduler stops it, while the weights are written."""
     code = """
 import os, signal, sys
-import turbocompile.build as build
+import turbocompile.build.compile as build
 from turbocompile.cli import main
 def stop(*arguments, **options):
     os.kill(os.getpid(), signal.SIGTERM)

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from turbocompile.backends.triton import compile_program
 
-from turbocompile.capture import capture
-from turbocompile.normalize import normalize
-from turbocompile.pipeline import run_passes
-from turbocompile.recipe import Recipe, reference
+from turbocompile.capture.export import capture
+from turbocompile.recipe.schema import Recipe, reference
+from turbocompile.rewrite.normalize import normalize
+from turbocompile.rewrite.pipeline import run_passes
 
 ROOT = Path(__file__).parent.parent
 

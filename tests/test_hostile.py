@@ -17,10 +17,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import turbocompile
-from turbocompile.check import verify_folder
-from turbocompile.engine import MANIFEST, load, read_json, read_manifest
 from turbocompile.errors import EngineError, UnsupportedError
-from turbocompile.serialize import ALLOWED, expr_from_json, from_json
+from turbocompile.ir.serialize import ALLOWED, expr_from_json, from_json
+from turbocompile.runtime.engine import MANIFEST, load, read_json, read_manifest
+from turbocompile.tools.verify_folder import verify_folder
 
 
 def _script(name):

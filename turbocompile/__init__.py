@@ -18,11 +18,11 @@ from turbocompile.errors import (
 from turbocompile.version import __version__
 
 if TYPE_CHECKING:
-    from turbocompile.build import optimize
-    from turbocompile.engine import Engine, load
-    from turbocompile.recipe import Recipe, load_recipe
-    from turbocompile.recording import record
-    from turbocompile.report import Report
+    from turbocompile.build.compile import optimize
+    from turbocompile.numerics.recording import record
+    from turbocompile.recipe.schema import Recipe, load_recipe
+    from turbocompile.report.report import Report
+    from turbocompile.runtime.engine import Engine, load
 
 __all__ = [
     "CaptureError",
@@ -41,13 +41,13 @@ __all__ = [
     "record",
 ]
 _HOMES = {
-    "optimize": "turbocompile.build",
-    "Engine": "turbocompile.engine",
-    "load": "turbocompile.engine",
-    "Recipe": "turbocompile.recipe",
-    "load_recipe": "turbocompile.recipe",
-    "record": "turbocompile.recording",
-    "Report": "turbocompile.report",
+    "optimize": "turbocompile.build.compile",
+    "Engine": "turbocompile.runtime.engine",
+    "load": "turbocompile.runtime.engine",
+    "Recipe": "turbocompile.recipe.schema",
+    "load_recipe": "turbocompile.recipe.schema",
+    "record": "turbocompile.numerics.recording",
+    "Report": "turbocompile.report.report",
 }
 
 

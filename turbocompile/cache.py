@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from turbocompile.places import replacing
+from turbocompile.files import replacing
 
 
 def cache_path(kind: str, name: str) -> Path:

@@ -25,15 +25,15 @@ import click
 from safetensors import SafetensorError
 
 from turbocompile.errors import TurbocompileError, UnsupportedError, VerificationError
+from turbocompile.recipe.presets import VARIANTS
 from turbocompile.version import __version__
-from turbocompile.wan.configs import VARIANTS
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from turbocompile.bench import Bench
-    from turbocompile.lineage import GraphView
-    from turbocompile.report import Report
+    from turbocompile.report.report import Report
+    from turbocompile.rewrite.lineage import GraphView
+    from turbocompile.tools.bench import Bench
 
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # what torchao says when it is imported under another torch
 
@@ -119,8 +119,8 @@ def optimize(recipe: Path, out: Path | None, overrides: tuple[str, ...], dry_run
     if out is None and not dry_run:
         raise click.UsageError("name the engine's folder with -o DIR, or add --dry-run")
     _quiet()
-    from turbocompile.build import optimize_recipe
-    from turbocompile.recipe import load_recipe
+    from turbocompile.build.compile import optimize_recipe
+    from turbocompile.recipe.schema import load_recipe
 
     with _progress() as progress:
         report = optimize_recipe(load_recipe(recipe, overrides), out, dry_run=dry_run, progress=progress)
@@ -155,8 +155,8 @@ def calibrate(recipe: Path, out: Path, overrides: tuple[str, ...], prompts: tupl
     A recipe that names the file (calibration: inputs.safetensors) measures its 8-bit linears on these inputs.
     """
     _quiet()
-    from turbocompile.generate import record_inputs
-    from turbocompile.recipe import load_recipe
+    from turbocompile.recipe.schema import load_recipe
+    from turbocompile.video.session import record_inputs
 
     _check_device(options["device"])
     with _progress() as progress:
@@ -182,7 +182,7 @@ def calibrate(recipe: Path, out: Path, overrides: tuple[str, ...], prompts: tupl
 def run(engine: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Make a video with ENGINE, a folder that `turbocompile optimize` wrote."""
     _quiet()
-    from turbocompile.generate import generate
+    from turbocompile.video.session import generate
 
     _check_device(options["device"])
     with _progress() as progress:
@@ -216,8 +216,8 @@ def explain(engine: Path, after: str | None, module: str, gpu: str | None, html:
     if gpu is not None:
         report.gpu(gpu)  # an unknown card is refused before anything is printed
     if html is not None:
-        from turbocompile.page import page
-        from turbocompile.places import check_file, replacing
+        from turbocompile.files import check_file, replacing
+        from turbocompile.report.page import page
 
         check_file(html)
         text = page(report, _graph_views(engine), _records(engine), gpu)
@@ -248,7 +248,7 @@ def bench(engine: Path, overrides: tuple[str, ...], device: str | None, as_json:
     The engine of a recipe is built in a temporary folder.
     """
     _quiet()
-    from turbocompile.bench import bench_path
+    from turbocompile.tools.bench import bench_path
 
     _check_device(device)
     with _progress() as progress:
@@ -271,8 +271,8 @@ def tune(engine: Path, device: str, as_json: bool) -> None:
     Later runs on this machine use them. A build on the card that it is for has done it already.
     """
     _quiet()
-    from turbocompile.engine import load
-    from turbocompile.tuning import tune_engine
+    from turbocompile.runtime.engine import load
+    from turbocompile.runtime.tuning import tune_engine
 
     _check_device(device)
     with _progress() as progress:
@@ -295,7 +295,7 @@ def tune(engine: Path, device: str, as_json: bool) -> None:
 def verify(ctx: click.Context, engine: Path, numeric: bool, as_json: bool) -> None:
     """Check that ENGINE is whole; exit code 1 where its numbers are off."""
     _quiet()
-    from turbocompile.check import verify_folder
+    from turbocompile.tools.verify_folder import verify_folder
 
     found = verify_folder(engine, numeric)
     if as_json:
@@ -326,8 +326,8 @@ def verify(ctx: click.Context, engine: Path, numeric: bool, as_json: bool) -> No
 def evaluate(engine: Path, sheet: Path | None, as_json: bool, **options: Any) -> None:
     """Judge the videos of ENGINE, a model of moving digits, against their prompts."""
     _quiet()
-    from turbocompile.evaluate import check_sheet, write_sheet
-    from turbocompile.evaluate import evaluate as evaluate_engine
+    from turbocompile.wan_mini.evaluate import check_sheet, write_sheet
+    from turbocompile.wan_mini.evaluate import evaluate as evaluate_engine
 
     _check_device(options["device"])
     if sheet is not None:
@@ -349,7 +349,7 @@ def evaluate(engine: Path, sheet: Path | None, as_json: bool, **options: Any) ->
 def doctor(ctx: click.Context, as_json: bool) -> None:
     """Say what this machine can run, and what is missing for what."""
     _quiet()
-    from turbocompile.doctor import collect
+    from turbocompile.tools.doctor import collect
 
     found = collect()
     if as_json:
@@ -378,8 +378,8 @@ def init_example(folder: Path, variant: str, head_dim: str, seed: int) -> None:
 
 def _read_report(folder: Path) -> Report:
     """The report of an engine, without opening its weights."""
-    from turbocompile.engine import check_files, inside, read_json, read_manifest
-    from turbocompile.report import Report
+    from turbocompile.report.report import Report
+    from turbocompile.runtime.engine import check_files, inside, read_json, read_manifest
 
     name = "report.json"
     check_files(folder, read_manifest(folder), [name])
@@ -388,8 +388,8 @@ def _read_report(folder: Path) -> Report:
 
 def _records(folder: Path) -> dict[str, Bench]:
     """The last `bench` of each module of an engine on this machine, where there was one."""
-    from turbocompile.bench import read_record
-    from turbocompile.engine import read_manifest
+    from turbocompile.runtime.engine import read_manifest
+    from turbocompile.tools.bench import read_record
 
     manifest = read_manifest(folder)
     found = {module: read_record(module, str(manifest["digest"])) for module in manifest["modules"]}
@@ -398,8 +398,8 @@ def _records(folder: Path) -> dict[str, Bench]:
 
 def _graph_views(folder: Path) -> dict[str, dict[str, GraphView]]:
     """By module the graphs of an engine before and after the passes; none of an engine that has none."""
-    from turbocompile.engine import check_files, inside, read_json, read_manifest
-    from turbocompile.lineage import read_views
+    from turbocompile.rewrite.lineage import read_views
+    from turbocompile.runtime.engine import check_files, inside, read_json, read_manifest
 
     manifest = read_manifest(folder)
     names = {module: f"graphs/{module}.json" for module in manifest["modules"]}
@@ -410,7 +410,7 @@ def _graph_views(folder: Path) -> dict[str, dict[str, GraphView]]:
 
 def _graph_text(folder: Path, module: str, stage: str) -> str:
     """A printed graph of an engine, without control characters, which a terminal would obey."""
-    from turbocompile.engine import check_files, inside, read_manifest
+    from turbocompile.runtime.engine import check_files, inside, read_manifest
 
     manifest = read_manifest(folder)
     name = f"graphs/{module}-{stage}.txt"

@@ -18,9 +18,9 @@ from turbocompile.backends import trial, triton
 from turbocompile.backends.flatten import flatten
 
 import turbocompile
-from turbocompile.build import optimize_recipe
+from turbocompile.build.compile import optimize_recipe
 from turbocompile.errors import EngineError, UnsupportedError, VerificationError
-from turbocompile.recipe import Recipe
+from turbocompile.recipe.schema import Recipe
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

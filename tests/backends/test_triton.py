@@ -12,8 +12,8 @@ from turbocompile.backends import get_backend
 from turbocompile.backends.triton import compile_program, foldable
 
 from turbocompile.errors import EngineError, UnsupportedError
-from turbocompile.program import SHELL
-from turbocompile.serialize import from_json, to_json
+from turbocompile.ir.program import SHELL
+from turbocompile.ir.serialize import from_json, to_json
 
 CPU = torch.device("cpu")
 

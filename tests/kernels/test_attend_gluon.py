@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-attend_gluon = pytest.importorskip("turbocompile.kernels.attend_gluon")
+attend_gluon = pytest.importorskip("turbocompile.kernels.attention.attend_gluon")
 
 SHARED = 227 << 10  # bytes that the programs of a Hopper multiprocessor share
 PROGRAMS = 3  # at a time
@@ -55,8 +55,8 @@ def compiled(monkeypatch):
     ],
 )
 def test_the_hopper_kernel_compiles(compiled, head_dim, block_k, is_causal, sparse, feature_map):
-    from turbocompile.kernels.attend_triton import HOPPER_CONFIGS, attend
-    from turbocompile.kernels.prepare_triton import Prepared, padded
+    from turbocompile.kernels.attention.attend_triton import HOPPER_CONFIGS, attend
+    from turbocompile.kernels.attention.prepare_triton import Prepared, padded
 
     tokens, heads, d = 300, 2, padded(head_dim)
     blocks = -(-tokens // block_k)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from turbocompile.kernels import ops
-from turbocompile.kernels import sage_attention as sage
-from turbocompile.kernels import sla_attention as sla
+from turbocompile.kernels.attention import sage_attention as sage
+from turbocompile.kernels.attention import sla_attention as sla
 
 from turbocompile.errors import UnsupportedError
 
@@ -59,7 +59,7 @@ def cosine(got, expected):
 
 
 def config(path, pv, block_q, block_k):
-    from turbocompile.kernels.attend_triton import PORTABLE_CONFIGS, default_config
+    from turbocompile.kernels.attention.attend_triton import PORTABLE_CONFIGS, default_config
 
     if path is None:
         return default_config(torch.device("cuda", 0), pv, block_k, block_q)
@@ -68,7 +68,7 @@ def config(path, pv, block_q, block_k):
 
 def compiled():
     """How many kernels were compiled so far."""
-    from turbocompile.kernels import attend_triton, prepare_triton, sla_train_triton, sla_triton
+    from turbocompile.kernels.attention import attend_triton, prepare_triton, sla_train_triton, sla_triton
 
     modules = [prepare_triton, attend_triton, sla_triton, sla_train_triton]
     modules += [attend_triton.attend_gluon] if attend_triton.attend_gluon else []
@@ -105,7 +105,7 @@ def test_sage_is_as_near_the_truth_as_its_reference(make, unit, shape, pv, is_ca
     if path is None:
         y = ops.sage_attention(*args)
     else:
-        from turbocompile.kernels.attend_triton import sage_forward
+        from turbocompile.kernels.attention.attend_triton import sage_forward
 
         y = sage_forward(*args, config=config(path, pv, 64, 128))
     assert (y.shape, y.dtype, y.is_contiguous()) == (q.shape, dtype, True)
@@ -121,7 +121,7 @@ def test_sage_is_as_near_the_truth_as_its_reference(make, unit, shape, pv, is_ca
 @pytest.mark.parametrize(("pv", "path"), [("fp8", None), ("fp8", "portable"), ("fp16", "portable")])
 def test_long_sums_lose_nothing(make, pv, path):
     """Values with a mean add up over all keys: an accumulator that cuts bits off comes out short, by 30% here."""
-    from turbocompile.kernels.attend_triton import sage_forward
+    from turbocompile.kernels.attention.attend_triton import sage_forward
 
     q, k, v = make(1, 256, 1, 128), make(1, 32760, 1, 128), make(1, 32760, 1, 128) + 1
     y = sage_forward(q, k, v, 128**-0.5, False, pv, config(path, pv, 64, 128)).double()
@@ -227,7 +227,7 @@ def as_map(lut, like, block_k):
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("factor", [1.0, 1e-3])
 def test_sla_is_as_near_the_truth_as_its_reference(make, unit, shape, blocks, pv, dtype, path, topk, linear, factor):
-    from turbocompile.kernels.sla_triton import sla_forward
+    from turbocompile.kernels.attention.sla_triton import sla_forward
 
     args = sla_operands(make, *shape, dtype, linear)
     args[0] = args[0] * factor
@@ -250,8 +250,8 @@ def test_sla_is_as_near_the_truth_as_its_reference(make, unit, shape, blocks, pv
 def test_the_map_is_the_references_but_for_the_rounding_of_means(make):
     q, k = fused(make, 2, 4000, 2, 128)[:2]
     k = k + 5 * make(1, 1, 2, 128)
-    from turbocompile.kernels.prepare_triton import prepare
-    from turbocompile.kernels.sla_triton import select_blocks
+    from turbocompile.kernels.attention.prepare_triton import prepare
+    from turbocompile.kernels.attention.sla_triton import select_blocks
 
     for block_q, block_k in ((64, 128), (128, 64)):
         kv = prepare(k, k, block_k, pv="fp8", pool=True)
@@ -305,8 +305,8 @@ def test_sums_over_many_tokens_fit_float16(make, feature_map):
 @pytest.fixture(scope="module")
 def recorded():
     """q, k, v of all attentions of wan-mini at three times of two videos, in bf16."""
-    from turbocompile.digits import world
-    from turbocompile.digits.activations import record_pipeline
+    from turbocompile.wan_mini import world
+    from turbocompile.wan_mini.activations import record_pipeline
 
     return record_pipeline(WAN_MINI, world.evaluation_set(2), device="cuda", dtype=BF16)
 
@@ -340,7 +340,7 @@ def test_sage_on_a_trained_model_is_as_near_as_its_reference_and_as_published(re
 @pytest.mark.parametrize("blocks", [(128, 64), (64, 64), (64, 128)])
 def test_sla_on_a_trained_model_is_as_near_as_its_reference(recorded, unit, blocks):
     """Without its linear branch, which is not quantized."""
-    from turbocompile.kernels.sla_triton import sla_forward
+    from turbocompile.kernels.attention.sla_triton import sla_forward
 
     distances = []
     for a in (a for a in recorded if a.is_self):
@@ -373,7 +373,7 @@ def test_sla_on_a_trained_model_is_as_near_as_its_reference(recorded, unit, bloc
     ],
 )
 def test_gradients_are_the_references(make, shape, blocks, feature_map, dtype):
-    from turbocompile.kernels.sla_train_triton import Blocks, sla_train_backward, sla_train_forward
+    from turbocompile.kernels.attention.sla_train_triton import Blocks, sla_train_backward, sla_train_forward
 
     args = sla_operands(make, *shape, dtype)
     args[1] = args[1] + 3  # what would leak into dq if rows of dS did not sum to zero

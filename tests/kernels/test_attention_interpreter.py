@@ -11,8 +11,8 @@ import os
 
 import pytest
 import torch
-from turbocompile.kernels.sage_attention import reference as sage
-from turbocompile.kernels.sla_attention import block_map, kept_blocks, reference, reference_backward
+from turbocompile.kernels.attention.sage_attention import reference as sage
+from turbocompile.kernels.attention.sla_attention import block_map, kept_blocks, reference, reference_backward
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs in a process that interprets Triton")
@@ -39,7 +39,7 @@ def lists(chosen):
     [((70, 90), (2, 1), 48, False, 64), ((100, 100), (1, 1), 64, True, 64), ((40, 130), (1, 1), 96, False, 128)],
 )
 def test_sage(normal, lengths, heads, dim, is_causal, block_k):
-    from turbocompile.kernels.attend_triton import sage_forward
+    from turbocompile.kernels.attention.attend_triton import sage_forward
 
     make = {"dtype": torch.float16}
     q = normal(2, lengths[0], heads[0], dim, **make) * 1e-3
@@ -53,7 +53,7 @@ def test_sage(normal, lengths, heads, dim, is_causal, block_k):
 
 @inside
 def test_values_beyond_float16_and_rows_of_zeros(normal):
-    from turbocompile.kernels.attend_triton import sage_forward
+    from turbocompile.kernels.attention.attend_triton import sage_forward
 
     q, k, v = (normal(1, 70, 1, 64, dtype=torch.float16) for _ in "qkv")
     q[:, :64], k[:, :64], v[..., 3] = 0, 0, 0
@@ -66,7 +66,7 @@ def test_values_beyond_float16_and_rows_of_zeros(normal):
 @pytest.mark.parametrize(("lines", "n", "count"), [(5, 7, 3), (17, 64, 1), (3, 64, 64), (6, 200, 20), (2, 600, 60)])
 @pytest.mark.parametrize("kind", ["random", "close", "tied", "far"])
 def test_the_largest_are_found_and_of_equal_ones_the_first(normal, lines, n, count, kind):
-    from turbocompile.kernels.sla_triton import largest
+    from turbocompile.kernels.attention.sla_triton import largest
 
     scores = normal(lines, n)
     if kind == "close":  # told apart by their last bits alone
@@ -87,7 +87,7 @@ def test_the_largest_are_found_and_of_equal_ones_the_first(normal, lines, n, cou
     [("softmax", 1, 150, 64, (64, 64)), ("elu", 2, 140, 48, (128, 64)), ("relu", 1, 200, 96, (64, 128))],
 )
 def test_quantized_sla_and_its_map(normal, feature_map, batch, tokens, dim, blocks):
-    from turbocompile.kernels.sla_triton import sla_forward
+    from turbocompile.kernels.attention.sla_triton import sla_forward
 
     q, k, v = (normal(batch, tokens, 1, dim, dtype=torch.float16) for _ in "qkv")
     weight, bias = normal(dim, dim) * 0.2, normal(dim)
@@ -107,7 +107,7 @@ def test_quantized_sla_and_its_map(normal, feature_map, batch, tokens, dim, bloc
     [("softmax", 1, 150, 64, (64, 64)), ("elu", 2, 140, 48, (128, 64)), ("relu", 1, 100, 64, (64, 64))],
 )
 def test_trainable_sla(normal, feature_map, batch, tokens, dim, blocks):
-    from turbocompile.kernels.sla_train_triton import Blocks, sla_train_backward, sla_train_forward
+    from turbocompile.kernels.attention.sla_train_triton import Blocks, sla_train_backward, sla_train_forward
 
     q, k, v, grad = (normal(batch, tokens, 1, dim, dtype=torch.float16) for _ in range(4))
     k = k + 3  # what would leak into dq if rows of dS did not sum to zero

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from turbocompile.kernels import ops
-from turbocompile.kernels.quantize import dequantize
+from turbocompile.kernels.quantize.quantize import dequantize
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from turbocompile.kernels import _common, qk_norm_rope
+from turbocompile.kernels import _common
+from turbocompile.kernels.rotary import qk_norm_rope
 
 from turbocompile import kernels
 
@@ -60,14 +61,14 @@ def test_every_op_but_the_plain_rotation_has_a_kernel():
 def test_every_launch_says_that_products_and_sums_fuse():
     """Or a user's first call warns of it, from Triton 3.9 on, and from 3.10 on takes more instructions."""
     said = 0
-    for file in sorted(Path(_common.__file__).parent.glob("*_*.py")):
+    for file in sorted(Path(_common.__file__).parent.rglob("*_*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):  # kernel[grid](...)
                 unpacked = [ast.unparse(k.value) for k in node.keywords if k.arg is None]
                 assert any(u == "FUSED" or u.startswith("_launch(") for u in unpacked), f"{file.name}:{node.lineno}"
                 said += 1
     assert said >= 18
-    from turbocompile.kernels.sla_train_triton import _launch
+    from turbocompile.kernels.attention.sla_train_triton import _launch
 
     assert _launch((4, 2)) == {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 

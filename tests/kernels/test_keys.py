@@ -16,7 +16,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from turbocompile.kernels import qk_norm_rope
+from turbocompile.kernels.rotary import qk_norm_rope
 
 triton = pytest.importorskip("triton")
 
@@ -78,12 +78,12 @@ class Case:
         self.head_dim = head_dim
 
     def tables(self):
-        from turbocompile.kernels.keys_triton import lay_out
+        from turbocompile.kernels.attention.keys_triton import lay_out
 
         return lay_out(self.x, self.weight, EPS, self.heads, self.cos, self.sin, self.grid)
 
     def keys(self, block_k, **options):
-        from turbocompile.kernels.keys_triton import norm_keys
+        from turbocompile.kernels.attention.keys_triton import norm_keys
 
         tables = self.tables()
         keys = norm_keys(self.x, EPS, self.heads, tables, block_k, **options)
@@ -191,9 +191,9 @@ def test_no_weight_and_rows_of_their_own(device):
 @pytest.mark.parametrize("kind", ["sage", "sla"])
 def test_an_attention_reads_them(kind):
     """In float16, whose product with V the interpreter computes: no further off than from a k in between."""
-    from turbocompile.kernels.attend_triton import sage_forward
-    from turbocompile.kernels.keys_triton import quantized_keys
-    from turbocompile.kernels.sla_triton import sla_forward
+    from turbocompile.kernels.attention.attend_triton import sage_forward
+    from turbocompile.kernels.attention.keys_triton import quantized_keys
+    from turbocompile.kernels.attention.sla_triton import sla_forward
 
     case = Case("cpu", 2, 2, 64, (2, 5, 9), FP16)
     q, v = (torch.randn(2, case.length, 2, 64, generator=torch.Generator().manual_seed(i)).half() for i in (1, 2))
@@ -222,7 +222,7 @@ def test_how_it_is_launched_does_not_matter(device):
     """Tiles that wait for their rows, tiles behind all rows, more and fewer threads: the same bits but for k8, whose
     roots are sums in another order.
     """
-    from turbocompile.kernels.keys_triton import KeysConfig
+    from turbocompile.kernels.attention.keys_triton import KeysConfig
 
     case = Case(device, *((2, 5, 128, (2, 7, 25)) if device == "cuda" else (1, 1, 64, (1, 5, 27))), BF16)
     _, expected = case.keys(64, pool=True, keep=True)
@@ -255,7 +255,8 @@ def test_the_attentions_err_no_more_than_with_k_in_between(kind, dtype):
     """Against float64 attention over float64 keys. SLA reads all blocks, or the few that are chosen otherwise where two
     are alike would be all that counts.
     """
-    from turbocompile.kernels import norm_attention, ops
+    from turbocompile.kernels import ops
+    from turbocompile.kernels.attention import norm_attention
 
     case = Case("cuda", 1, 4, 128, (5, 30, 30), dtype)  # 4,500 tokens: more than LEAST
     assert case.length >= norm_attention.LEAST
@@ -284,7 +285,8 @@ def test_the_attentions_err_no_more_than_with_k_in_between(kind, dtype):
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 def test_sla_chooses_the_blocks_that_it_chooses_with_k_in_between(device):
     """Random means of blocks are as alike as can be: one choice in a hundred may be another."""
-    from turbocompile.kernels import ops, sla_triton
+    from turbocompile.kernels import ops
+    from turbocompile.kernels.attention import sla_triton
 
     case = Case(device, 1, 4, 128, (5, 30, 30), BF16)
     q = torch.randn(1, case.length, 4, 128, device=device).bfloat16()
@@ -312,7 +314,7 @@ def test_repeated_calls_are_equal_bit_by_bit(keep):
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 def test_a_new_length_compiles_nothing(device):
-    from turbocompile.kernels import keys_triton
+    from turbocompile.kernels.attention import keys_triton
 
     kernels = (keys_triton._keys, keys_triton._lay_out)
     for grid in ((7, 30, 16), (3, 31, 17)):
@@ -326,7 +328,7 @@ def test_a_new_length_compiles_nothing(device):
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 def test_every_path_for_the_sanitizer(device):
     """Small, so that compute-sanitizer gets through it: `-k sanitizer`."""
-    from turbocompile.kernels.keys_triton import KEYS_CONFIGS, KeysConfig
+    from turbocompile.kernels.attention.keys_triton import KEYS_CONFIGS, KeysConfig
 
     for heads, head_dim, dtype in ((12, 128, BF16), (5, 64, FP16)):
         case = Case(device, 2, heads, head_dim, (2, 9, 11), dtype)
@@ -364,8 +366,8 @@ def test_the_kernel_compiles(monkeypatch, capability, keep, dtype):
     """Its instructions are PTX, which no interpreter reads."""
     import triton.language as tl
     from triton.runtime import driver
-    from turbocompile.kernels import keys_triton as k
     from turbocompile.kernels._common import FUSED
+    from turbocompile.kernels.attention import keys_triton as k
 
     monkeypatch.setattr(driver, "_active", Card(capability))
     k._keys.device_caches.clear()  # the device has the same number whichever it is
@@ -388,8 +390,8 @@ def test_the_kernel_compiles(monkeypatch, capability, keep, dtype):
 def test_the_launch_before_it_compiles(monkeypatch, capability, dtype):
     import triton.language as tl
     from triton.runtime import driver
-    from turbocompile.kernels import keys_triton as k
     from turbocompile.kernels._common import FUSED
+    from turbocompile.kernels.attention import keys_triton as k
 
     monkeypatch.setattr(driver, "_active", Card(capability))
     k._lay_out.device_caches.clear()

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 from turbocompile.kernels import ops
-from turbocompile.kernels.quantize import FORMATS, dequantize, quantize
-from turbocompile.kernels.w8a8_linear import reference
+from turbocompile.kernels.linear.w8a8_linear import reference
+from turbocompile.kernels.quantize.quantize import FORMATS, dequantize, quantize
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,7 +34,7 @@ def make():
 
 def configurations(format):
     """The declared ones that this card runs."""
-    from turbocompile.kernels.linear_triton import configs
+    from turbocompile.kernels.linear.linear_triton import configs
 
     return configs(format, torch.device("cuda", 0)) if torch.cuda.is_available() else ()
 
@@ -85,7 +85,7 @@ def relative_l2(got, expected):
 
 
 def assert_near(args, dtype, unit, config):
-    from turbocompile.kernels.linear_triton import launch_linear
+    from turbocompile.kernels.linear.linear_triton import launch_linear
 
     rows, n, format = args[0].shape[0], args[2].shape[0], args[-1]
     y = launch_linear(*args, dtype, config)
@@ -114,7 +114,7 @@ def test_every_dtype_with_and_without_a_bias(make, unit, format, config, dtype):
 @pytest.mark.parametrize(("format", "config"), [p for p in EVERY if p.values[0] != "int8_block"])
 @pytest.mark.parametrize("k", [16, 304])  # int8_block has multiples of 128 alone
 def test_any_multiple_of_16(make, unit, format, config, k):
-    from turbocompile.kernels.linear_triton import launch_linear
+    from turbocompile.kernels.linear.linear_triton import launch_linear
 
     for rows, n in ((1, 16), (300, 400)):
         args = operands(make, format, (rows, k), n)
@@ -125,7 +125,7 @@ def test_any_multiple_of_16(make, unit, format, config, k):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("rows", "n"), [(1, 8), (257, 17), (512, 1536), (4099, 1001)])
 def test_the_default_for_any_rows_and_columns(make, unit, format, rows, n):
-    from turbocompile.kernels.linear_triton import default_config, launch_linear
+    from turbocompile.kernels.linear.linear_triton import default_config, launch_linear
 
     if not runs(format):
         pytest.skip("no FP8 on this card")
@@ -142,7 +142,7 @@ def test_the_default_for_any_rows_and_columns(make, unit, format, rows, n):
 
 @pytest.mark.parametrize(("format", "config"), EVERY)
 def test_zeros_and_large_values(make, format, config):
-    from turbocompile.kernels.linear_triton import launch_linear
+    from turbocompile.kernels.linear.linear_triton import launch_linear
 
     x, w, bias = make(700, 512, dtype=FP32), make(272, 512, dtype=FP32), make(272)
     x[100:500] = 0
@@ -159,7 +159,7 @@ def test_zeros_and_large_values(make, format, config):
 
 
 def test_integers_at_their_limits_are_exact(make):
-    from turbocompile.kernels.linear_triton import launch_linear
+    from turbocompile.kernels.linear.linear_triton import launch_linear
 
     data = torch.full((300, 13824), -128, dtype=torch.int8, device="cuda")
     weight = torch.full((272, 13824), 127, dtype=torch.int8, device="cuda")
@@ -178,7 +178,7 @@ def test_integers_at_their_limits_are_exact(make):
 @pytest.mark.parametrize(("format", "config"), EVERY)
 def test_long_sums_lose_nothing(make, format, config):
     """Values with a mean add up over K = 13,824: sums that are cut come out short."""
-    from turbocompile.kernels.linear_triton import launch_linear
+    from turbocompile.kernels.linear.linear_triton import launch_linear
 
     args = (*quantize(make(300, 13824) + 2, format), *quantize(make(256, 13824) + 2, format), None, format)
     y, exact = launch_linear(*args, FP32, config).double(), reference(*args, FP64)
@@ -194,7 +194,7 @@ def test_long_sums_lose_nothing(make, format, config):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("path", ["descriptor", "pointer"])
 def test_rows_that_are_not_contiguous(make, format, path):
-    from turbocompile.kernels.linear_triton import launch_linear
+    from turbocompile.kernels.linear.linear_triton import launch_linear
 
     config = next((c for c in configurations(format) if c.path == path), None)
     if config is None:
@@ -223,7 +223,7 @@ def test_rows_that_are_not_contiguous(make, format, path):
     + [pytest.param(*p.values, shape, id=f"{p.id}-{shape}") for p in FIRST for shape in ("none", "all")],
 )
 def test_the_options_of_the_epilogue(make, unit, format, config, shape):
-    from turbocompile.kernels.linear_triton import launch_linear
+    from turbocompile.kernels.linear.linear_triton import launch_linear
 
     args = operands(make, format, (2, 333, 512), 272)
     residual = make(2, 333, 272)
@@ -243,7 +243,7 @@ def test_the_options_of_the_epilogue(make, unit, format, config, shape):
 @pytest.mark.parametrize("format", ["fp8", "int8"])
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_library_computes_the_same(make, unit, format, fast):
-    from turbocompile.kernels.linear_triton import launch_library
+    from turbocompile.kernels.linear.linear_triton import launch_library
 
     if not runs(format):
         pytest.skip("no FP8 on this card")
@@ -253,7 +253,7 @@ def test_the_library_computes_the_same(make, unit, format, fast):
 
 
 def test_the_library_is_a_configuration(make, unit):
-    from turbocompile.kernels import linear_triton as t
+    from turbocompile.kernels.linear import linear_triton as t
 
     found = t.library("fp8", 272, 512, BF16, torch.device("cuda", 0))
     if not found:
@@ -274,7 +274,7 @@ def test_the_library_is_a_configuration(make, unit):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_fastest_is_chosen_and_then_runs(make, format):
-    from turbocompile.kernels import linear_choice, linear_triton
+    from turbocompile.kernels.linear import linear_choice, linear_triton
 
     if not runs(format):
         pytest.skip("no FP8 on this card")
@@ -293,7 +293,7 @@ def test_the_fastest_is_chosen_and_then_runs(make, format):
 @pytest.mark.parametrize(("k", "n"), SHAPES)
 def test_the_shapes_of_wan(make, format, k, n):
     """M = 32,760: the first and last rows and some between, all columns."""
-    from turbocompile.kernels.linear_triton import launch_linear
+    from turbocompile.kernels.linear.linear_triton import launch_linear
 
     if not runs(format):
         pytest.skip("no FP8 on this card")
@@ -309,7 +309,7 @@ def test_the_shapes_of_wan(make, format, k, n):
 
 @pytest.mark.parametrize(("format", "config"), EVERY)
 def test_repeated_calls_are_equal_bit_by_bit(make, format, config):
-    from turbocompile.kernels.linear_triton import launch_linear
+    from turbocompile.kernels.linear.linear_triton import launch_linear
 
     args = operands(make, format, (5000, 1536), 1536)
     first = launch_linear(*args, BF16, config)
@@ -338,7 +338,7 @@ def test_a_captured_graph_replays_on_new_operands(make, format):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_new_number_of_rows_compiles_nothing(make, format):
-    from turbocompile.kernels import linear_triton as t
+    from turbocompile.kernels.linear import linear_triton as t
 
     if not runs(format):
         pytest.skip("no FP8 on this card")
@@ -358,7 +358,7 @@ def test_a_new_number_of_rows_compiles_nothing(make, format):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_op_runs_the_kernel(make, unit, format, monkeypatch):
-    from turbocompile.kernels import linear_choice, linear_triton
+    from turbocompile.kernels.linear import linear_choice, linear_triton
 
     if not runs(format):
         pytest.skip("no FP8 on this card")
@@ -382,7 +382,7 @@ class RanError(Exception):
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_op_falls_back_to_the_reference(make, format, monkeypatch):
     """For float64, and K that is no multiple of 16 or too deep for int32."""
-    from turbocompile.kernels import linear_choice
+    from turbocompile.kernels.linear import linear_choice
 
     def ran(*args):
         raise RanError
@@ -418,7 +418,7 @@ def test_the_op_is_sound_and_compiles_whole(make, sound, format):
 
 def test_every_path_for_the_sanitizer(make):
     """Small, so that compute-sanitizer gets through it: `-k sanitizer`."""
-    from turbocompile.kernels.linear_triton import launch_linear
+    from turbocompile.kernels.linear.linear_triton import launch_linear
 
     for format in FORMATS:
         for config in configurations(format):

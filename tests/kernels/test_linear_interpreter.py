@@ -13,8 +13,8 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn import functional as F
-from turbocompile.kernels.quantize import dequantize, quantize
-from turbocompile.kernels.w8a8_linear import reference
+from turbocompile.kernels.linear.w8a8_linear import reference
+from turbocompile.kernels.quantize.quantize import dequantize, quantize
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs in a process that interprets Triton")
@@ -31,7 +31,7 @@ def configurations(format):
     """Each declared one, without those that compute as another does: stages and warps mean nothing here."""
     if not INTERPRETED:  # nothing here may import Triton in the process that does not interpret it
         return []
-    from turbocompile.kernels.linear_triton import CONFIGS
+    from turbocompile.kernels.linear.linear_triton import CONFIGS
 
     plain = {"warps": 4, "stages": 1, "programs": 1, "registers": None, "flatten": False, "group": 2}
     return sorted({replace(c, **plain) for c in CONFIGS[format]}, key=str)
@@ -64,7 +64,7 @@ def bound(args, dtype, unit):
 @pytest.mark.parametrize("dtype", [FP16, FP32])
 @pytest.mark.parametrize(("format", "config"), CASES)
 def test_every_configuration_is_the_reference(normal, unit, format, config, dtype):
-    from turbocompile.kernels.linear_triton import launch_linear
+    from turbocompile.kernels.linear.linear_triton import launch_linear
 
     args = operands(normal, format, (2, 70, 384 if format == "int8_block" else 304), 136)
     y = launch_linear(*args, dtype, config)
@@ -78,7 +78,7 @@ def test_every_configuration_is_the_reference(normal, unit, format, config, dtyp
 @pytest.mark.parametrize("format", FORMATS)
 def test_more_tiles_than_programs_and_groups_cut_short(normal, format):
     """9 x 3 tiles of 128 and 18 x 3 of 64 rows over 2 programs: groups of 8 rows of tiles and one more."""
-    from turbocompile.kernels import linear_triton as t
+    from turbocompile.kernels.linear import linear_triton as t
 
     args = operands(normal, format, (1100, 128), 264, biased=False)
     expected = reference(*args, FP32)
@@ -93,7 +93,7 @@ def test_more_tiles_than_programs_and_groups_cut_short(normal, format):
 @pytest.mark.parametrize("rows", [1, 130])
 @pytest.mark.parametrize("n", [8, 17])
 def test_the_default_at_ragged_sizes(normal, unit, format, k, rows, n):
-    from turbocompile.kernels.linear_triton import launch_linear
+    from turbocompile.kernels.linear.linear_triton import launch_linear
 
     if format == "int8_block" and n % 8:
         n = 24
@@ -104,7 +104,7 @@ def test_the_default_at_ragged_sizes(normal, unit, format, k, rows, n):
 
 @inside
 def test_the_default_follows_shape_and_card(monkeypatch):
-    from turbocompile.kernels import linear_triton as t
+    from turbocompile.kernels.linear import linear_triton as t
 
     cpu = torch.device("cpu")
     cards = {"h100": ((9, 0), 132, 228), "rtx5090": ((12, 0), 170, 100), "rtx4090": ((8, 9), 128, 100)}
@@ -131,7 +131,7 @@ def test_the_default_follows_shape_and_card(monkeypatch):
 
 @inside
 def test_cublas_competes_where_it_has_the_product(monkeypatch):
-    from turbocompile.kernels import linear_triton as t
+    from turbocompile.kernels.linear import linear_triton as t
 
     cuda, bf16 = torch.device("cuda"), torch.bfloat16
     monkeypatch.setattr(t, "_card", lambda device: t._Card((9, 0), 132, 228 << 10))
@@ -149,8 +149,8 @@ def test_cublas_competes_where_it_has_the_product(monkeypatch):
 
 @inside
 def test_a_choice_is_kept_by_shape_and_restored_from_what_was_saved(normal, monkeypatch):
-    from turbocompile.kernels import linear_choice as choice
-    from turbocompile.kernels import linear_triton as t
+    from turbocompile.kernels.linear import linear_choice as choice
+    from turbocompile.kernels.linear import linear_triton as t
 
     args = operands(normal, "int8", (40, 128), 24)
     seen = []
@@ -180,7 +180,7 @@ def test_a_choice_is_kept_by_shape_and_restored_from_what_was_saved(normal, monk
 
 @inside
 def test_exact_sums_can_be_asked_for(monkeypatch):
-    from turbocompile.kernels import linear_choice as choice
+    from turbocompile.kernels.linear import linear_choice as choice
 
     monkeypatch.setattr(choice, "_milliseconds", lambda calls, device: [1.0] * len(calls))
     found = choice.choose("fp8", 40, 272, 128, FP32, torch.device("cpu"), promote=True)
@@ -191,7 +191,7 @@ def test_exact_sums_can_be_asked_for(monkeypatch):
 
 @inside
 def test_the_conversion_by_an_addition_is_exact(normal, monkeypatch):
-    from turbocompile.kernels import linear_triton as t
+    from turbocompile.kernels.linear import linear_triton as t
 
     args = [*operands(normal, "int8_block", (130, 256), 24, biased=False)]
     args[0][:2], args[2][:2] = -128, -128  # the largest sum there is, 2^21
@@ -204,7 +204,7 @@ def test_the_conversion_by_an_addition_is_exact(normal, monkeypatch):
 @inside
 @pytest.mark.parametrize("format", FORMATS)
 def test_zeros_give_the_bias_and_large_values_stay_finite(normal, format):
-    from turbocompile.kernels.linear_triton import launch_linear
+    from turbocompile.kernels.linear.linear_triton import launch_linear
 
     x, w, bias = normal(80, 128), normal(24, 128), normal(24)
     x[3:70] = 0
@@ -222,7 +222,7 @@ def test_zeros_give_the_bias_and_large_values_stay_finite(normal, format):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("descriptor", [True, False])
 def test_rows_that_are_not_contiguous(normal, format, descriptor):
-    from turbocompile.kernels import linear_triton as t
+    from turbocompile.kernels.linear import linear_triton as t
 
     data, scale, weight, weight_scale, bias, _ = operands(normal, format, (70, 128), 24)
     config = t.SMALL if descriptor else t.AMPERE_TILES_SMALL
@@ -246,7 +246,7 @@ def test_rows_that_are_not_contiguous(normal, format, descriptor):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("shape", ["none", "all", "batch"])
 def test_the_options_of_the_epilogue(normal, unit, format, shape):
-    from turbocompile.kernels.linear_triton import launch_linear
+    from turbocompile.kernels.linear.linear_triton import launch_linear
 
     args = operands(normal, format, (2, 35, 128), 24)
     residual = normal(2, 35, 24)
@@ -264,7 +264,7 @@ def test_the_options_of_the_epilogue(normal, unit, format, shape):
 
 @inside
 def test_gelu_of_large_values_is_themselves_or_zero(normal):
-    from turbocompile.kernels.linear_triton import launch_linear
+    from turbocompile.kernels.linear.linear_triton import launch_linear
 
     args = (*quantize(normal(16, 128) * 1e15, "int8"), *quantize(normal(8, 128), "int8"), None, "int8")
     linear, y = launch_linear(*args, FP32), launch_linear(*args, FP32, gelu=True)
@@ -273,7 +273,7 @@ def test_gelu_of_large_values_is_themselves_or_zero(normal):
 
 @inside
 def test_what_the_kernel_cannot_do_is_refused(normal, monkeypatch):
-    from turbocompile.kernels import linear_triton as t
+    from turbocompile.kernels.linear import linear_triton as t
 
     from turbocompile.errors import UnsupportedError
 
@@ -303,7 +303,7 @@ def test_what_the_kernel_cannot_do_is_refused(normal, monkeypatch):
 
 @inside
 def test_the_library_variant_for_integers_is_the_reference(normal, unit):
-    from turbocompile.kernels.linear_triton import launch_library
+    from turbocompile.kernels.linear.linear_triton import launch_library
 
     args = operands(normal, "int8", (2, 40, 304), 136)
     y = launch_library(*args, FP16)

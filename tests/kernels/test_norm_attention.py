@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from turbocompile.kernels import _common, norm_attention, ops, sage_attention
+from turbocompile.kernels import _common, ops
+from turbocompile.kernels.attention import norm_attention, sage_attention
 
 from turbocompile.errors import UnsupportedError
 

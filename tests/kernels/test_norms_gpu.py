@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from turbocompile.kernels import adaln, gelu_quantize, norm_quantize, ops, qk_norm_rope, quantize, residual_norm
-from turbocompile.kernels.quantize import FORMATS, LIMIT, dequantize
+from turbocompile.kernels import ops
+from turbocompile.kernels.norms import adaln, norm_quantize, residual_norm
+from turbocompile.kernels.quantize import gelu_quantize, quantize
+from turbocompile.kernels.quantize.quantize import FORMATS, LIMIT, dequantize
+from turbocompile.kernels.rotary import qk_norm_rope
 
 from turbocompile.errors import UnsupportedError
 
@@ -96,7 +99,7 @@ def views(make, dtype):
 @pytest.mark.parametrize("format", list(FORMATS))
 @pytest.mark.parametrize(("shape", "dtype"), [*PLACES, ((300,), BF16), ((2, 3, 5, 130), FP16)])
 def test_quantize_bit_by_bit(make, same, shape, dtype, format):
-    from turbocompile.kernels.quantize_triton import launch_quantize
+    from turbocompile.kernels.quantize.quantize_triton import launch_quantize
 
     for factor in (1.0, 1e4, 1e-6, 0.0):
         x = make(*shape, dtype=dtype) * factor
@@ -109,7 +112,7 @@ def test_quantize_bit_by_bit(make, same, shape, dtype, format):
 @pytest.mark.parametrize("format", list(FORMATS))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantize_of_any_strides(make, same, dtype, format):
-    from turbocompile.kernels.quantize_triton import launch_quantize
+    from turbocompile.kernels.quantize.quantize_triton import launch_quantize
 
     for x in views(make, dtype).values():
         data, scale = launch_quantize(x, format)
@@ -120,7 +123,7 @@ def test_quantize_of_any_strides(make, same, dtype, format):
 
 def test_every_quotient_rounds_as_in_the_reference(same):
     """Halves of int8 and of e4m3 and their neighbours: a fused multiply-add or a cast that truncates would show."""
-    from turbocompile.kernels.quantize_triton import launch_quantize
+    from turbocompile.kernels.quantize.quantize_triton import launch_quantize
 
     x = torch.arange(-(2**15), 2**15, device="cuda", dtype=torch.int32).to(torch.int16).view(FP16)
     x = torch.where(x.isfinite(), x, 0).reshape(64, 1024)
@@ -138,7 +141,7 @@ def test_every_quotient_rounds_as_in_the_reference(same):
     [((1, 300, 8960), BF16), ((2, 77, 13824), BF16), ((3, 50, 1000), FP16), ((3, 50, 1000), F32)],
 )
 def test_gelu_quantize(make, unit, shape, dtype, approximate, format):
-    from turbocompile.kernels.quantize_triton import launch_gelu_quantize
+    from turbocompile.kernels.quantize.quantize_triton import launch_gelu_quantize
 
     for factor in (3.0, 1e4, 1e-3, 0.0):
         x = make(*shape, dtype=dtype) * factor
@@ -155,7 +158,7 @@ def test_gelu_quantize(make, unit, shape, dtype, approximate, format):
     + [(shape, BF16, form) for shape in SHAPES[:3] for form in ("vector", "token", "column")],
 )
 def test_adaln(make, unit, shape, dtype, form):
-    from turbocompile.kernels.norms_triton import launch_adaln
+    from turbocompile.kernels.norms.norms_triton import launch_adaln
 
     batch, tokens, width = shape
     sizes = {"batch": (batch, 1, width), "vector": (width,), "token": shape, "column": (batch, tokens, 1)}[form]
@@ -171,7 +174,7 @@ def test_adaln(make, unit, shape, dtype, form):
     + [(SHAPES[2], BF16, n, p) for n in ("layer", "rms") for p in ("all", "none", "norm", "modulation")],
 )
 def test_residual_and_its_norm(make, unit, shape, dtype, norm, parts):
-    from turbocompile.kernels.norms_triton import launch_gated_residual, launch_residual_norm
+    from turbocompile.kernels.norms.norms_triton import launch_gated_residual, launch_residual_norm
 
     x, y = make(*shape, dtype=dtype) * 3, make(*shape, dtype=BF16)
     gate, scale, shift, weight, bias = modulation(make, shape, F32)
@@ -189,7 +192,7 @@ def test_residual_and_its_norm(make, unit, shape, dtype, norm, parts):
 @pytest.mark.parametrize("format", list(FORMATS))
 @pytest.mark.parametrize(("shape", "dtype"), PLACES)
 def test_norms_quantized(make, unit, shape, dtype, format):
-    from turbocompile.kernels.norms_triton import (
+    from turbocompile.kernels.norms.norms_triton import (
         launch_adaln_quantize,
         launch_norm_quantize,
         launch_residual_norm_quantize,
@@ -214,7 +217,7 @@ def test_norms_quantized(make, unit, shape, dtype, format):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_of_any_strides(make, unit, dtype):
-    from turbocompile.kernels.norms_triton import launch_adaln, launch_adaln_quantize, launch_residual_norm
+    from turbocompile.kernels.norms.norms_triton import launch_adaln, launch_adaln_quantize, launch_residual_norm
 
     _, scale, shift, weight, bias = modulation(make, (2, 65, 1536), F32)
     table = make(2, 6, 1536, dtype=F32)  # how a block's modulations come: rows of one tensor
@@ -238,7 +241,7 @@ def test_norms_of_any_strides(make, unit, dtype):
 
 @pytest.mark.parametrize(("width", "dtype"), [(1000, F32), (1536, FP16), (1536, BF16), (5120, BF16), (13824, BF16)])
 def test_zeros_and_large_values(make, unit, dtype, width):
-    from turbocompile.kernels.norms_triton import launch_adaln, launch_adaln_quantize, launch_norm_quantize
+    from turbocompile.kernels.norms.norms_triton import launch_adaln, launch_adaln_quantize, launch_norm_quantize
 
     scale, shift = make(1, 1, width, dtype=F32), make(1, 1, width, dtype=F32)
     for value in (0.0, 1e4):  # constant rows: the mean has to be exact
@@ -265,7 +268,7 @@ def test_zeros_and_large_values(make, unit, dtype, width):
     [(12, 64, BF16), (40, 64, BF16), (3, 48, F32), (5, 20, FP16), (1, 5, BF16)],
 )
 def test_qk_norm_rope(make, unit, dtype, interleaved, per_head, heads, half):
-    from turbocompile.kernels.rotary_triton import launch_qk_norm_rope
+    from turbocompile.kernels.rotary.rotary_triton import launch_qk_norm_rope
 
     channels = 2 * half * heads
     x = make(2, 3 * 7 * 11, 3, channels, dtype=dtype)[:, :, 1]  # as a fused projection leaves it
@@ -291,9 +294,9 @@ def test_qk_norm_rope(make, unit, dtype, interleaved, per_head, heads, half):
 
 def calls(make):
     """Each kernel as a function of x (B, L, 1536)."""
-    from turbocompile.kernels import norms_triton as n
-    from turbocompile.kernels import quantize_triton as q
-    from turbocompile.kernels.rotary_triton import launch_qk_norm_rope
+    from turbocompile.kernels.norms import norms_triton as n
+    from turbocompile.kernels.quantize import quantize_triton as q
+    from turbocompile.kernels.rotary.rotary_triton import launch_qk_norm_rope
 
     gate, scale, shift, weight, bias = modulation(make, (1, 1, 1536), F32)
     result = {
@@ -332,8 +335,8 @@ def test_repeated_calls_are_equal_bit_by_bit(make):
 
 
 def test_the_declared_configurations_agree(make, unit):
-    from turbocompile.kernels.norms_triton import launch_adaln
-    from turbocompile.kernels.quantize_triton import ROW_CONFIGS, RowConfig, launch_quantize
+    from turbocompile.kernels.norms.norms_triton import launch_adaln
+    from turbocompile.kernels.quantize.quantize_triton import ROW_CONFIGS, RowConfig, launch_quantize
 
     for shape in ((2, 101, 1536), (1, 50, 5120)):
         x, scale = make(*shape), make(1, 1, shape[-1], dtype=F32)
@@ -346,7 +349,7 @@ def test_the_declared_configurations_agree(make, unit):
 
 def test_what_rounds_to_128_is_cut():
     """The bfloat16s below a tile's largest magnitude, at each of its mantissas and of both signs: as the reference."""
-    from turbocompile.kernels.quantize_triton import launch_quantize
+    from turbocompile.kernels.quantize.quantize_triton import launch_quantize
 
     for exponent in (-20, 0, 90):
         top = (exponent + 127 << 7) + torch.arange(128, dtype=torch.int32)
@@ -362,7 +365,7 @@ def test_what_rounds_to_128_is_cut():
 
 def blocks(x, gate, config=None):
     """The three kernels over row blocks, and what they give for x."""
-    from turbocompile.kernels import norms_triton as n
+    from turbocompile.kernels.norms import norms_triton as n
 
     form = "int8_block"
     return [
@@ -374,7 +377,7 @@ def blocks(x, gate, config=None):
 
 def test_configurations_over_row_blocks_agree(make):
     """Within a step: they sum a row in other orders. Without a lag tiles wait for the rows of the next row block."""
-    from turbocompile.kernels.norms_triton import BlockConfig, block_config
+    from turbocompile.kernels.norms.norms_triton import BlockConfig, block_config
 
     configs = [BlockConfig(8, 48, 128, 0), BlockConfig(16, 48, 64, 40), BlockConfig(8, 24, None, 2.5)]
     for shape in ((2, 4001, 1536), (1, 3000, 5120), (1, 129, 1000)):
@@ -439,7 +442,9 @@ def test_a_captured_graph_replays_on_new_operands(make):
 
 
 def test_a_new_length_compiles_nothing(make):
-    from turbocompile.kernels import norms_triton, quantize_triton, rotary_triton
+    from turbocompile.kernels.norms import norms_triton
+    from turbocompile.kernels.quantize import quantize_triton
+    from turbocompile.kernels.rotary import rotary_triton
 
     def compiled():
         modules = (norms_triton, quantize_triton, rotary_triton)
@@ -459,8 +464,8 @@ def test_a_new_length_compiles_nothing(make):
 
 def test_offsets_beyond_32_bits(make):
     """2^31 elements: the last rows are wrong, or a fault, where an offset is a 32-bit product."""
-    from turbocompile.kernels.norms_triton import launch_adaln
-    from turbocompile.kernels.quantize_triton import launch_quantize
+    from turbocompile.kernels.norms.norms_triton import launch_adaln
+    from turbocompile.kernels.quantize.quantize_triton import launch_quantize
 
     rows = 2**31 // 5120 + 100
     x = torch.zeros(1, rows, 5120, device="cuda", dtype=BF16)
@@ -534,7 +539,9 @@ def forbid(monkeypatch, module, launch):
 
 def test_the_ops_run_the_kernels(make, monkeypatch):
     """Bit by bit what the launchers give, and not without them; the references are near."""
-    from turbocompile.kernels import norms_triton, quantize_triton, rotary_triton
+    from turbocompile.kernels.norms import norms_triton
+    from turbocompile.kernels.quantize import quantize_triton
+    from turbocompile.kernels.rotary import rotary_triton
 
     for name, (op, reference, args) in operations(make, make(2, 35, 1536), make(2, 35, 8960)).items():
         launch = f"launch_{name.split()[0]}"
@@ -550,7 +557,9 @@ def test_the_ops_run_the_kernels(make, monkeypatch):
 
 def test_the_ops_fall_back_to_the_references(make, monkeypatch):
     """Where takes_rows and has_kernel say no: bit by bit the reference on this device, and no kernel runs."""
-    from turbocompile.kernels import norms_triton, quantize_triton, rotary_triton
+    from turbocompile.kernels.norms import norms_triton
+    from turbocompile.kernels.quantize import quantize_triton
+    from turbocompile.kernels.rotary import rotary_triton
 
     for module in (quantize_triton, norms_triton, rotary_triton):
         for launch in [name for name in vars(module) if name.startswith("launch_")]:
@@ -608,7 +617,7 @@ def test_a_gradient_is_refused(make):
 
 def test_every_path_for_the_sanitizer(make):
     """Small, so that compute-sanitizer gets through it: `-k sanitizer`."""
-    from turbocompile.kernels.norms_triton import BlockConfig
+    from turbocompile.kernels.norms.norms_triton import BlockConfig
 
     for call in calls(make).values():
         for t in as_bits(call(make(1, 77, 1536))):

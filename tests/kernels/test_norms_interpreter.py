@@ -12,7 +12,7 @@ import os
 import pytest
 import torch
 from turbocompile.kernels import ops
-from turbocompile.kernels.quantize import LIMIT, dequantize, empty_quantized, encode
+from turbocompile.kernels.quantize.quantize import LIMIT, dequantize, empty_quantized, encode
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs in a process that interprets Triton")
@@ -23,7 +23,7 @@ WIDTHS = [40, 300]  # one piece with padding; 256 + 64
 @pytest.fixture
 def config():
     """Two rows a program, so that odd numbers of rows leave a program with one."""
-    from turbocompile.kernels.quantize_triton import RowConfig
+    from turbocompile.kernels.quantize.quantize_triton import RowConfig
 
     return RowConfig(warps=1, rows=2)
 
@@ -31,7 +31,7 @@ def config():
 @pytest.fixture
 def block_config():
     """Eight rows a program, so that row blocks have several, and tiles two row blocks behind."""
-    from turbocompile.kernels.norms_triton import BlockConfig
+    from turbocompile.kernels.norms.norms_triton import BlockConfig
 
     return BlockConfig(warps=8, elements=48, lag=20)
 
@@ -76,7 +76,7 @@ def assert_quantized(data, scale, format, expected, unit):
     ],
 )
 def test_pieces_hold_a_width_with_little_padding(width, least, expected):
-    from turbocompile.kernels.quantize_triton import pieces
+    from turbocompile.kernels.quantize.quantize_triton import pieces
 
     assert pieces(width, least, len(expected)) == expected
 
@@ -85,7 +85,7 @@ def test_pieces_hold_a_width_with_little_padding(width, least, expected):
 @pytest.mark.parametrize("dtype", [F32, F16])
 @pytest.mark.parametrize("format", ["int8", "int8_block"])
 def test_quantize_bit_by_bit(normal, same, config, dtype, format):
-    from turbocompile.kernels.quantize_triton import launch_quantize
+    from turbocompile.kernels.quantize.quantize_triton import launch_quantize
 
     shapes = [(1, 9, 300), (3, 2, 2, 130), (17,), (3, 1000), (3, 1700), (5, 1)] + [(2, 70, 40)] * (
         format == "int8_block"
@@ -103,7 +103,7 @@ def test_quantize_bit_by_bit(normal, same, config, dtype, format):
 @inside
 @pytest.mark.parametrize("dtype", [F32, F16])
 def test_fp8_before_its_cast(normal, same, config, dtype):
-    from turbocompile.kernels.quantize_triton import quantize_into
+    from turbocompile.kernels.quantize.quantize_triton import quantize_into
 
     x = normal(2, 5, 300, dtype=dtype) * 100
     x[0, 1] = 0
@@ -114,7 +114,7 @@ def test_fp8_before_its_cast(normal, same, config, dtype):
 
 @inside
 def test_halves_round_to_even_and_the_largest_of_a_tile_saturates(same):
-    from turbocompile.kernels.quantize_triton import launch_quantize
+    from turbocompile.kernels.quantize.quantize_triton import launch_quantize
 
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]])
     same(launch_quantize(x, "int8"), ops.quantize(x, "int8"))
@@ -126,7 +126,7 @@ def test_halves_round_to_even_and_the_largest_of_a_tile_saturates(same):
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
 @pytest.mark.parametrize("dtype", [F32, F16])
 def test_gelu_quantize(normal, unit, config, dtype, approximate):
-    from turbocompile.kernels.quantize_triton import launch_gelu_quantize
+    from turbocompile.kernels.quantize.quantize_triton import launch_gelu_quantize
 
     x = normal(2, 4, 300, dtype=dtype) * 3
     x[0, 0, :4] = torch.tensor([-1e4, 0.0, -30.0, 6e4 if dtype == F16 else 1e30])
@@ -145,7 +145,7 @@ def test_gelu_quantize(normal, unit, config, dtype, approximate):
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("form", ["batch", "shared", "vector", "token", "column"])
 def test_adaln_over_every_broadcast(normal, unit, config, dtype, width, form):
-    from turbocompile.kernels.norms_triton import launch_adaln
+    from turbocompile.kernels.norms.norms_triton import launch_adaln
 
     shape = {
         "batch": (2, 1, width),
@@ -167,7 +167,7 @@ def test_adaln_over_every_broadcast(normal, unit, config, dtype, width, form):
 @inside
 @pytest.mark.parametrize("shape", [(40,), (3, 40), (2, 2, 3, 40)])
 def test_any_number_of_dimensions(normal, shape):
-    from turbocompile.kernels.norms_triton import launch_adaln
+    from turbocompile.kernels.norms.norms_triton import launch_adaln
 
     x, scale, shift = normal(*shape), normal(*shape[-2:]), normal(*shape)
     expected = ops.adaln(x.double(), scale.double(), shift.double(), None, None, 1e-6)
@@ -177,7 +177,7 @@ def test_any_number_of_dimensions(normal, shape):
 @inside
 @pytest.mark.parametrize("value", [0.0, 1e4])
 def test_constant_rows_give_the_shift(value):
-    from turbocompile.kernels.norms_triton import launch_adaln
+    from turbocompile.kernels.norms.norms_triton import launch_adaln
 
     for width in (300, 1536):
         x, shift = torch.full((1, 3, width), value), torch.arange(float(width))
@@ -189,7 +189,7 @@ def test_constant_rows_give_the_shift(value):
 @pytest.mark.parametrize("dtype", [F32, F16])
 @pytest.mark.parametrize("parts", ["all", "none", "norm", "modulation"])
 def test_residual_and_its_norm(normal, unit, config, norm, dtype, parts):
-    from turbocompile.kernels.norms_triton import launch_gated_residual, launch_residual_norm
+    from turbocompile.kernels.norms.norms_triton import launch_gated_residual, launch_residual_norm
 
     x, y = (normal(2, 3, 300) * 3).to(dtype), normal(2, 300, 3).transpose(1, 2)
     gate = normal(2, 1, 300) if parts in ("all", "modulation") else None
@@ -212,7 +212,7 @@ def test_residual_and_its_norm(normal, unit, config, norm, dtype, parts):
     ("dtype", "tokens", "form"), [(F32, 3, (1, 1)), (F16, 3, (2, 1)), (F16, 3, (2, 3)), (F16, 66, (2, 1))]
 )
 def test_norms_quantized(normal, unit, config, block_config, dtype, tokens, form):
-    from turbocompile.kernels.norms_triton import (
+    from turbocompile.kernels.norms.norms_triton import (
         launch_adaln_quantize,
         launch_norm_quantize,
         launch_residual_norm_quantize,
@@ -240,7 +240,7 @@ def test_norms_quantized(normal, unit, config, block_config, dtype, tokens, form
 @pytest.mark.parametrize(("warps", "lag"), [(4, 0), (8, 20), (16, 1000)])
 def test_a_tile_comes_behind_its_rows(normal, same, warps, lag):
     """By one row block, by two, and behind all rows; before them it would find zeros, and say NaN."""
-    from turbocompile.kernels.norms_triton import BlockConfig, Norm, Sum, norm_into
+    from turbocompile.kernels.norms.norms_triton import BlockConfig, Norm, Sum, norm_into
 
     config = BlockConfig(warps, 48, lag=lag)
     gate, scale, shift = normal(2, 1, 300), normal(2, 1, 300), normal(300)
@@ -261,7 +261,7 @@ def test_a_tile_comes_behind_its_rows(normal, same, warps, lag):
 
 @inside
 def test_tiles_are_at_least_a_row_block_behind(normal):
-    from turbocompile.kernels.norms_triton import BlockConfig
+    from turbocompile.kernels.norms.norms_triton import BlockConfig
 
     device = torch.device("cpu")
     for lag, programs in ((0, 20), (0.5, 1), (3, 100)):
@@ -271,7 +271,7 @@ def test_tiles_are_at_least_a_row_block_behind(normal):
 
 @inside
 def test_a_configuration_of_the_other_kind_is_refused(normal, config, block_config):
-    from turbocompile.kernels.norms_triton import launch_norm_quantize
+    from turbocompile.kernels.norms.norms_triton import launch_norm_quantize
 
     for format, other in (("int8", block_config), ("int8_block", config)):
         with pytest.raises(ValueError, match="Config"):
@@ -280,7 +280,7 @@ def test_a_configuration_of_the_other_kind_is_refused(normal, config, block_conf
 
 @inside
 def test_fp8_of_a_norm_before_its_cast(normal):
-    from turbocompile.kernels.norms_triton import Norm, launch_adaln, norm_into
+    from turbocompile.kernels.norms.norms_triton import Norm, launch_adaln, norm_into
 
     x, scale, shift = normal(2, 5, 300), normal(2, 1, 300), normal(2, 1, 300)
     values, unit = torch.empty_like(x), empty_quantized(x, "fp8")[1]
@@ -297,7 +297,7 @@ def test_fp8_of_a_norm_before_its_cast(normal):
 @pytest.mark.parametrize("per_head", [True, False])
 @pytest.mark.parametrize(("heads", "half"), [(1, 5), (5, 8)])
 def test_qk_norm_rope(normal, unit, config, dtype, interleaved, per_head, heads, half):
-    from turbocompile.kernels.rotary_triton import launch_qk_norm_rope
+    from turbocompile.kernels.rotary.rotary_triton import launch_qk_norm_rope
 
     channels = 2 * half * heads
     x = normal(2, 6, 3, channels, dtype=dtype)[:, :, 1]  # as a fused projection leaves it
@@ -319,7 +319,7 @@ def test_qk_norm_rope(normal, unit, config, dtype, interleaved, per_head, heads,
 
 @inside
 def test_an_odd_head_that_is_not_turned_and_rows_of_zeros(normal):
-    from turbocompile.kernels.rotary_triton import launch_qk_norm_rope
+    from turbocompile.kernels.rotary.rotary_triton import launch_qk_norm_rope
 
     x = normal(2, 6, 15)
     x[0, 0] = 0
@@ -332,8 +332,8 @@ def test_an_odd_head_that_is_not_turned_and_rows_of_zeros(normal):
 
 @inside
 def test_what_the_kernels_do_not_take_is_refused(normal):
-    from turbocompile.kernels.norms_triton import launch_adaln, launch_gated_residual
-    from turbocompile.kernels.quantize_triton import launch_quantize
+    from turbocompile.kernels.norms.norms_triton import launch_adaln, launch_gated_residual
+    from turbocompile.kernels.quantize.quantize_triton import launch_quantize
 
     from turbocompile.errors import UnsupportedError
 

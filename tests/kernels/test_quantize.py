@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from turbocompile.kernels import ops
-from turbocompile.kernels.quantize import dequantize, quantize
+from turbocompile.kernels.quantize.quantize import dequantize, quantize
 
 FORMATS = ("int8", "int8_block", "fp8")
 

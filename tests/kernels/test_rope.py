@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from turbocompile.kernels import ops
-from turbocompile.kernels.rope import reference
+from turbocompile.kernels.rotary.rope import reference
 
 
 def tables(grid, widths, dtype=torch.float32):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from turbocompile.kernels import ops, sage_attention
+from turbocompile.kernels import ops
+from turbocompile.kernels.attention import sage_attention
 
 from turbocompile.errors import UnsupportedError
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from turbocompile.kernels import ops, sla_attention
-from turbocompile.kernels.sla_attention import block_map, count_blocks, kept_blocks, reference
+from turbocompile.kernels import ops
+from turbocompile.kernels.attention import sla_attention
+from turbocompile.kernels.attention.sla_attention import block_map, count_blocks, kept_blocks, reference
 
 from turbocompile.errors import UnsupportedError
 

@@ -12,12 +12,12 @@ import torch
 from torch import fx, nn
 from turbocompile.backends.triton import compile_program
 
-from turbocompile.capture import capture
-from turbocompile.normalize import normalize
-from turbocompile.pipeline import PASSES, PassResult, load_pass, run_passes
-from turbocompile.printer import print_program
-from turbocompile.program import SHELL, Program
-from turbocompile.weights import Evaluator, ModuleTensors, emitted_name
+from turbocompile.capture.export import capture
+from turbocompile.ir.printer import print_program
+from turbocompile.ir.program import SHELL, Program
+from turbocompile.ir.weights import Evaluator, ModuleTensors, emitted_name
+from turbocompile.rewrite.normalize import normalize
+from turbocompile.rewrite.pipeline import PASSES, PassResult, load_pass, run_passes
 
 HERE = Path(__file__).parent
 

@@ -10,9 +10,9 @@ from torch import nn
 from turbocompile.passes import attention, sla
 
 from turbocompile import hardware
-from turbocompile.attentions import Sparsity, attention_sites, untuned
-from turbocompile.pipeline import run_pass
-from turbocompile.weights import Load, Zeros
+from turbocompile.ir.weights import Load, Zeros
+from turbocompile.report.attentions import Sparsity, attention_sites, untuned
+from turbocompile.rewrite.pipeline import run_pass
 
 B, H, L, D = 2, 4, 16, 16  # as many tokens as channels: a wrong axis then has the right shape
 SCALE = D**-0.5

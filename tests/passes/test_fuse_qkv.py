@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import zoo
 from torch import nn
 
-from turbocompile.weights import Cat, Load, Zeros
+from turbocompile.ir.weights import Cat, Load, Zeros
 
 C = 32
 

@@ -8,7 +8,7 @@ import zoo
 from torch import nn
 
 import turbocompile
-from turbocompile.weights import AddLora, Cast
+from turbocompile.ir.weights import AddLora, Cast
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
 C, RANK = 32, 4

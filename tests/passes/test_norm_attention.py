@@ -10,16 +10,17 @@ import zoo
 from torch import nn
 from turbocompile.passes.norm_attention import WITH_NORM
 
-from turbocompile import match, tuning
-from turbocompile.attentions import attention_sites, chosen, untuned
-from turbocompile.capture import capture
-from turbocompile.cost import node_cost
-from turbocompile.lineage import ORIGINS, PASSES
-from turbocompile.normalize import normalize
-from turbocompile.pipeline import run_passes
-from turbocompile.program import is_op
-from turbocompile.verify import Verifier
-from turbocompile.weights import Evaluator, ModuleTensors
+from turbocompile.capture.export import capture
+from turbocompile.ir.cost import node_cost
+from turbocompile.ir.program import is_op
+from turbocompile.ir.weights import Evaluator, ModuleTensors
+from turbocompile.numerics.verifier import Verifier
+from turbocompile.report.attentions import attention_sites, chosen, untuned
+from turbocompile.rewrite import match
+from turbocompile.rewrite.lineage import ORIGINS, PASSES
+from turbocompile.rewrite.normalize import normalize
+from turbocompile.rewrite.pipeline import run_passes
+from turbocompile.runtime import tuning
 
 F = nn.functional
 BEFORE, AFTER = "gelu_quant", "norm_attention"

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 from turbocompile.passes.norms import PASS
 
-from turbocompile.capture import capture
-from turbocompile.normalize import normalize
-from turbocompile.pipeline import run_pass
-from turbocompile.verify import Evaluation
-from turbocompile.weights import Evaluator, ModuleTensors
+from turbocompile.capture.export import capture
+from turbocompile.ir.weights import Evaluator, ModuleTensors
+from turbocompile.numerics.verifier import Evaluation
+from turbocompile.rewrite.normalize import normalize
+from turbocompile.rewrite.pipeline import run_pass
 
 C = 32  # channels, and tokens too: a wrong axis or a forgotten keepdim then has the right shape
 EPS = 1e-5

@@ -9,12 +9,12 @@ from torch import nn
 from turbocompile.passes.rope import PASS
 
 import turbocompile
-from turbocompile.capture import capture
-from turbocompile.normalize import normalize
-from turbocompile.pipeline import run_pass
-from turbocompile.program import is_op
-from turbocompile.verify import Evaluation
-from turbocompile.weights import Evaluator, ModuleTensors
+from turbocompile.capture.export import capture
+from turbocompile.ir.program import is_op
+from turbocompile.ir.weights import Evaluator, ModuleTensors
+from turbocompile.numerics.verifier import Evaluation
+from turbocompile.rewrite.normalize import normalize
+from turbocompile.rewrite.pipeline import run_pass
 
 B, L, H, D = 2, 12, 3, 16
 GRID, COLUMNS = (2, 3, 2), (4, 2, 2)  # frames, height, width; L tokens, D / 2 columns

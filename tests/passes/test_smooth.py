@@ -9,15 +9,15 @@ from hypothesis import HealthCheck, given, settings
 from torch import nn
 from turbocompile.backends.triton import compile_program
 
-from turbocompile.build import merged_constants
-from turbocompile.calibrate import find_groups, find_linears
-from turbocompile.capture import capture
-from turbocompile.engine import weight_plan
-from turbocompile.folds import NO_PRODUCER, fold_of
-from turbocompile.normalize import normalize
-from turbocompile.pipeline import PASSES, load_pass, run_pass, run_passes
-from turbocompile.program import is_op
-from turbocompile.weights import Cat, Evaluator, Load, ModuleTensors, Mul, Quantize, Reshape, Slice, WithVectors
+from turbocompile.build.compile import merged_constants
+from turbocompile.capture.export import capture
+from turbocompile.ir.program import is_op
+from turbocompile.ir.weights import Cat, Evaluator, Load, ModuleTensors, Mul, Quantize, Reshape, Slice, WithVectors
+from turbocompile.numerics.calibrate import find_groups, find_linears
+from turbocompile.rewrite.normalize import normalize
+from turbocompile.rewrite.pipeline import PASSES, load_pass, run_pass, run_passes
+from turbocompile.rewrite.scale_folding import NO_PRODUCER, fold_of
+from turbocompile.runtime.engine import weight_plan
 
 aten = torch.ops.aten
 INT8 = {"format": "int8"}

@@ -8,7 +8,7 @@ import zoo
 from torch import nn
 from turbocompile.passes import w8a8
 
-from turbocompile.weights import Cast, Cat, Dequantize, Load, Quantize
+from turbocompile.ir.weights import Cast, Cat, Dequantize, Load, Quantize
 
 WIDE = zoo.Style(head_dim=64)  # 128 channels: what a tile of int8_block needs
 # Relative L1 of one linear on N(0, 1) inputs; two layers of them and of what is between stay below twice that.

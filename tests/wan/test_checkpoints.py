@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from turbocompile.errors import EngineError, RecipeError
-from turbocompile.recipe import Recipe
+from turbocompile.recipe.schema import Recipe
 from turbocompile.wan.checkpoints import CheckpointTensors, diffusers_name, infer_config, strip_prefix
 from turbocompile.wan.source import build_transformer, open_source
 from turbocompile.wan.tensors import Tensors

@@ -9,9 +9,9 @@ import shutil
 import pytest
 import torch
 
-import turbocompile.build as build
+import turbocompile.build.compile as build
 from turbocompile.errors import EngineError, UnsupportedError
-from turbocompile.recipe import Recipe
+from turbocompile.recipe.schema import Recipe
 from turbocompile.wan.components import MODELS, FolderComponents, load_components
 from turbocompile.wan.source import open_source
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from turbocompile.errors import RecipeError
-from turbocompile.recipe import load_recipe
-from turbocompile.wan.configs import VARIANTS
+from turbocompile.recipe.presets import VARIANTS
+from turbocompile.recipe.schema import load_recipe
 from turbocompile.wan.example import write_example
 from turbocompile.wan.source import open_source
 

@@ -13,13 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from turbocompile.build import optimize_recipe
-from turbocompile.check import verify_folder
+from turbocompile.build.compile import optimize_recipe
+from turbocompile.capture.guards import check_parameters
 from turbocompile.errors import EngineError, TurbocompileError, UnsupportedError
-from turbocompile.generate import generate
-from turbocompile.recipe import Recipe, load_recipe
+from turbocompile.recipe.schema import Recipe, load_recipe
+from turbocompile.tools.verify_folder import verify_folder
+from turbocompile.video.session import generate
 from turbocompile.wan.components import MODELS, load_components
-from turbocompile.wan.guards import check_parameters
 from turbocompile.wan.source import open_source
 from turbocompile.wan.tensors import SINGLE
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from turbocompile.errors import EngineError, UnsupportedError
-from turbocompile.recipe import Recipe
+from turbocompile.recipe.schema import Recipe
 from turbocompile.wan.leftovers import refusal
 from turbocompile.wan.source import open_source
 from turbocompile.wan.tensors import SINGLE

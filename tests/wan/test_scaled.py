@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from turbocompile.build import optimize_recipe
-from turbocompile.check import verify_folder
+from turbocompile.build.compile import optimize_recipe
 from turbocompile.errors import EngineError, UnsupportedError
-from turbocompile.recipe import Recipe
+from turbocompile.recipe.schema import Recipe
+from turbocompile.tools.verify_folder import verify_folder
 from turbocompile.wan.components import MODELS, load_components
 from turbocompile.wan.scaled import ScaledTensors, dequantized
 from turbocompile.wan.source import open_source

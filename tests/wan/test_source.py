@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from turbocompile.errors import EngineError, RecipeError, UnsupportedError
-from turbocompile.recipe import Recipe, Shape
+from turbocompile.recipe.presets import PRESETS, VARIANTS, tiny_preset
+from turbocompile.recipe.schema import Recipe, Shape
 from turbocompile.wan import source as sources
-from turbocompile.wan.configs import PRESETS, VARIANTS, tiny_preset
 from turbocompile.wan.source import open_source
 
 

@@ -11,12 +11,12 @@ from diffusers import AutoencoderKLWan, DiffusionPipeline, WanTransformer3DModel
 from PIL import Image
 
 import turbocompile
-from turbocompile.build import optimize_recipe, recorded_shape
+from turbocompile.build.compile import optimize_recipe, recorded_shape
 from turbocompile.errors import EngineError, RecipeError, TurbocompileError, UnsupportedError
-from turbocompile.generate import generate, record_inputs
-from turbocompile.recipe import Recipe, Shape
-from turbocompile.recording import read_inputs
-from turbocompile.wan.configs import Geometry, published_vae, vae_strides
+from turbocompile.numerics.recording import read_inputs
+from turbocompile.recipe.presets import Geometry, published_vae, vae_strides
+from turbocompile.recipe.schema import Recipe, Shape
+from turbocompile.video.session import generate, record_inputs
 from turbocompile.wan.source import open_source
 
 pytestmark = pytest.mark.filterwarnings("ignore:rcm is for rCM-distilled")
@@ -212,7 +212,7 @@ def test_a_changed_preset_gets_a_vae_of_its_channels():
 
 
 def test_a_decoder_of_other_strides_than_its_configuration_is_caught(pipeline, tmp_path, monkeypatch):
-    from turbocompile import generate as module
+    from turbocompile.video import session as module
 
     folder = pipeline()
     optimize_recipe(recipe(folder), tmp_path / "engine")

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 
 from turbocompile.errors import UnsupportedError
-from turbocompile.recipe import RCM_MID_STEPS as MID_STEPS
+from turbocompile.recipe.schema import RCM_MID_STEPS as MID_STEPS
 from turbocompile.sampling import (
     LOW_NOISE,
     TRAIN_TIMESTEPS,

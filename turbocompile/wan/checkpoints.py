@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from turbocompile.errors import EngineError
-from turbocompile.kernels.quantize import dequantize
+from turbocompile.ir.weights import BLOCK, TensorSource
+from turbocompile.kernels.quantize.quantize import dequantize
 from turbocompile.wan.leftovers import IRRELEVANT, is_lora, refusal
 from turbocompile.wan.scaled import ScaledTensors
-from turbocompile.weights import BLOCK, TensorSource
 
 PREFIXES = ("net.", "net_ema.", "model.", "diffusion_model.", "module.", "transformer.")
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from turbocompile.errors import EngineError, UnsupportedError
-from turbocompile.wan.configs import Preset
+from turbocompile.recipe.presets import Preset
 from turbocompile.wan.leftovers import refusal
 from turbocompile.wan.stored import WIDE, StoredWeights
 from turbocompile.wan.tensors import Spec, synthetic

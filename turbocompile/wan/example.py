@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from turbocompile.errors import RecipeError
-from turbocompile.recipe import Recipe
-from turbocompile.wan.configs import VARIANTS, Preset, tiny_preset
+from turbocompile.recipe.presets import VARIANTS, Preset, tiny_preset
+from turbocompile.recipe.schema import Recipe
 from turbocompile.wan.source import Source, open_source
 from turbocompile.wan.tensors import SINGLE
 

@@ -19,17 +19,8 @@ import torch
 from torch import nn
 
 from turbocompile.errors import EngineError, RecipeError, UnsupportedError
-from turbocompile.recipe import HUB_ID, Recipe, Shape
-from turbocompile.wan.checkpoints import CheckpointTensors, infer_config
-from turbocompile.wan.components import (
-    Components,
-    FolderComponents,
-    NoComponents,
-    SyntheticComponents,
-    read_index,
-    read_json,
-)
-from turbocompile.wan.configs import (
+from turbocompile.ir.weights import TensorSource
+from turbocompile.recipe.presets import (
     HUB_PRESETS,
     PRESETS,
     TEXT_TOKENS,
@@ -44,9 +35,18 @@ from turbocompile.wan.configs import (
     wrong_field,
     wrong_latents,
 )
+from turbocompile.recipe.schema import HUB_ID, Recipe, Shape
+from turbocompile.wan.checkpoints import CheckpointTensors, infer_config
+from turbocompile.wan.components import (
+    Components,
+    FolderComponents,
+    NoComponents,
+    SyntheticComponents,
+    read_index,
+    read_json,
+)
 from turbocompile.wan.leftovers import refusal
 from turbocompile.wan.tensors import SyntheticTensors, checkpoint_file, gguf_refusal, safetensors_folder
-from turbocompile.weights import TensorSource
 
 CLIP_TOKENS = 257  # image tokens of the CLIP encoder that Wan2.1 I2V was trained with: 16 x 16 patches and the class
 BOUNDARY = {"i2v": 0.9, "t2v": 0.875}  # of Wan2.2's two experts, in units of the 1000 training timesteps

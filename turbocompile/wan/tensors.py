@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from turbocompile.errors import EngineError, TurbocompileError, UnsupportedError
-from turbocompile.kernels.quantize import dequantize
-from turbocompile.weights import TensorSource
+from turbocompile.ir.weights import TensorSource
+from turbocompile.kernels.quantize.quantize import dequantize
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 

@@ -1,0 +1,1 @@
+"""Quantized and sparse attention, and what prepares its operands."""

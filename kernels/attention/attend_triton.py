@@ -1,0 +1,302 @@
+"""The main kernel of the quantized attentions, dense or over lists of key blocks, for any GPU, and its launcher.
+
+A program has block_m rows of one head; c = q_scale k_scale scale log2 e of its rows and the key block at hand:
+
+    s = q8 k8^T (int32, exact),  t = max_j s,  m' = max(m, t c),  p = 2^((s - t) c + (t c - m') + offset)
+    l = l 2^(m - m') + sum p,    o = o 2^(m - m') + round(p) v8,    result  o / l v_scale
+
+s - t is exact, so the largest weight is 2^offset whatever the size of the scores: no overflow, and l is never zero.
+Each block's product with v8 is added in float32: tensor cores add products of e4m3 with some 13 bits and cut the rest
+off. One sum over 32,760 keys of a v with mean 1 came out 30% short on a Hopper card.
+
+offset is 8.807 for pv "fp8" and 0 for "fp16". q is quantized where it is loaded, one scale for block_m rows. The linear
+branch of SLA is added last: (phi(q) phi_sum / z) folded + bias, z = phi(q) . phi_sum + 1e-5.
+
+attend_gluon.py has the same for Hopper.
+"""
+
+# mypy: allow-untyped-defs
+# (the arguments of a jit function have types of Triton's)
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+from turbocompile.kernels._common import FUSED, check
+from turbocompile.kernels.attention.prepare_triton import (
+    LOG2E,
+    ROUND,
+    Keys,
+    Prepared,
+    _exp2,
+    _features,
+    _product,
+    prepare,
+    strides,
+)
+
+try:
+    from turbocompile.kernels.attention import attend_gluon
+except ImportError:  # a Triton without Gluon, or with another one: the portable kernel runs everywhere
+    attend_gluon = None  # type: ignore[assignment]
+
+OFFSET = tl.constexpr(8.807)  # log2(448), rounded down: the largest weight becomes e4m3's largest value
+
+
+@triton.jit(do_not_specialize=["length", "keys", "num_heads", "group", "num_k", "topk"])
+def _attend_portable(
+    q, out, k_tiles, v_tiles, k_scale, v_scale, lut, folded, phi_sum, bias,
+    q_b, q_l, q_h, o_b, o_l, o_h,
+    length, keys, num_heads, group, num_k, topk, scale,
+    HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SPARSE: tl.constexpr, LINEAR: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr, FP8: tl.constexpr,
+    MAP: tl.constexpr, FTZ: tl.constexpr,
+):  # fmt: skip
+    """BM rows of one head. SPARSE: lut (BH, M, topk) names the key blocks. LINEAR: adds the linear branch."""
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    b = head // num_heads
+    h = head % num_heads
+    kv_head = b * (num_heads // group) + h // group
+    d = tl.arange(0, D)
+    row = tile * BM + tl.arange(0, BM)
+    inside = (row < length)[:, None] & (d < HEAD)[None, :]
+    q_at = q + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h + row.to(tl.int64)[:, None] * q_l + d[None, :]
+    x = tl.load(q_at, mask=inside, other=0.0).to(tl.float32)
+    amax = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-7)
+    q8 = (x * (127.0 / amax) + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+    unit = amax / 127.0 * scale * LOG2E
+    high = tl.full([BM], float("-inf"), tl.float32)
+    norm = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, D], tl.float32)
+    first = kv_head * num_k
+    line = lut + (head * tl.num_programs(0) + tile).to(tl.int64) * topk
+    if SPARSE:
+        count = topk
+    elif CAUSAL:
+        count = tl.minimum(tl.cdiv((tile + 1) * BM, BN), num_k)
+    else:
+        count = num_k
+    for j in range(count):
+        if SPARSE:
+            index = tl.load(line + j)
+        else:
+            index = j
+        k = k_tiles.load([(first + index) * BN, 0])
+        s = tl.dot(q8, k.T)
+        c = tl.load(k_scale + first + index) * unit
+        col = index * BN + tl.arange(0, BN)
+        if CAUSAL:
+            seen = (col[None, :] <= row[:, None]) & (col < keys)[None, :]
+            s = tl.where(seen, s, -2100000)  # below every score: 127^2 D = 2064512 for D = 128
+        elif RAGGED and index == num_k - 1:
+            s = tl.where((col < keys)[None, :], s, -2100000)
+        top = tl.max(s, 1)
+        peak = _product(top.to(tl.float32), c, FTZ)
+        new = tl.maximum(high, peak)
+        alpha = _exp2(high - new, FTZ)
+        if FP8:
+            shift = peak - new + OFFSET
+        else:
+            shift = peak - new
+        p = _exp2((s - top[:, None]).to(tl.float32) * c + shift[:, None], FTZ)
+        # a small c brings the masked scores near the real ones: their weights are set, not hoped for
+        if CAUSAL:
+            p = tl.where(seen, p, 0.0)
+        elif RAGGED and index == num_k - 1:
+            p = tl.where((col < keys)[None, :], p, 0.0)
+        norm = norm * alpha + tl.sum(p, 1)
+        if FP8:
+            v = v_tiles.load([(first + index) * D, 0])
+            part = tl.dot(p.to(v.dtype), v.T)
+        else:
+            v = v_tiles.load([(first + index) * BN, 0])
+            part = tl.dot(p.to(v.dtype), v)
+        acc = tl.fma(
+            acc, tl.broadcast_to(alpha[:, None], acc.shape), part
+        )  # a sum would become the dot's third operand
+        high = new
+    acc = acc * (1.0 / norm)[:, None] * tl.load(v_scale + kv_head * D + d)[None, :]
+    if LINEAR:
+        x = tl.load(q_at, mask=inside, other=0.0).to(tl.float32)
+        e, s = _features(x, d < HEAD, HEAD, D, MAP, FTZ)
+        e = e * tl.load(phi_sum + head * D + d)[None, :]
+        z = tl.sum(e, 1) + 1e-5 * s
+        g = tl.load(folded + head.to(tl.int64) * D * D + d[:, None] * D + d[None, :])
+        acc = tl.dot((e * (1.0 / z)[:, None]).to(g.dtype), g, acc)
+        acc += tl.load(bias + d, mask=d < HEAD, other=0.0).to(tl.float32)[None, :]
+    o_at = out + b.to(tl.int64) * o_b + h.to(tl.int64) * o_h + row.to(tl.int64)[:, None] * o_l + d[None, :]
+    tl.store(o_at, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True)
+class AttendConfig:
+    """How the main kernel is launched."""
+
+    path: str  # "hopper" | "portable"
+    block_m: int = 64  # rows a program, where no list of blocks says so; "hopper" always has 64, and 4 warps
+    warps: int = 4
+    stages: int = 2
+    registers: int | None = None  # a thread may use at most
+
+
+# The declared sets: a saved choice is one of these. At most 168 registers let three programs share a multiprocessor,
+# which hides each one's softmax behind the others' products: without the limit 15% slower.
+HOPPER_CONFIGS = (
+    AttendConfig("hopper", stages=2, registers=168),
+    AttendConfig("hopper", stages=4, registers=168),  # 64-key blocks: the ring then holds the linear branch's state
+    AttendConfig("hopper", stages=2, registers=160),
+)
+PORTABLE_CONFIGS = (
+    AttendConfig("portable", 64, 4, 3),
+    AttendConfig("portable", 64, 4, 2),
+    AttendConfig("portable", 128, 8, 3),
+    AttendConfig("portable", 128, 8, 2),
+)
+LARGE_SHARED = 160 << 10  # bytes a multiprocessor: less (8.6, 8.9, 12.0 have 100 KiB) holds two stages, not three
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory of a multiprocessor."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+
+
+def product_format(device: torch.device, pv: str) -> str:
+    """What pv "fp8" runs as: "fp16", which is more exact, on GPUs without e4m3 (before compute capability 8.9)."""
+    return "fp16" if device.type == "cuda" and _capability(device) < (8, 9) else pv
+
+
+SAGE_BLOCKS = (64, 128)  # rows of q (unless block_m has more) and of k that share a scale; 128 were 15% faster than 64
+_CHOICES: dict[str, AttendConfig] = {}  # what an engine was built with
+
+
+def choice_key(device: torch.device, pv: str, block_k: int, block_q: int = 64) -> str:
+    """What a choice is kept under: the card, the format it computes in, the blocks."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{card}: {product_format(device, pv)} blocks {block_q}x{block_k}"
+
+
+def restore(choices: Mapping[str, Mapping[str, Any]]) -> None:
+    """Takes choices (`choice_key` to a configuration's fields) into this process, in the place of the defaults.
+
+    ValueError for a configuration that is not declared.
+    """
+    read = {}
+    for name, fields in choices.items():
+        matches = [c for c in (*HOPPER_CONFIGS, *PORTABLE_CONFIGS) if asdict(c) == dict(fields)]
+        check(bool(matches), f"{name!r} names no declared configuration of the attention: {dict(fields)}")
+        read[name] = matches[0]
+    _CHOICES.update(read)
+
+
+def forget() -> None:
+    """Back to the defaults."""
+    _CHOICES.clear()
+
+
+def chosen_config(device: torch.device, pv: str, block_k: int, block_q: int = 64) -> AttendConfig:
+    """What was restored for a device, the operands' format and the blocks; else the default."""
+    kept = _CHOICES.get(choice_key(device, pv, block_k, block_q)) if _CHOICES else None
+    if kept is None or (kept.path == "hopper" and attend_gluon is None):
+        return default_config(device, pv, block_k, block_q)
+    return kept
+
+
+def default_config(device: torch.device, pv: str, block_k: int, block_q: int = 64) -> AttendConfig:
+    """The configuration for a device, the operands' format and the blocks; no other size matters."""
+    if device.type == "cuda" and attend_gluon is not None and pv == "fp8" and _capability(device)[0] == 9:
+        return HOPPER_CONFIGS[1] if block_k == 64 else HOPPER_CONFIGS[0]
+    large = device.type != "cuda" or shared_memory(device) >= LARGE_SHARED
+    return PORTABLE_CONFIGS[(2 if block_q == 128 else 0) + (not large)]
+
+
+def attend(
+    q: torch.Tensor,
+    kv: Prepared,
+    keys: int,
+    scale: float,
+    config: AttendConfig,
+    *,
+    kv_heads: int,
+    is_causal: bool = False,
+    lut: torch.Tensor | None = None,
+    block_q: int = 64,
+    bias: torch.Tensor | None = None,
+    feature_map: str = "softmax",
+) -> torch.Tensor:
+    """Main kernel: q (B, L, H, D) -> (B, L, H, D) contiguous; keys is the number of tokens that kv holds.
+
+    lut (B H, ceil(L / block_q), topk) int32: block-sparse. bias (D,): adds the linear branch (kv prepared with weight).
+    """
+    batch, length, heads, head_dim = q.shape
+    d, n, block_k = kv.k8.shape[-1], kv.k8.shape[1], kv.block_k
+    sparse, linear = lut is not None, bias is not None
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k_flat, v_flat = kv.k8.view(-1, d), kv.v8.view(-1, kv.v8.shape[-1])
+    tail = (
+        kv.phi_sum if linear else q, bias if linear else q, *strides(q), *strides(out), length, keys, heads,
+        heads // kv_heads, n, lut.shape[-1] if lut is not None else 0, scale,
+    )  # fmt: skip
+    flags = {
+        "HEAD": head_dim, "D": d, "BN": block_k, "SPARSE": sparse, "LINEAR": linear, "CAUSAL": is_causal,
+        "RAGGED": keys % block_k != 0, "MAP": feature_map,
+    }  # fmt: skip
+    registers = {} if config.registers is None else {"maxnreg": config.registers}
+    lists = lut if lut is not None else q
+    if config.path == "hopper":
+        if not kv.permuted:
+            raise ValueError("the Hopper kernel reads V in operand order: prepare with permute=True")
+        g = kv.folded if kv.folded is not None else torch.empty((d, d), dtype=q.dtype, device=q.device)
+        attend_gluon.launch(
+            q, out, k_flat, v_flat, kv.k_scale, kv.v_scale, lists, g.view(-1, d), tail, flags,
+            share=block_q // 64 if sparse else 1, stages=config.stages, registers=registers,
+        )  # fmt: skip
+        return out
+    if kv.permuted:
+        raise ValueError("the portable kernel reads V in token order: prepare with permute=False")
+    bm = block_q if sparse else config.block_m
+    if is_causal and bm > block_k:
+        raise ValueError(
+            f"{bm} causal rows a program need blocks of as many keys: each row has to see one of each block"
+        )
+    _attend_portable[(triton.cdiv(length, bm), batch * heads)](
+        q, out, TensorDescriptor.from_tensor(k_flat, [block_k, d]),
+        TensorDescriptor.from_tensor(v_flat, list(kv.v8.shape[-2:])), kv.k_scale, kv.v_scale,
+        lists, kv.folded if kv.folded is not None else q, *tail,
+        BM=bm, FP8=kv.v8.dtype != torch.float16, FTZ=q.is_cuda, **flags,
+        **FUSED, num_warps=config.warps, num_stages=config.stages, **registers,
+    )  # fmt: skip
+    return out
+
+
+def sage_forward(
+    q: torch.Tensor,
+    k: torch.Tensor | Keys,
+    v: torch.Tensor,
+    scale: float,
+    is_causal: bool,
+    pv: str,
+    config: AttendConfig | None = None,
+    block_k: int = SAGE_BLOCKS[1],
+) -> torch.Tensor:
+    """q (B, Lq, H, D), k and v (B, Lk, Hkv, D), bf16 or fp16, D <= 128, H % Hkv == 0, scale >= 0 -> (B, Lq, H, D).
+
+    One INT8 scale for each 64 (or block_m) rows of q and block_k rows of k, which may come quantized.
+    """
+    pv = product_format(q.device, pv)
+    config = config or chosen_config(q.device, pv, block_k)
+    kv = prepare(k, v, block_k, pv=pv, permute=config.path == "hopper")
+    return attend(q, kv, v.shape[1], scale, config, kv_heads=v.shape[2], is_causal=is_causal)

@@ -1,0 +1,498 @@
+"""SLA's trainable path in 16 bits, nothing quantized: forward and backward.
+
+Products are of the inputs' bf16 or fp16, sums float32 and each in one order: results are the same in every run.
+Backward, with ks = sum phi(k), G = phi(k)^T v W^T = ks folded, z = phi(q) . ks + 1e-5, i = 1 / z, y = dO G^T and
+a = (phi(q) . y) i = (linear output) . dO:
+
+    linear, q   dphi(q) = y i - a i ks;  X = (phi(q) i)^T dO;  d ks = -sum a i phi(q);  db = sum dO
+    linear, k   dKV = X W;  dW = sum_heads X^T KV;  dphi(k) = v dKV^T + d ks;  dv += phi(k) dKV
+    phi         softmax: dx = phi (dphi - phi . dphi);  elu + 1: dx = dphi min(phi, 1);  relu: dx = dphi [x > 0]
+    sparse      delta = O_s . dO = (O - b) . dO - a;  P = 2^(s - lse);  dS = P (dO v^T - delta)
+                dq = scale dS (k - mean k);  dk = scale dS^T q;  dv = P^T dO
+
+No gradient runs through the block map. The backward pass computes the map and the linear branch's state anew, and lse
+with dq: between the passes only the operands and the result are kept.
+"""
+
+# mypy: allow-untyped-defs
+# (the arguments of a jit function have types of Triton's)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from turbocompile.kernels._common import FUSED
+from turbocompile.kernels.attention.attend_triton import LARGE_SHARED, shared_memory
+from turbocompile.kernels.attention.prepare_triton import (
+    LOG2E,
+    TINY,
+    _exp2,
+    _features,
+    padded,
+    splits_of,
+    strides,
+    summarize,
+)
+from turbocompile.kernels.attention.sla_triton import select_blocks
+
+
+@triton.jit(do_not_specialize=["length", "num_heads"])
+def _pool(
+    k, mean, pooled, k_b, k_l, k_h, length, num_heads,
+    HEAD: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Mean of each block of k - mean."""
+    block = tl.program_id(0)
+    head = tl.program_id(1)
+    b = (head // num_heads).to(tl.int64)
+    h = (head % num_heads).to(tl.int64)
+    d = tl.arange(0, D)
+    t = block * BLOCK + tl.arange(0, BLOCK)
+    valid = (t < length)[:, None] & (d < HEAD)[None, :]
+    x = tl.load(k + b * k_b + h * k_h + t.to(tl.int64)[:, None] * k_l + d[None, :], mask=valid, other=0.0)
+    x = tl.where(valid, x.to(tl.float32) - tl.load(mean + head * D + d)[None, :], 0.0)
+    rows = tl.minimum(length - block * BLOCK, BLOCK)
+    tl.store(
+        pooled + (head * tl.num_programs(0) + block).to(tl.int64) * D + d,
+        (tl.sum(x, 0) / rows).to(pooled.dtype.element_ty),
+    )
+
+
+@triton.jit(do_not_specialize=["length", "num_heads", "num_k", "topk"])
+def _forward(
+    q, k, v, out, lut, folded, phi_sum, bias,
+    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, o_b, o_l, o_h,
+    length, num_heads, num_k, topk, scale,
+    HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RAGGED: tl.constexpr, MAP: tl.constexpr,
+    FTZ: tl.constexpr,
+):  # fmt: skip
+    """One block of queries over its list of key blocks, and the linear branch."""
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    b = (head // num_heads).to(tl.int64)
+    h = (head % num_heads).to(tl.int64)
+    d = tl.arange(0, D)
+    row = tile * BM + tl.arange(0, BM)
+    col = tl.arange(0, BN)
+    inside = (row < length)[:, None] & (d < HEAD)[None, :]
+    x = tl.load(q + b * q_b + h * q_h + row.to(tl.int64)[:, None] * q_l + d[None, :], mask=inside, other=0.0)
+    k += b * k_b + h * k_h
+    v += b * v_b + h * v_h
+    high = tl.full([BM], float("-inf"), tl.float32)
+    norm = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, D], tl.float32)
+    line = lut + (head * tl.num_programs(0) + tile).to(tl.int64) * topk
+    c = scale * LOG2E
+    for j in range(topk):
+        index = tl.load(line + j)
+        t = index * BN + col
+        valid = (t < length)[:, None] & (d < HEAD)[None, :]
+        kt = tl.load(k + t.to(tl.int64)[:, None] * k_l + d[None, :], mask=valid, other=0.0)
+        s = tl.dot(x, kt.T)
+        if RAGGED and index == num_k - 1:
+            s = tl.where((t < length)[None, :], s, float("-inf"))
+        new = tl.maximum(high, tl.max(s, 1))
+        p = _exp2((s - new[:, None]) * c, FTZ)  # the difference first: it is exact where scores are near, however large
+        alpha = _exp2((high - new) * c, FTZ)
+        norm = norm * alpha + tl.sum(p, 1)
+        vt = tl.load(v + t.to(tl.int64)[:, None] * v_l + d[None, :], mask=valid, other=0.0)
+        acc = tl.dot(p.to(vt.dtype), vt, acc * alpha[:, None])
+        high = new
+    acc = acc * (1.0 / norm)[:, None]
+    e, s = _features(x.to(tl.float32), d < HEAD, HEAD, D, MAP, FTZ)
+    e = e * tl.load(phi_sum + head * D + d)[None, :]
+    z = tl.sum(e, 1) + 1e-5 * s
+    g = tl.load(folded + head.to(tl.int64) * D * D + d[:, None] * D + d[None, :])
+    acc = tl.dot((e * (1.0 / z)[:, None]).to(g.dtype), g, acc)
+    acc += tl.load(bias + d, mask=d < HEAD, other=0.0).to(tl.float32)[None, :]
+    o_at = out + b * o_b + h * o_h + row.to(tl.int64)[:, None] * o_l + d[None, :]
+    tl.store(o_at, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _through_map(x, phi, dphi, MAP: tl.constexpr):
+    """dx of phi(x) along rows."""
+    if MAP == "softmax":
+        dx = phi * (dphi - tl.sum(phi * dphi, 1)[:, None])
+    elif MAP == "elu":
+        dx = dphi * tl.minimum(phi, 1.0)  # elu + 1 is exp below zero, so it is its own slope there
+    else:
+        dx = tl.where(x > 0, dphi, 0.0)
+    return dx
+
+
+@triton.jit(do_not_specialize=["length", "num_heads", "rows_per_split"])
+def _linear_q(
+    q, out, grad, folded, phi_sum, bias, dq, delta, cross, columns,
+    q_b, q_l, q_h, o_b, o_l, o_h, g_b, g_l, g_h, dq_b, dq_l, dq_h,
+    length, num_heads, rows_per_split,
+    HEAD: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAP: tl.constexpr, FTZ: tl.constexpr,
+):  # fmt: skip
+    """Partial ks X (BH, splits, D, D), columns (BH, splits, 2, D) = d ks, db; delta (BH, L); the linear branch's dq."""
+    split = tl.program_id(0)
+    head = tl.program_id(1)
+    b = (head // num_heads).to(tl.int64)
+    h = (head % num_heads).to(tl.int64)
+    d = tl.arange(0, D)
+    r = tl.arange(0, ROWS)
+    ks = tl.load(phi_sum + head * D + d)
+    bv = tl.load(bias + d, mask=d < HEAD, other=0.0).to(tl.float32)
+    gt = tl.load(folded + head.to(tl.int64) * D * D + d[None, :] * D + d[:, None])
+    total = tl.zeros([D, D], tl.float32)
+    dsum = tl.zeros([16, D], tl.float32)
+    dbias = tl.zeros([16, D], tl.float32)
+    start = split * rows_per_split
+    stop = tl.minimum(start + rows_per_split, length)
+    for at in range(start, stop, ROWS):
+        row = at + r
+        real = row < stop
+        inside = real[:, None] & (d < HEAD)[None, :]
+        row64 = row.to(tl.int64)[:, None]
+        x = tl.load(q + b * q_b + h * q_h + row64 * q_l + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        o = tl.load(out + b * o_b + h * o_h + row64 * o_l + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        do = tl.load(grad + b * g_b + h * g_h + row64 * g_l + d[None, :], mask=inside, other=0.0)
+        e, s = _features(x, d < HEAD, HEAD, D, MAP, FTZ)
+        phi = e * tl.where(real, 1.0 / s, 0.0)[:, None]
+        inv = 1.0 / (tl.sum(phi * ks[None, :], 1) + 1e-5)
+        y = tl.dot(do, gt) * ks[None, :]
+        dof = do.to(tl.float32)
+        inner = tl.sum(phi * y, 1) * inv  # linear output . dO
+        tl.store(delta + head.to(tl.int64) * length + row, tl.sum((o - bv[None, :]) * dof, 1) - inner, mask=real)
+        dl = tl.where(real, -inner * inv, 0.0)
+        dphi = y * inv[:, None] + dl[:, None] * ks[None, :]
+        dx = _through_map(x, phi, dphi, MAP)
+        tl.store(dq + b * dq_b + h * dq_h + row64 * dq_l + d[None, :], dx.to(dq.dtype.element_ty), mask=inside)
+        dsum += tl.sum(tl.reshape(dl[:, None] * phi, [ROWS // 16, 16, D]), 0)
+        dbias += tl.sum(tl.reshape(dof, [ROWS // 16, 16, D]), 0)
+        share = phi * ks[None, :] * inv[:, None]  # at most 1: fits 16 bits whatever the length
+        total = tl.dot(tl.trans(share.to(do.dtype)), do, total)
+    part = (head * tl.num_programs(0) + split).to(tl.int64)
+    tl.store(cross + part * D * D + d[:, None] * D + d[None, :], total)
+    tl.store(columns + part * 2 * D + d, tl.sum(dsum, 0))
+    tl.store(columns + part * 2 * D + D + d, tl.sum(dbias, 0))
+
+
+@triton.jit(do_not_specialize=["length", "num_heads", "num_k", "topk"])
+def _grad_q(
+    q, k, v, grad, lse, delta, lut, k_mean, dq,
+    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, g_b, g_l, g_h, dq_b, dq_l, dq_h,
+    length, num_heads, num_k, topk, scale,
+    HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RAGGED: tl.constexpr, FTZ: tl.constexpr,
+):  # fmt: skip
+    """dq += scale dS (k - mean k) over the listed blocks, dS = P (dO v^T - delta); lse, the base-2 log of P's sums.
+
+    P is normalized last, as in the forward pass: no pass of its own for lse, and nothing of it kept between the two.
+    Rows of dS sum to zero, but not once rounded: without the mean, that error times mean k would reach dq.
+    """
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    b = (head // num_heads).to(tl.int64)
+    h = (head % num_heads).to(tl.int64)
+    d = tl.arange(0, D)
+    row = tile * BM + tl.arange(0, BM)
+    col = tl.arange(0, BN)
+    row64 = row.to(tl.int64)[:, None]
+    inside = (row < length)[:, None] & (d < HEAD)[None, :]
+    x = tl.load(q + b * q_b + h * q_h + row64 * q_l + d[None, :], mask=inside, other=0.0)
+    do = tl.load(grad + b * g_b + h * g_h + row64 * g_l + d[None, :], mask=inside, other=0.0)
+    de = tl.load(delta + head.to(tl.int64) * length + row, mask=row < length, other=0.0)
+    k += b * k_b + h * k_h
+    v += b * v_b + h * v_h
+    high = tl.full([BM], float("-inf"), tl.float32)
+    norm = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, D], tl.float32)
+    rest = tl.zeros([BM], tl.float32)
+    line = lut + (head * tl.num_programs(0) + tile).to(tl.int64) * topk
+    c = scale * LOG2E
+    for j in range(topk):
+        index = tl.load(line + j)
+        t = index * BN + col
+        valid = (t < length)[:, None] & (d < HEAD)[None, :]
+        kt = tl.load(k + t.to(tl.int64)[:, None] * k_l + d[None, :], mask=valid, other=0.0)
+        vt = tl.load(v + t.to(tl.int64)[:, None] * v_l + d[None, :], mask=valid, other=0.0)
+        s = tl.dot(x, kt.T)
+        if RAGGED and index == num_k - 1:
+            s = tl.where((t < length)[None, :], s, float("-inf"))
+        new = tl.maximum(high, tl.max(s, 1))
+        p = _exp2((s - new[:, None]) * c, FTZ)
+        alpha = _exp2((high - new) * c, FTZ)
+        norm = norm * alpha + tl.sum(p, 1)
+        ds = (p * (tl.dot(do, vt.T) - de[:, None])).to(kt.dtype)
+        rest = rest * alpha + tl.sum(ds.to(tl.float32), 1)
+        acc = tl.dot(ds, kt, acc * alpha[:, None])
+        high = new
+    tl.store(lse + head.to(tl.int64) * length + row, high * c + tl.log2(norm), mask=row < length)
+    at = dq + b * dq_b + h * dq_h + row64 * dq_l + d[None, :]
+    acc -= rest[:, None] * tl.load(k_mean + head * D + d)[None, :]
+    acc = acc * (scale / norm)[:, None] + tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(at, acc.to(dq.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["length", "num_heads", "num_q"])
+def _grad_kv(
+    q, k, v, grad, lse, delta, back, counts, dkv, unit, dsum, dk, dv,
+    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, g_b, g_l, g_h, dk_b, dk_l, dk_h, dv_b, dv_l, dv_h,
+    length, num_heads, num_q, scale,
+    HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr,
+    FTZ: tl.constexpr,
+):  # fmt: skip
+    """dk, dv of one block of keys over the blocks of queries that listed it; then the linear branch's share."""
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    b = (head // num_heads).to(tl.int64)
+    h = (head % num_heads).to(tl.int64)
+    d = tl.arange(0, D)
+    t = tile * BN + tl.arange(0, BN)
+    r = tl.arange(0, BM)
+    t64 = t.to(tl.int64)[:, None]
+    inside = (t < length)[:, None] & (d < HEAD)[None, :]
+    kt = tl.load(k + b * k_b + h * k_h + t64 * k_l + d[None, :], mask=inside, other=0.0)
+    vt = tl.load(v + b * v_b + h * v_h + t64 * v_l + d[None, :], mask=inside, other=0.0)
+    q += b * q_b + h * q_h
+    grad += b * g_b + h * g_h
+    lse += head.to(tl.int64) * length
+    delta += head.to(tl.int64) * length
+    place = (head * tl.num_programs(0) + tile).to(tl.int64)
+    acc_k = tl.zeros([BN, D], tl.float32)
+    acc_v = tl.zeros([BN, D], tl.float32)
+    c = scale * LOG2E
+    for j in range(tl.load(counts + place)):
+        row = tl.load(back + place * num_q + j) * BM + r
+        valid = (row < length)[:, None] & (d < HEAD)[None, :]
+        x = tl.load(q + row.to(tl.int64)[:, None] * q_l + d[None, :], mask=valid, other=0.0)
+        do = tl.load(grad + row.to(tl.int64)[:, None] * g_l + d[None, :], mask=valid, other=0.0)
+        ls = tl.load(lse + row, mask=row < length, other=float("inf"))
+        de = tl.load(delta + row, mask=row < length, other=0.0)
+        p = _exp2(tl.minimum(tl.dot(kt, x.T) * c - ls[None, :], 0.0), FTZ)
+        acc_v = tl.dot(p.to(do.dtype), do, acc_v)
+        ds = p * (tl.dot(vt, do.T) - de[None, :])
+        acc_k = tl.dot(ds.to(x.dtype), x, acc_k)
+    kf = kt.to(tl.float32)
+    e, s = _features(kf, d < HEAD, HEAD, D, MAP, FTZ)
+    phi = e * (1.0 / s)[:, None]
+    state = tl.load(dkv + head.to(tl.int64) * D * D + d[:, None] * D + d[None, :])
+    size = tl.load(unit + head)
+    dphi = tl.dot(vt, state.T) * size + tl.load(dsum + head * D + d)[None, :]
+    acc_k = acc_k * scale + _through_map(kf, phi, dphi, MAP)
+    acc_v += tl.dot(phi.to(state.dtype), state) * size
+    tl.store(dk + b * dk_b + h * dk_h + t64 * dk_l + d[None, :], acc_k.to(dk.dtype.element_ty), mask=inside)
+    tl.store(dv + b * dv_b + h * dv_h + t64 * dv_l + d[None, :], acc_v.to(dv.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_q", "num_k"])
+def _invert(keep, back, counts, num_q, num_k, WIDTH: tl.constexpr):
+    """Blocks of queries that listed one block of keys, ascending."""
+    n = tl.program_id(0)
+    head = tl.program_id(1)
+    m = tl.arange(0, WIDTH)
+    kept = tl.load(keep + head.to(tl.int64) * num_q * num_k + m * num_k + n, mask=m < num_q, other=0).to(tl.int32)
+    place = (head * num_k + n).to(tl.int64)
+    tl.store(back + place * num_q + tl.cumsum(kept, 0) - 1, m, mask=kept != 0)
+    tl.store(counts + place, tl.sum(kept, 0))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Warps and stages of the kernels that loop over lists."""
+
+    forward: tuple[int, int] = (4, 2)
+    grad_q: tuple[int, int] = (4, 2)
+    grad_kv: tuple[int, int] = (4, 2)  # 8 warps took 1.8 times as long
+    wide: tuple[int, int] = (8, 2)  # all three where block_q or block_k is 128
+
+
+# The declared set; a GPU with under 160 KiB of shared memory takes the last.
+TRAIN_CONFIGS = (
+    TrainConfig(),
+    TrainConfig(forward=(4, 3)),
+    TrainConfig(forward=(4, 1), grad_q=(4, 1), grad_kv=(4, 1), wide=(8, 1)),
+)
+
+
+@dataclass(frozen=True)
+class _State:
+    """What both passes compute of the operands."""
+
+    lut: torch.Tensor  # (BH, M, count) int32
+    folded: torch.Tensor  # (BH, d, d) phi(k)^T v W^T / phi_sum, dtype of q
+    phi_sum: torch.Tensor  # (BH, d) float32
+    k_mean: torch.Tensor  # (BH, d) float32
+    products: torch.Tensor  # (BH, d, d) float32, KV = phi(k)^T v
+    weight: torch.Tensor  # (d, d) float32, W padded with zeros
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How the operands are cut and what each query block reads."""
+
+    count: int  # key blocks a query block reads
+    block_q: int
+    block_k: int
+    feature_map: str
+
+
+def default_train_config(device: torch.device) -> TrainConfig:
+    """The configuration for a device."""
+    large = device.type != "cuda" or shared_memory(device) >= LARGE_SHARED
+    return TRAIN_CONFIGS[0 if large else -1]
+
+
+def _launch(pair: tuple[int, int]) -> dict[str, int]:
+    return {"num_warps": pair[0], "num_stages": pair[1], **FUSED}
+
+
+def _state(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    proj_weight: torch.Tensor,
+    blocks: Blocks,
+    lut: torch.Tensor | None,
+) -> _State:
+    batch, length, heads, head_dim = q.shape
+    d, bh, n = padded(head_dim), batch * heads, triton.cdiv(length, blocks.block_k)
+    columns, partial = summarize(k, v, blocks.feature_map)
+    products, sums = partial.sum(1), columns.sum(1)
+    phi_sum, k_mean = sums[:, 2].contiguous(), sums[:, 0] / length
+    weight = torch.zeros((d, d), dtype=torch.float32, device=q.device)
+    weight[:head_dim, :head_dim] = proj_weight
+    folded = ((products / phi_sum.clamp(min=TINY.value)[:, :, None]) @ weight.T).to(q.dtype)
+    if lut is None:
+        pooled = torch.empty((bh, n, d), dtype=q.dtype, device=q.device)
+        _pool[(n, bh)](
+            k, k_mean, pooled, *strides(k), length, heads, HEAD=head_dim, D=d, BLOCK=blocks.block_k,
+            **FUSED, num_warps=4,
+        )  # fmt: skip
+        lut = select_blocks(q, pooled, blocks.count, blocks.block_q)
+    return _State(lut, folded, phi_sum, k_mean, products, weight)
+
+
+def sla_train_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor,
+    blocks: Blocks,
+    config: TrainConfig | None = None,
+    lut: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q, k, v (B, L, H, D) bf16 or fp16 -> (result (B, L, H, D), lut (BH, M, count) int32). A lut given is used."""
+    config = config or default_train_config(q.device)
+    batch, length, heads, head_dim = q.shape
+    state = _state(q, k, v, proj_weight, blocks, lut)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    wide = max(blocks.block_q, blocks.block_k) > 64
+    _forward[(triton.cdiv(length, blocks.block_q), batch * heads)](
+        q, k, v, out, state.lut, state.folded, state.phi_sum, proj_bias, *strides(q), *strides(k), *strides(v),
+        *strides(out), length, heads, triton.cdiv(length, blocks.block_k), state.lut.shape[-1], head_dim**-0.5,
+        HEAD=head_dim, D=state.folded.shape[-1], BM=blocks.block_q, BN=blocks.block_k,
+        RAGGED=length % blocks.block_k != 0, MAP=blocks.feature_map, FTZ=q.is_cuda,
+        **_launch(config.wide if wide else config.forward),
+    )  # fmt: skip
+    return out, state.lut
+
+
+def sla_train_backward(
+    grad: torch.Tensor,
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    proj_weight: torch.Tensor,
+    proj_bias: torch.Tensor,
+    blocks: Blocks,
+    config: TrainConfig | None = None,
+    lut: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v (B, L, H, D), of proj_weight (D, D) and proj_bias (D,), the last two float32.
+
+    grad, out: the result's gradient and the result. A lut given must be the forward's.
+    """
+    config = config or default_train_config(q.device)
+    state = _state(q, k, v, proj_weight, blocks, lut)
+    dq, delta, cross, sums = _linear_backward(grad, out, q, proj_bias, state, blocks.feature_map)
+    head_dim = q.shape[-1]
+    dweight = (cross.transpose(1, 2) @ state.products).sum(0)[:head_dim, :head_dim]
+    lse = _sparse_grad_q(grad, q, k, v, delta, state, blocks, config, dq)
+    dk, dv = _grads_of_keys(grad, q, k, v, lse, delta, state, blocks, config, cross @ state.weight, sums[:, 0])
+    return dq, dk, dv, dweight, sums[:, 1].sum(0)[:head_dim]
+
+
+def _linear_backward(
+    grad: torch.Tensor, out: torch.Tensor, q: torch.Tensor, proj_bias: torch.Tensor, state: _State, feature_map: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The linear branch's dq (B, L, H, D), delta (BH, L), X (BH, d, d), and d ks, db (BH, 2, d)."""
+    batch, length, heads, head_dim = q.shape
+    d, bh, rows, dev = state.folded.shape[-1], batch * heads, 32, q.device
+    splits, per = splits_of(length, bh, dev, rows)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=dev)
+    delta = torch.empty((bh, length), dtype=torch.float32, device=dev)
+    cross = torch.empty((bh, splits, d, d), dtype=torch.float32, device=dev)
+    columns = torch.empty((bh, splits, 2, d), dtype=torch.float32, device=dev)
+    _linear_q[(splits, bh)](
+        q, out, grad, state.folded, state.phi_sum, proj_bias, dq, delta, cross, columns,
+        *strides(q), *strides(out), *strides(grad), *strides(dq), length, heads, per,
+        HEAD=head_dim, D=d, ROWS=rows, MAP=feature_map, FTZ=q.is_cuda, **FUSED, num_warps=8, num_stages=1,
+    )  # fmt: skip
+    return dq, delta, cross.sum(1) / state.phi_sum.clamp(min=TINY.value)[:, :, None], columns.sum(1)
+
+
+def _sparse_grad_q(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    delta: torch.Tensor,
+    state: _State,
+    blocks: Blocks,
+    config: TrainConfig,
+    dq: torch.Tensor,
+) -> torch.Tensor:
+    """Adds the sparse branch's share to dq; the base-2 logarithms of the softmax's sums, (BH, L) float32."""
+    batch, length, heads, head_dim = q.shape
+    lse = torch.empty_like(delta)
+    wide = max(blocks.block_q, blocks.block_k) > 64
+    _grad_q[(triton.cdiv(length, blocks.block_q), batch * heads)](
+        q, k, v, grad, lse, delta, state.lut, state.k_mean, dq, *strides(q), *strides(k), *strides(v), *strides(grad),
+        *strides(dq), length, heads, triton.cdiv(length, blocks.block_k), state.lut.shape[-1], head_dim**-0.5,
+        HEAD=head_dim, D=state.folded.shape[-1], BM=blocks.block_q, BN=blocks.block_k,
+        RAGGED=length % blocks.block_k != 0, FTZ=q.is_cuda, **_launch(config.wide if wide else config.grad_q),
+    )  # fmt: skip
+    return lse
+
+
+def _grads_of_keys(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    state: _State,
+    blocks: Blocks,
+    config: TrainConfig,
+    dproducts: torch.Tensor,
+    dsum: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dk and dv of both branches; dproducts (BH, d, d) = dKV, dsum (BH, d) = d ks, float32."""
+    batch, length, heads, head_dim = q.shape
+    bh, dev = batch * heads, q.device
+    m, n = triton.cdiv(length, blocks.block_q), triton.cdiv(length, blocks.block_k)
+    keep = torch.zeros((bh, m, n), dtype=torch.int8, device=dev).scatter_(2, state.lut.long(), 1)
+    back = torch.empty((bh, n, m), dtype=torch.int32, device=dev)
+    counts = torch.empty((bh, n), dtype=torch.int32, device=dev)
+    _invert[(n, bh)](keep, back, counts, m, n, WIDTH=max(64, triton.next_power_of_2(m)), **FUSED, num_warps=4)
+    unit = dproducts.abs().amax((1, 2)).clamp(min=TINY.value)  # dKV shrinks with the length: fp16 would lose it
+    dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=dev) for _ in range(2))
+    wide = max(blocks.block_q, blocks.block_k) > 64
+    _grad_kv[(n, bh)](
+        q, k, v, grad, lse, delta, back, counts, (dproducts / unit[:, None, None]).to(q.dtype), unit, dsum.contiguous(),
+        dk, dv, *strides(q), *strides(k), *strides(v), *strides(grad), *strides(dk), *strides(dv), length, heads, m,
+        head_dim**-0.5, HEAD=head_dim, D=state.folded.shape[-1], BM=blocks.block_q, BN=blocks.block_k,
+        MAP=blocks.feature_map, FTZ=q.is_cuda, **_launch(config.wide if wide else config.grad_kv),
+    )  # fmt: skip
+    return dk, dv

@@ -1,0 +1,1 @@
+"""Linears on 8-bit operands."""

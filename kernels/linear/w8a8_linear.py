@@ -1,0 +1,185 @@
+"""Linear of 8-bit activations and weights.
+
+    int8, fp8    y = round((data weight^T) * scale * weight_scale^T + bias)
+    int8_block   acc = sum over kb of float(I_kb) * (scale[mb, kb] * weight_scale[nb, kb])
+                 y = round(round(acc) + bias)
+
+data (..., K), weight (N, K), both int8 or both float8_e4m3fn. int8, fp8: one float32 scale a row of data (..., 1) and
+of weight (N, 1); the sum is exact (int8) or float32 (fp8). int8_block, TurboDiffusion's: float32 scales of 128 x 128
+tiles, where data is seen as (M, K) and a tile may span batch items; I_kb, the int32 sum over 128 of K, is exact; the
+two scales are multiplied first; kb runs upwards; the bias is added in `dtype`, a second rounding. K is a multiple of
+128 there, and N of 8, as in every layer of Wan. bias (N,) or None. y (..., N) in `dtype`, contiguous. For dtype
+float64 all that is float32 above is float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from turbocompile.kernels._common import check, compute_dtype, register, register_kernel, runs_triton
+from turbocompile.kernels.quantize.quantize import BLOCK, FORMATS, blocks, check_format, spread
+
+# |a b| <= 2^14 for int8: sums of 1,024 products fit the 24 bits of a float32, so a float32 matmul that deep is exact.
+EXACT_DEPTH = 1024
+ALIGNED = 16  # bytes: what a tensor descriptor asks of addresses and strides, and a vector load of K
+ROWS = 1024  # of data at a time, to bound the reference's memory; a multiple of BLOCK
+
+
+def reference(
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    format: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """(..., N) in dtype. ValueError where shapes, dtypes and format do not fit each other."""
+    _check(data, scale, weight, weight_scale, bias, format)
+    compute = compute_dtype(dtype)
+    tiled = format == "int8_block"
+    rows, scales = data.reshape(-1, data.shape[-1]), scale if tiled else scale.reshape(-1, 1)
+    values = weight.to(torch.float32 if weight.dtype == torch.int8 else compute)
+    y = torch.empty(rows.shape[0], weight.shape[0], dtype=dtype, device=data.device)
+    for start in range(0, rows.shape[0], ROWS):
+        part = rows[start : start + ROWS].to(values.dtype)
+        if tiled:
+            total = _tiled(part, scales[start // BLOCK :], values, weight_scale, compute).to(dtype)
+            total = total if bias is None else total + bias.to(dtype)
+        else:
+            total = _product(part, values, exact=format == "int8").to(compute)
+            total = total * scales[start : start + ROWS].to(compute) * weight_scale.T.to(compute)
+            total = total if bias is None else total + bias.to(compute)
+        y[start : start + ROWS] = total.to(dtype)
+    return y.reshape(*data.shape[:-1], weight.shape[0])
+
+
+def _product(rows: torch.Tensor, weight: torch.Tensor, exact: bool) -> torch.Tensor:
+    """rows (M, K) times weight (N, K) transposed; `exact`: of integers, as float64 where float32 is too short."""
+    k = rows.shape[1]
+    if not exact or k <= EXACT_DEPTH:
+        return rows @ weight.T
+    total = torch.zeros(rows.shape[0], weight.shape[0], dtype=torch.float64, device=rows.device)
+    for start in range(0, k, EXACT_DEPTH):
+        total += rows[:, start : start + EXACT_DEPTH] @ weight[:, start : start + EXACT_DEPTH].T
+    return total
+
+
+def _tiled(
+    rows: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, compute: torch.dtype
+) -> torch.Tensor:
+    """The int8_block sum (M, N) of rows (M, K) and the scales of their tiles, in the dtype `compute`."""
+    m, n = rows.shape[0], weight.shape[0]
+    total = torch.zeros(m, n, dtype=compute, device=rows.device)
+    for kb in range(blocks(rows.shape[1])):
+        columns = slice(kb * BLOCK, (kb + 1) * BLOCK)
+        a, b = (s[:, kb].to(compute).repeat_interleave(BLOCK)[:size] for s, size in ((scale, m), (weight_scale, n)))
+        total += (rows[:, columns] @ weight[:, columns].T).to(compute) * (a[:, None] * b)
+    return total
+
+
+def _check(
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    format: str,
+) -> None:
+    check_format(format)
+    check(
+        data.dtype == weight.dtype == FORMATS[format],
+        f"w8a8_linear: {format} does not fit {data.dtype} data and {weight.dtype} weights",
+    )
+    check(weight.ndim == 2, f"w8a8_linear: the weight is (N, K), and has {weight.ndim} dimensions")
+    m, (n, k) = data.shape[:-1].numel(), weight.shape
+    check(data.shape[-1] == k, f"w8a8_linear: data of {data.shape[-1]} channels, weight of {k}")
+    check(bias is None or tuple(bias.shape) == (n,), f"w8a8_linear: the bias does not have {n} elements")
+    if format == "int8_block":
+        check(
+            k % BLOCK == 0 and n % 8 == 0,
+            f"w8a8_linear: int8_block needs K % 128 == 0 and N % 8 == 0, and the weight is {list(weight.shape)}",
+        )
+        expected: tuple[tuple[int, ...], ...] = ((blocks(m), blocks(k)), (blocks(n), blocks(k)))
+    else:
+        expected = ((*data.shape[:-1], 1), (n, 1))
+    for name, given, shape in zip(("scale", "weight_scale"), (scale, weight_scale), expected, strict=True):
+        check(
+            tuple(given.shape) == shape, f"w8a8_linear: {name} is {list(given.shape)}, and {format} needs {list(shape)}"
+        )
+
+
+def _fake(
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    format: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    _check(data, scale, weight, weight_scale, bias, format)
+    return data.new_empty((*data.shape[:-1], weight.shape[0]), dtype=dtype)
+
+
+w8a8_linear = register(
+    "w8a8_linear",
+    "(Tensor data, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, str format, "
+    "ScalarType dtype) -> Tensor",
+    reference,
+    _fake,
+)
+
+
+def has_kernel(
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    format: str,
+    dtype: torch.dtype,
+) -> bool:
+    """Whether the GPU kernels compute these operands: the dtypes and K of linear_triton.py, on a card of the format.
+
+    What does not fit each other is for the reference, or the kernel's launch, to refuse.
+    """
+    if format not in FORMATS or weight.ndim != 2:
+        return False
+    others = [t for t in (scale, weight, weight_scale, bias) if t is not None]
+    if not (all(t.device == data.device for t in others) and runs_triton(data.device)):
+        return False
+    from turbocompile.kernels import linear_triton  # here: a machine without a GPU may lack Triton
+
+    return linear_triton.takes(format, dtype, weight.shape[1], data.device)
+
+
+register_kernel(w8a8_linear, reference, has_kernel, "linear_choice.launch_chosen")
+
+
+def _decomposition(
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    format: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """One matmul: of the 8-bit values, or for int8_block of the dequantized ones: the same sum in another order."""
+    compute = compute_dtype(dtype)
+    if format == "int8_block":
+        rows = data.reshape(-1, data.shape[-1])
+        x = rows.to(compute) * spread(scale.to(compute), *rows.shape)
+        w = weight.to(compute) * spread(weight_scale.to(compute), *weight.shape)
+        y = (x @ w.T).reshape(*data.shape[:-1], weight.shape[0]).to(dtype)
+        return y if bias is None else y + bias.to(dtype)
+    y = torch.matmul(data.to(compute), weight.to(compute).T) * scale.to(compute) * weight_scale.T.to(compute)
+    return (y if bias is None else y + bias.to(compute)).to(dtype)
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
+    """The op in aten, as one floating matmul."""
+    return {w8a8_linear: _decomposition}

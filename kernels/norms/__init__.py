@@ -1,0 +1,1 @@
+"""Norms, alone and with what precedes and follows them: modulation, residual, quantization."""

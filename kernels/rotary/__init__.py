@@ -1,0 +1,1 @@
+"""Rotary embeddings, alone and with the norm of queries and keys."""

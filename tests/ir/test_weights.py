@@ -1,0 +1,160 @@
+"""Weight expressions: shapes, values, names, and shards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from turbocompile.kernels.quantize.quantize import dequantize, quantize
+
+from turbocompile.errors import EngineError
+from turbocompile.ir.serialize import expr_from_json, expr_json
+from turbocompile.ir.weights import (
+    AddLora,
+    Cast,
+    Cat,
+    Constant,
+    Dequantize,
+    Emission,
+    Evaluator,
+    Load,
+    Mul,
+    Permute,
+    Quantize,
+    Reshape,
+    Slice,
+    Zeros,
+    emitted_name,
+    is_relative,
+    leaves,
+    nbytes,
+    stacked,
+    write_shards,
+)
+
+F32 = torch.float32
+
+
+class Table:
+    """Tensors by name; counts how often each is read."""
+
+    def __init__(self, **tensors):
+        self.tensors, self.reads = tensors, []
+
+    def keys(self):
+        return self.tensors
+
+    def spec(self, name):
+        return tuple(self.tensors[name].shape), self.tensors[name].dtype
+
+    def get(self, name):
+        self.reads.append(name)
+        return self.tensors[name]
+
+
+def load(name, *shape, dtype=F32):
+    return Load(name, shape, dtype)
+
+
+@pytest.fixture
+def table():
+    torch.manual_seed(0)
+    return Table(
+        q=torch.randn(6, 8),
+        k=torch.randn(4, 8),
+        a=torch.randn(2, 8),
+        b=torch.randn(6, 2),
+        **{"blocks.1.w": torch.randn(6, 8)},
+    )
+
+
+def test_every_expression_has_the_shape_dtype_and_value_it_says(table):
+    q, k = table.tensors["q"], table.tensors["k"]
+    constant = torch.arange(3.0)
+    evaluate = Evaluator(table, {"c": constant})
+    x = load("q", 6, 8)
+    # float32 throughout, one operation each: equal to the bit.
+    for expr, value in [
+        (x, q),
+        (load("q", 6, 8, dtype=torch.bfloat16), q.bfloat16()),
+        (Constant("c", (3,), F32), constant),
+        (Zeros((2, 3), torch.float16), torch.zeros(2, 3, dtype=torch.float16)),
+        (Reshape(x, (3, 16)), q.reshape(3, 16)),
+        (Cast(x, torch.float16), q.half()),
+        (Permute(x, (1, 0)), q.T),
+        (Slice(x, 0, 2, 5), q[2:5]),
+        (Cat((x, load("k", 4, 8)), 0), torch.cat([q, k])),
+        (Mul(x, 0.5), q * 0.5),
+        (Mul(x, Slice(x, 0, 0, 1)), q * q[:1]),
+        (AddLora(x, load("a", 2, 8), load("b", 6, 2), 0.5), q + 0.5 * (table.tensors["b"] @ table.tensors["a"])),
+    ]:
+        found = evaluate(expr)
+        assert tuple(expr.shape) == tuple(value.shape) == tuple(found.shape)
+        assert expr.dtype == value.dtype == found.dtype
+        assert torch.equal(found, value)
+        assert nbytes(expr) == value.nbytes
+        assert expr_from_json(expr_json(expr)) == expr
+
+
+@pytest.mark.parametrize("format", ["int8", "int8_block", "fp8"])
+def test_quantized_parts_are_those_of_the_kernel_and_read_their_operand_once(format):
+    table = Table(w=torch.randn(256, 128))
+    evaluate = Evaluator(table, {})
+    w = load("w", 256, 128)
+    data, scale = Quantize(w, format, "data"), Quantize(w, format, "scale")
+    expected = quantize(table.tensors["w"], format)
+    for expr, value in zip((data, scale), expected, strict=True):
+        found = evaluate(expr)
+        assert tuple(expr.shape) == tuple(found.shape)
+        assert expr.dtype == found.dtype
+        assert torch.equal(found.view(torch.uint8), value.contiguous().view(torch.uint8))
+    assert table.reads == ["w"]
+    back = evaluate(Dequantize(data, scale, format, F32))
+    assert torch.equal(back, dequantize(*expected, format, F32))
+
+
+def test_relative_names_take_the_prefix_of_the_call(table):
+    expr = load(".w", 6, 8)
+    assert is_relative(Cat((expr, load("q", 6, 8)), 0))
+    assert not is_relative(load("q", 6, 8))
+    assert torch.equal(Evaluator(table, {})(expr, "blocks.1."), table.tensors["blocks.1.w"])
+    assert emitted_name(False, "blocks", "w", expr, "blocks.1.") == "blocks.1.w"
+    assert emitted_name(False, "blocks", "w", load("q", 6, 8), "blocks.1.") == "q"
+    assert emitted_name(False, "blocks", "w", Constant("c", (3,), F32), "blocks.1.") == "constants.c"
+    assert [leaf.name for leaf in leaves(AddLora(expr, load("a", 2, 8), load("b", 6, 2), 1.0))] == [".w", "a", "b"]
+
+
+def test_the_tensors_whose_rows_a_weight_holds_are_known_in_their_order():
+    q, k = load("q", 6, 8), load("k", 4, 8)
+    merged = AddLora(Cast(k, torch.float64), load("a", 2, 8), load("b", 4, 2), 1.0)
+    assert stacked(Quantize(Cat((Mul(q, 2.0), merged), 0), "int8", "data")) == [q, k]
+    data = load("d", 6, 8, dtype=torch.int8)
+    assert stacked(Cast(Dequantize(data, load("s", 6, 1), "int8", F32), torch.bfloat16)) == [data]
+    for other in (Slice(q, 0, 0, 3), Cat((q, q), 1), Cat((q, Permute(q, (0, 1))), 0), Zeros((6, 8), F32)):
+        assert stacked(other) == []
+
+
+def test_a_checkpoint_of_another_model_is_named(table):
+    with pytest.raises(EngineError, match="no tensor 'v'"):
+        Evaluator(table, {})(load("v", 1))
+    with pytest.raises(EngineError, match=r"'q' has shape \[6, 8\], and the model's \[8, 8\]"):
+        Evaluator(table, {})(load("q", 8, 8))
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=8), limit=st.integers(16, 400))
+def test_shards_hold_every_tensor_once_whatever_their_size(tmp_path_factory, sizes, limit):
+    folder = tmp_path_factory.mktemp("shards")
+    table = Table(**{f"t{i}": torch.randn(n) for i, n in enumerate(sizes)})
+    plan = {f"t{i}": Emission(load(f"t{i}", n), "") for i, n in enumerate(sizes)}
+    seen = []
+    names = write_shards(plan, Evaluator(table, {}), folder, "weights", lambda *p: seen.append(p), limit)
+    found = {}
+    for name in names:
+        shard = load_file(folder / name)
+        assert not set(shard) & set(found)
+        found |= shard
+    assert {k: v.tolist() for k, v in found.items()} == {k: v.tolist() for k, v in table.tensors.items()}
+    assert seen[-1] == (4 * sum(sizes), 4 * sum(sizes))

@@ -1,0 +1,1 @@
+"""A module and a call become a Program."""

@@ -1,0 +1,5 @@
+"""What a user may ask for: the fields of a recipe, checked, and resolved once."""
+
+from turbocompile.recipe.schema import Recipe, load_recipe, reference
+
+__all__ = ["Recipe", "load_recipe", "reference"]

@@ -1,0 +1,1 @@
+"""Normal form, the matcher, and the pipeline that runs the passes."""

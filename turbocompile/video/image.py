@@ -1,0 +1,65 @@
+"""Image-to-video: what the transformer is given of the first frame.
+
+Wan's I2V transformers take 36 channels: 16 of noise, a mask of 4 (which pixel frames of a latent frame are given) and
+16 of the latent of [image, black frames]. Wan2.1's take CLIP tokens of the image besides. With another VAE the mask has
+as many channels as a latent frame has frames, and the latent those of the VAE.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from turbocompile.recipe.presets import Geometry, vae_strides
+from turbocompile.video import vae as wan_vae
+
+
+def adaptive_size(image_height: int, image_width: int, area: int, geometry: Geometry | None = None) -> tuple[int, int]:
+    """Height and width that keep the image's aspect ratio at about the given area in pixels.
+
+    They are multiples of what a token has of pixels: of 16, or what the geometry says.
+    """
+    made = geometry or Geometry()
+    ratio = image_height / image_width
+    rows, columns = (made.spatial * patch for patch in made.patch[1:])
+    height = round(math.sqrt(area * ratio) / rows) * rows
+    width = round(math.sqrt(area / ratio) / columns) * columns
+    return max(height, rows), max(width, columns)
+
+
+def image_tensor(image: Any, height: int, width: int) -> torch.Tensor:
+    """(1, 3, height, width) in [-1, 1] of a PIL image, stretched to the size (bilinear, antialiased, on bytes)."""
+    import numpy as np
+
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).unsqueeze(0).contiguous()
+    resized = functional.interpolate(pixels, (height, width), mode="bilinear", antialias=True, align_corners=False)
+    return resized.float() / 127.5 - 1.0
+
+
+@torch.no_grad()
+def image_condition(vae: Any, image: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """The channels beside the noise, (B, 20, T, H / 8, W / 8) in float32: mask of 4, then the image's latent of 16.
+
+    image: (B, 3, H, W) in [-1, 1]; num_frames: 4k + 1 pixel frames. The frames after the first are zeros, as they
+    were in training; the mask is 1 on the first latent frame. 4, 8 and 16 are those of Wan2.1's VAE.
+    """
+    batch, channels, height, width = image.shape
+    frames = image.new_zeros(batch, channels, num_frames, height, width)
+    frames[:, :, 0] = image
+    latent = wan_vae.encode(vae, frames)
+    _, temporal = vae_strides(vae.config)
+    mask = latent.new_zeros(batch, temporal, *latent.shape[2:])
+    mask[:, :, 0] = 1.0
+    return torch.cat([mask, latent], dim=1)
+
+
+@torch.no_grad()
+def image_embeddings(image_encoder: Any, image_processor: Any, image: Any) -> torch.Tensor:
+    """The CLIP tokens (1, tokens, image_dim) of a PIL image: the hidden state before the encoder's last layer."""
+    parameter = next(image_encoder.parameters())
+    pixels = image_processor(images=image, return_tensors="pt")["pixel_values"]
+    output = image_encoder(pixels.to(parameter.device, parameter.dtype), output_hidden_states=True)
+    return output.hidden_states[-2]
