@@ -15,12 +15,10 @@ from typing import Any
 from torch import fx
 from turbocompile.kernels import ops
 
+from turbocompile.ir.attention_ops import BHLD, BLHD
 from turbocompile.ir.program import SHELL, dtype, module_path, shape
 from turbocompile.ir.weights import RELATIVE, Expr, Load, Zeros
-from turbocompile.report.attentions import because
 from turbocompile.rewrite.attention_sites import (
-    BHLD,
-    BLHD,
     Operands,
     are_of_same_tokens,
     operands,
@@ -28,6 +26,7 @@ from turbocompile.rewrite.attention_sites import (
     reshaped,
     softmax_attentions,
 )
+from turbocompile.rewrite.facts import decided
 from turbocompile.rewrite.match import Match, Pass, rewrite
 
 PROJECTION = "proj_l"  # the name that the checkpoints of SLA models share
@@ -105,7 +104,7 @@ def sparse(m: Match) -> fx.Node | str:
     o = m.options
     blocks = (float(o.get("topk", 0.1)), int(o.get("block_q", 128)), int(o.get("block_k", 64)))
     attended = m.op(ops.sla_attention, q, k, v, weight, bias, *blocks, "softmax", "none")
-    return reshaped(m, permuted(m, because(m, attended, why), BLHD, BHLD), shape(m.root))
+    return reshaped(m, permuted(m, decided(attended, m.site, why), BLHD, BHLD), shape(m.root))
 
 
-PASS = Pass("sla", "semantic", [sparse], section="attention")
+PASS = Pass("sla", "semantic", [sparse], section="attention", quiet=True)

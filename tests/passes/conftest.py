@@ -17,7 +17,8 @@ from turbocompile.ir.printer import print_program
 from turbocompile.ir.program import SHELL, Program
 from turbocompile.ir.weights import Evaluator, ModuleTensors, emitted_name
 from turbocompile.rewrite.normalize import normalize
-from turbocompile.rewrite.pipeline import PASSES, PassResult, load_pass, run_passes
+from turbocompile.rewrite.pipeline import PASSES, load_pass, run_passes
+from turbocompile.rewrite.results import PassResult
 
 HERE = Path(__file__).parent
 

@@ -12,9 +12,11 @@ from torch import nn
 from turbocompile.build.compile import compile_programs
 from turbocompile.capture.export import capture
 from turbocompile.errors import EngineError
+from turbocompile.ir.graph_view import CALL, INPUT, GraphView, read_views
 from turbocompile.ir.weights import ModuleTensors
 from turbocompile.recipe.schema import Recipe
-from turbocompile.rewrite.lineage import CALL, INPUT, GraphView, begin, follow, graph_views, read_views
+from turbocompile.rewrite.facts import facts
+from turbocompile.rewrite.lineage import begin, follow, graph_views
 from turbocompile.rewrite.match import Pass, op, rewrite, variables
 from turbocompile.rewrite.normalize import normalize
 from turbocompile.rewrite.pipeline import run_passes
@@ -160,7 +162,7 @@ def test_following_asks_nothing_of_nodes_that_were_never_marked():
     nodes = [n for n in program.shell.graph.nodes if n.op == "call_function"]
     follow("p", nodes[:1], [(nodes[0], nodes[0])])
     begin(program)
-    assert all(n.meta["origins"] == {n.name} for n in nodes)
+    assert all(facts(n).origins == {n.name} for n in nodes)
 
 
 # ---------------------------------------------------------------------------------------------------------------- data

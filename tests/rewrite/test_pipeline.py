@@ -13,7 +13,9 @@ from turbocompile.ir.program import is_op
 from turbocompile.ir.weights import Load
 from turbocompile.rewrite.match import Pass, op, rewrite, variables
 from turbocompile.rewrite.normalize import normalize
-from turbocompile.rewrite.pipeline import PASSES, load_pass, ordered, run_pass, run_passes, sort
+from turbocompile.rewrite.pipeline import PASSES, load_pass, ordered, run_passes
+from turbocompile.rewrite.results import Judgement, Verdict
+from turbocompile.rewrite.run_pass import run_pass, sort
 
 aten = torch.ops.aten
 x, y = variables("x y")
@@ -166,7 +168,7 @@ def test_equal_new_nodes_are_merged_and_both_sites_point_to_the_one():
 def test_a_vetoed_site_keeps_its_name_and_tells_why():
     made = program()
     result = run_pass(made, Pass("p", "exact", [to_tanh]), {}, {"blocks:#2": "over its budget"})
-    assert result.skipped == [("blocks:#2", "over its budget", 4)]
+    assert result.skipped == (("blocks:#2", "over its budget", 4),)
     assert result.rewritten == 5
     assert names(made.graphs["blocks"]).count("gelu") == 1
 
@@ -283,20 +285,20 @@ class Recorder:
     def __init__(self, bad):
         self.bad, self.calls = bad, []
 
-    def before(self, program, pass_):
-        self.calls.append(pass_.name)
-
     def after(self, program, before, result):
+        self.calls.append(result.name)
         assert sum("gelu" in names(sub) for sub in before.graphs.values()) == 2
-        result.error = {"rel_l1": 0.0}
-        return {r.site: "relative L1 0.5" for r in result.rewrites if r.site in self.bad}
+        refused = {r.site: "relative L1 0.5" for r in result.rewrites if r.site in self.bad}
+        return Judgement(Verdict(error={"rel_l1": 0.0}, site_errors=dict.fromkeys(refused, (0.5, 0.1))), refused)
 
 
 def test_a_site_that_the_verifier_refuses_is_left_alone():
     made = program()
     verifier = Recorder({"blocks:"})
     (result,) = run_passes(made, {}, "cpu", verifier, passes=[Pass("p", "quantizing", [to_tanh])])
-    assert result.skipped == [("blocks:", "relative L1 0.5", 4)]
+    assert result.skipped == (("blocks:", "relative L1 0.5", 4),)
+    assert result.site_errors == {"blocks:": (0.5, 0.1)}
+    assert result.vetoed == {"blocks:": "relative L1 0.5"}
     assert (result.sites, result.rewritten) == (9, 5)
     assert names(made.graphs["blocks"]).count("gelu") == 1
     assert names(made.shell) == ["tanh"]
@@ -307,7 +309,7 @@ def test_a_site_that_the_verifier_refuses_is_left_alone():
 def test_a_verifier_that_refuses_what_was_left_alone_is_an_error():
     class Stubborn(Recorder):
         def after(self, program, before, result):
-            return {"shell:act": "no"}
+            return Judgement(refused={"shell:act": "no"})
 
     with pytest.raises(TurbocompileError, match="vetoed and rewritten again"):
         run_passes(program(), {}, "cpu", Stubborn(set()), passes=[Pass("p", "quantizing", [to_tanh])])

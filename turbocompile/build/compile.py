@@ -28,11 +28,13 @@ from turbocompile.runtime.engine import Engine, module_entry, new_folder, seal, 
 from turbocompile.errors import CaptureError, EngineError, RecipeError, VerificationError
 from turbocompile.hardware import AttentionChoice, target_of
 from turbocompile.capture.isolation import compiling
-from turbocompile.rewrite.lineage import GraphView, begin, graph_views
+from turbocompile.ir.graph_view import GraphView
+from turbocompile.rewrite.lineage import begin, graph_views
 from turbocompile.rewrite.normalize import leave, normalize
 from turbocompile.numerics.original import NOT_COMPARED, Comparison, Original
 from turbocompile.passes.w8a8 import chosen_format
-from turbocompile.rewrite.pipeline import PASSES, PassResult, load_pass, run_passes
+from turbocompile.rewrite.pipeline import run_passes, story
+from turbocompile.rewrite.results import Judgement, PassResult
 from turbocompile.files import check_folder
 from turbocompile.ir.printer import print_program
 from turbocompile.ir.program import SHELL, Program, Signature, is_op
@@ -120,12 +122,9 @@ class _Recorder:
     def __init__(self, printed: dict[str, str]) -> None:
         self.printed = printed
 
-    def before(self, program: Program, pass_: Any) -> None:
-        """Nothing: only what comes out is printed."""
-
-    def after(self, program: Program, before: Program, result: PassResult) -> dict[str, str]:
+    def after(self, program: Program, before: Program, result: PassResult) -> Judgement:
         self.printed[result.name] = print_program(program)
-        return {}
+        return Judgement()
 
 
 Vetoes = dict[str, dict[str, str]]  # pass -> site -> why it stays as it was
@@ -208,17 +207,15 @@ def compile_programs(
     warned |= dict.fromkeys(found.warnings())
     done = _rewrite_all(name, found, source, options, target, inputs, stages)
     warned |= dict.fromkeys(done.warned)
-    for result in done.results:
-        measured = next((r for r in done.judged if r.name == result.name), None)
-        if measured is not None:
-            result.error, result.error_output = measured.error, measured.error_output
-            result.error_reason, result.site_errors = measured.error_reason, measured.site_errors
-        if result.name == "w8a8" and calibrated.sites:
-            result.layers, result.inputs = calibrated.sites, calibrated.inputs
-            result.error = calibrated.worst_quantized() or result.error
+    verdicts = {r.name: r.verdict for r in done.judged}
+    if "w8a8" in verdicts and calibrated.sites:
+        measured = verdicts["w8a8"]
+        error = calibrated.worst_quantized() or measured.error
+        verdicts["w8a8"] = replace(measured, layers=calibrated.sites, inputs=calibrated.inputs, error=error)
+    results = [r.with_verdict(verdicts.get(r.name, r.verdict)) for r in done.results]
     programs = done.programs
     plan, constants = weight_plan(programs), merged_constants(programs)
-    return Compiled(name, programs, done.results, done.printed, done.views, plan, constants, source, list(warned))
+    return Compiled(name, programs, results, done.printed, done.views, plan, constants, source, list(warned))
 
 
 def _as_captured(
@@ -434,10 +431,9 @@ def _attention_choices(
 ) -> dict[str, AttentionChoice]:
     """What `auto` makes of each attention at the engine's shapes: what the small twin has to be, to be a measure."""
     copies = [program.copy() for program in programs.values()]
-    passes = [load_pass(name) for name in PASSES[: PASSES.index("attention") + 1]]
     with _collected():
         for program in copies:
-            run_passes(program, options, target, passes=passes)
+            run_passes(program, options, target, passes=story("attention"))
     return chosen(copies)
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import fx
 
 from turbocompile.ir.program import SHELL, Program, Subgraph, is_op
+from turbocompile.ir.site_errors import LayerError, SiteError, finite, ranges
 from turbocompile.ir.weights import Evaluator, Quantize, TensorSource, WithVectors
 from turbocompile.kernels import ops
-from turbocompile.numerics.layers import LayerError, SiteError, finite, ranges
 from turbocompile.numerics.smoothing import NO_HELP, Scale, alphas_of, best_scale
 from turbocompile.numerics.verifier import (
     CPU,
@@ -31,7 +31,8 @@ from turbocompile.numerics.verifier import (
     is_float64,
     worst,
 )
-from turbocompile.rewrite.pipeline import PASSES, load_pass, run_pass, run_passes
+from turbocompile.rewrite.pipeline import load_pass, run_passes, story
+from turbocompile.rewrite.run_pass import run_pass
 from turbocompile.rewrite.scale_folding import Fold, fold_of
 
 MAX_KINDS = 4  # graphs that one kind of block may become: each is compiled, tuned and read by a person
@@ -192,7 +193,7 @@ def before_smooth(program: Program, options: Mapping[str, Mapping[str, Any]], ta
     made = program.copy()
     attention = dict(options.get("attention", {}))
     attention |= {"pv": "none", "kind": "native" if attention.get("kind") == "sage" else attention.get("kind", "auto")}
-    passes = [load_pass(name) for name in PASSES[: PASSES.index("smooth")]]
+    passes = story("smooth")[:-1]
     run_passes(made, {**options, "attention": attention}, target, passes=passes)
     return made
 

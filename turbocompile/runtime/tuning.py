@@ -19,11 +19,11 @@ import torch
 
 from turbocompile.cache import cache_path, keep_json
 from turbocompile.errors import EngineError, UnsupportedError
+from turbocompile.ir.attention_ops import SAGE, SLA
 from turbocompile.ir.cost import arguments
 from turbocompile.ir.program import Program, is_op
 from turbocompile.ir.reading import Unreadable, plain, table
 from turbocompile.kernels import ops
-from turbocompile.rewrite.attention_sites import SAGE, SLA
 
 if TYPE_CHECKING:
     from turbocompile.runtime.engine import Engine
