@@ -29,8 +29,8 @@ NOT_ASKED = "calibration did not ask for it"
 
 @rewrite(candidates=all_linears, count=held)
 def smooth(m: Match) -> dict[fx.Node, fx.Node] | str:
-    if m.site not in m.options.get("smoothed", ()):
-        return str(m.options.get("unsmoothed", {}).get(m.site, NOT_ASKED))
+    if m.site not in m.options.smoothed:
+        return m.options.unsmoothed.get(m.site, NOT_ASKED)
     fold = fold_of(m.root, m.sub)
     if isinstance(fold, str):
         return fold

@@ -41,6 +41,7 @@ from turbocompile.ir.weights import (
     is_relative,
 )
 from turbocompile.kernels import ops
+from turbocompile.recipe.options import CompileOptions, PassOptions
 from turbocompile.rewrite.attention_sites import SAGE, SLA
 from turbocompile.rewrite.match import arguments, default_eps
 
@@ -57,10 +58,7 @@ EXACT = 1e-5  # the floor in float32, of the largest true value: a few dozen rou
 STEP = 1 / 12  # one step of an 8-bit value, of the largest: 1 of 127, or e4m3's 32 of 448
 HALF_STEP = 1 / 64  # the mean magnitude of a quarter of the largest value, and a half of 1 / 127 of it: relative L1
 JITTERS = 3  # more inputs, a rounding apart, on which the rounding of a whole graph is measured
-# Relative L1 at the worst site; the measured values of these formats on N(0,1) inputs are 0.012 (int8, int8_block),
-# 0.037 (fp8), 0.013 (sage, FP16 PV) and 0.038 (sage, FP8 PV).
 NATIVE = "native"
-BUDGETS = {"int8": 0.02, "int8_block": 0.02, "fp8": 0.05, "sage_fp16": 0.02, "sage_fp8": 0.04}
 
 
 @dataclass(frozen=True)
@@ -145,16 +143,6 @@ def rounds_more(after: Error, before: Sequence[Error], dtype: torch.dtype) -> st
 def worst(errors: list[Error]) -> Error | None:
     """The error of the worst site, by relative L1."""
     return max(errors, key=lambda e: (e.rel_l1, e.max_rel), default=None)
-
-
-def budget_of(options: Mapping[str, Any], formats: set[str]) -> float:
-    """The relative L1 that a quantizing pass may reach at a site: the recipe's, else that of the formats used there.
-
-    What `auto` resolved to stands in the graph, not in the options; an unknown format of another's pass has the widest.
-    """
-    if options.get("budget") is not None:
-        return float(options["budget"])
-    return max((BUDGETS[f] for f in formats if f in BUDGETS), default=max(BUDGETS.values()))
 
 
 Values = dict[str, Any]
@@ -793,11 +781,11 @@ class Verifier:
         self,
         program: Program,
         evaluate: Evaluator,
-        options: Mapping[str, Mapping[str, Any]] | None = None,
+        options: CompileOptions | None = None,
         inputs: list[torch.Tensor] | None = None,
         seed: int = 0,
     ) -> None:
-        self.options = options or {}
+        self.options = options
         self.inputs = inputs or random_inputs(program, seed)
         self.weights = Weights(evaluate)
         self.learned: dict[str, Values] = {}
@@ -898,7 +886,7 @@ class Verifier:
 
     def _quantized(self, program: Program, before: Program, result: Any) -> tuple[list[Error], dict[str, str]]:
         """The errors of a quantizing pass's sites, and those that are over their budget -> by how much."""
-        options = self.options.get(result.name, {})
+        options = PassOptions(True) if self.options is None else self.options.of(result.name)
         errors: list[Error] = []
         bad: dict[str, str] = {}
         for graph, (sub, rewrites) in result.raw.items():
@@ -916,7 +904,7 @@ class Verifier:
                     continue
                 errors.append(error)
                 formats = _formats(sub, rewrite)
-                budget = budget_of(options, formats)
+                budget = options.budget(formats)
                 if formats != {NATIVE}:  # an attention that stayed in floating point is no quantized site
                     result.site_errors[rewrite.site] = (error, budget)
                 if not error.rel_l1 <= budget:

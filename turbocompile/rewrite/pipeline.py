@@ -17,6 +17,7 @@ from turbocompile.errors import RecipeError, TurbocompileError, UnsupportedError
 from turbocompile.ir.program import Program, Subgraph, drop_unread, module_path
 from turbocompile.ir.weights import Cast, is_adapted
 from turbocompile.numerics.layers import SiteError
+from turbocompile.recipe.options import CompileOptions
 from turbocompile.rewrite import lineage
 from turbocompile.rewrite.match import Match, Outcome, Pass, is_cast
 from turbocompile.rewrite.normalize import clean
@@ -142,8 +143,7 @@ def ordered(passes: Sequence[Pass], extra: Sequence[Pass] = ()) -> list[Pass]:
 
 def run_passes(
     program: Program,
-    options: Mapping[str, Mapping[str, Any]],
-    target: str,
+    options: CompileOptions,
     verifier: Verifier | None = None,
     passes: Sequence[Pass] | None = None,
     extra: Sequence[Pass] = (),
@@ -151,7 +151,7 @@ def run_passes(
 ) -> list[PassResult]:
     """Runs all passes on a normalized program, in place.
 
-    options: pass name -> its recipe options; `enabled: false` switches a pass off. target: "cpu", "sm80", ...
+    options: what each pass does.
     passes: instead of the built-in ones. extra: third-party passes, placed by what they need and provide.
     vetoes: pass name -> sites to leave alone -> why. A site where a pass fails is left alone as well: what it raises
     costs the site, not the build.
@@ -159,8 +159,7 @@ def run_passes(
     results = []
     lineage.begin(program)
     for pass_ in ordered([load_pass(n) for n in PASSES] if passes is None else passes, extra):
-        given = {**options.get(pass_.section or pass_.name, {}), "target": target}
-        result = _run_judged(program, pass_, given, verifier, dict((vetoes or {}).get(pass_.name, {})))
+        result = _run_judged(program, pass_, options.of(pass_.section or pass_.name), verifier, dict((vetoes or {}).get(pass_.name, {})))
         if (not pass_.section or result.rewrites or result.vetoed) and (not pass_.quiet or result.sites):
             results.append(result)
     for sub in program.graphs.values():
@@ -169,7 +168,7 @@ def run_passes(
 
 
 def _run_judged(
-    program: Program, pass_: Pass, options: Mapping[str, Any], verifier: Verifier | None, veto: dict[str, str]
+    program: Program, pass_: Pass, options: Any, verifier: Verifier | None, veto: dict[str, str]
 ) -> PassResult:
     """Runs one pass again and again, each time without the sites that failed or were refused."""
     refused: dict[str, tuple[Any, float]] = {}
@@ -214,7 +213,7 @@ def _store_as_read(sub: Subgraph) -> None:
 
 
 def run_pass(
-    program: Program, pass_: Pass, options: Mapping[str, Any], veto: Mapping[str, str] | None = None
+    program: Program, pass_: Pass, options: Any, veto: Mapping[str, str] | None = None
 ) -> PassResult:
     """Runs one pass over all graphs, in place; one that is left as it was captured it does not look at.
 
@@ -259,7 +258,7 @@ def _failing(pass_: Pass, sites: Sequence[str]) -> Iterator[None]:
 
 
 def _run_on_graph(
-    program: Program, graph: str, pass_: Pass, options: Mapping[str, Any], veto: Mapping[str, str], result: PassResult
+    program: Program, graph: str, pass_: Pass, options: Any, veto: Mapping[str, str], result: PassResult
 ) -> list[Rewrite]:
     sub, calls = program.graphs[graph], program.count(graph)
     sites = _Sites(graph)
@@ -320,7 +319,7 @@ def _attempt(
     site: str,
     root: fx.Node,
     rule: Any,
-    options: Mapping[str, Any],
+    options: Any,
     veto: Mapping[str, str],
 ) -> tuple[Match, Outcome]:
     made: list[fx.Node] = []  # shared by the attempts at one site, so that what a refused one made is taken away
@@ -328,7 +327,7 @@ def _attempt(
     def make(bound: dict[str, Any]) -> Match:
         return Match(root, graph, site, program, options, bound, made)
 
-    if options.get("enabled", True) is False:
+    if not options.enabled:
         return make({}), "switched off in the recipe (enabled: false)"
     if site in veto:
         return make({}), veto[site]
