@@ -24,7 +24,7 @@ from turbocompile.backends import get_backend
 from turbocompile.tools.bench import time_attentions
 from turbocompile.numerics.calibrate import Inputs, Plan, calibrate
 from turbocompile.capture.export import capture
-from turbocompile.runtime.engine import Engine, module_entry, new_folder, seal, weight_plan
+from turbocompile.runtime.engine import Engine, module_entry, new_folder, seal
 from turbocompile.errors import CaptureError, EngineError, RecipeError, VerificationError
 from turbocompile.hardware import AttentionChoice, target_of
 from turbocompile.capture.isolation import compiling
@@ -34,6 +34,7 @@ from turbocompile.numerics.original import NOT_COMPARED, Comparison, Original
 from turbocompile.passes.w8a8 import chosen_format
 from turbocompile.rewrite.pipeline import PASSES, PassResult, load_pass, run_passes
 from turbocompile.files import check_folder
+from turbocompile.ir.emit import weight_plan
 from turbocompile.ir.printer import print_program
 from turbocompile.ir.program import SHELL, Program, Signature, is_op
 from turbocompile.recipe.schema import Recipe, Shape, load_recipe
