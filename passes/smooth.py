@@ -16,6 +16,7 @@ from torch import fx
 
 from turbocompile.ir.program import dtype, is_op, shape
 from turbocompile.ir.weights import Cast, Cat, Expr, Mul, Reshape, Slice
+from turbocompile.recipe.options import W8A8Options
 from turbocompile.rewrite.attention_sites import as_norm
 from turbocompile.rewrite.facts import give_place, hand_on
 from turbocompile.rewrite.linears import all_linears, first_weight, given_weights, held
@@ -28,8 +29,10 @@ NOT_ASKED = "calibration did not ask for it"
 
 @rewrite(candidates=all_linears, count=held)
 def smooth(m: Match) -> dict[fx.Node, fx.Node] | str:
-    if m.site not in m.options.get("smoothed", ()):
-        return str(m.options.get("unsmoothed", {}).get(m.site, NOT_ASKED))
+    options: W8A8Options = m.options
+    if m.site not in options.smoothed:
+        wide = f"the linear stays wide: {options.off_reason}" if options.format == "off" else NOT_ASKED
+        return options.unsmoothed.get(m.site, wide)
     fold = fold_of(m.root, m.sub)
     if isinstance(fold, str):
         return fold

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from turbocompile.backends.triton import Runner
 
 import turbocompile
 from turbocompile.capture.export import capture
+from turbocompile.ir.emit import weight_plan
+from turbocompile.ir.execute import Runner
 from turbocompile.ir.program import SHELL
 from turbocompile.ir.weights import Constant, Evaluator, ModuleTensors
 from turbocompile.rewrite.normalize import normalize
-from turbocompile.runtime.engine import weight_plan
 
 DIM, HEADS = 32, 2
 

@@ -15,6 +15,8 @@ from turbocompile.ir.cost import node_cost
 from turbocompile.ir.program import is_op
 from turbocompile.ir.weights import Evaluator, ModuleTensors
 from turbocompile.numerics.verifier import Verifier
+from turbocompile.recipe.options import resolve
+from turbocompile.recipe.schema import Settings
 from turbocompile.report.attentions import attention_sites, chosen, untuned
 from turbocompile.rewrite import match
 from turbocompile.rewrite.facts import facts
@@ -201,8 +203,9 @@ def verified(model, kind, dtype, extra=()):
     options = {"attention": {**KINDS[kind]["attention"], "budget": 1.0}, "w8a8": {"format": "off"}}
     program = capture(model, (x,), {})
     normalize(program)
-    verifier = Verifier(program, Evaluator(ModuleTensors(model), program.constants), options)
-    return {r.name: r for r in run_passes(program, options, "sm90", verifier, passes=[*story(), *extra])}
+    resolved = resolve(Settings.from_dict({"target": "sm90", "passes": options}))
+    verifier = Verifier(program, Evaluator(ModuleTensors(model), program.constants), resolved)
+    return {r.name: r for r in run_passes(program, resolved, verifier, passes=[*story(), *extra])}
 
 
 @UNTUNED

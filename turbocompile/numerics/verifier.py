@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from turbocompile.backends.triton import place
 from turbocompile.errors import VerificationError, brief
 from turbocompile.ir.attention_ops import SAGE, SLA
+from turbocompile.ir.execute import with_device
 from turbocompile.ir.program import SHELL, Program, Subgraph, call, is_op
 from turbocompile.ir.weights import (
     AddLora,
@@ -42,6 +42,7 @@ from turbocompile.ir.weights import (
     is_relative,
 )
 from turbocompile.kernels import ops
+from turbocompile.recipe.options import CompileOptions, PassOptions
 from turbocompile.rewrite.match import arguments, default_eps
 from turbocompile.rewrite.results import Judgement, PassResult, Verdict
 
@@ -58,10 +59,7 @@ EXACT = 1e-5  # the floor in float32, of the largest true value: a few dozen rou
 STEP = 1 / 12  # one step of an 8-bit value, of the largest: 1 of 127, or e4m3's 32 of 448
 HALF_STEP = 1 / 64  # the mean magnitude of a quarter of the largest value, and a half of 1 / 127 of it: relative L1
 JITTERS = 3  # more inputs, a rounding apart, on which the rounding of a whole graph is measured
-# Relative L1 at the worst site; the measured values of these formats on N(0,1) inputs are 0.012 (int8, int8_block),
-# 0.037 (fp8), 0.013 (sage, FP16 PV) and 0.038 (sage, FP8 PV).
 NATIVE = "native"
-BUDGETS = {"int8": 0.02, "int8_block": 0.02, "fp8": 0.05, "sage_fp16": 0.02, "sage_fp8": 0.04}
 
 
 @dataclass(frozen=True)
@@ -146,16 +144,6 @@ def rounds_more(after: Error, before: Sequence[Error], dtype: torch.dtype) -> st
 def worst(errors: list[Error]) -> Error | None:
     """The error of the worst site, by relative L1."""
     return max(errors, key=lambda e: (e.rel_l1, e.max_rel), default=None)
-
-
-def budget_of(options: Mapping[str, Any], formats: set[str]) -> float:
-    """The relative L1 that a quantizing pass may reach at a site: the recipe's, else that of the formats used there.
-
-    What `auto` resolved to stands in the graph, not in the options; an unknown format of another's pass has the widest.
-    """
-    if options.get("budget") is not None:
-        return float(options["budget"])
-    return max((BUDGETS[f] for f in formats if f in BUDGETS), default=max(BUDGETS.values()))
 
 
 Values = dict[str, Any]
@@ -294,7 +282,7 @@ class Evaluation:
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if self.wide is None:
-            return node.target(*args, **place(node, kwargs, self.device))  # type: ignore[operator]
+            return node.target(*args, **with_device(node, kwargs, self.device))  # type: ignore[operator]
         constant = node in self.constant
         if is_op(node, *SAGE, *SLA):
             return _unquantized(node, fx.node.map_aggregate(args, self._widen_argument))
@@ -303,7 +291,7 @@ class Evaluation:
         args, kwargs = _with_limits(node, args, kwargs)
         widen = self._promote_argument if constant else self._widen_argument
         args, kwargs = (fx.node.map_aggregate(x, widen) for x in (args, kwargs))
-        value = node.target(*args, **place(node, kwargs, self.device))  # type: ignore[operator]
+        value = node.target(*args, **with_device(node, kwargs, self.device))  # type: ignore[operator]
         if constant:
             return self._constant(node, value)
         made = isinstance(value, torch.Tensor) and not node.all_input_nodes  # in the default type, where none is named
@@ -799,11 +787,11 @@ class Verifier:
         self,
         program: Program,
         evaluate: Evaluator,
-        options: Mapping[str, Mapping[str, Any]] | None = None,
+        options: CompileOptions | None = None,
         inputs: list[torch.Tensor] | None = None,
         seed: int = 0,
     ) -> None:
-        self.options = options or {}
+        self.options = options
         self.inputs = inputs or random_inputs(program, seed)
         self.weights = Weights(evaluate)
         self.learned: dict[str, Values] = {}
@@ -900,7 +888,7 @@ class Verifier:
         self, program: Program, before: Program, result: PassResult
     ) -> tuple[list[Error], dict[str, str], dict[str, tuple[Error, float]]]:
         """The errors of a quantizing pass's sites; those over their budget -> by how much; each (error, budget)."""
-        options = self.options.get(result.name, {})
+        options = PassOptions(True) if self.options is None else self.options.of(result.name)
         errors: list[Error] = []
         bad: dict[str, str] = {}
         site_errors: dict[str, tuple[Error, float]] = {}
@@ -919,7 +907,7 @@ class Verifier:
                     continue
                 errors.append(error)
                 formats = _formats(sub, rewrite)
-                budget = budget_of(options, formats)
+                budget = options.budget(formats)
                 if formats != {NATIVE}:  # an attention that stayed in floating point is no quantized site
                     site_errors[rewrite.site] = (error, budget)
                 if not error.rel_l1 <= budget:

@@ -270,7 +270,7 @@ class Match:
     graph: str
     site: str
     program: Program
-    options: Mapping[str, Any]
+    options: Any
     bound: Bound
     made: list[fx.Node] = field(default_factory=list)
 
@@ -450,7 +450,7 @@ class Pass:
     """
 
     name: str
-    kind: str | Callable[[Mapping[str, Any]], str]
+    kind: str | Callable[[Any], str]
     rules: Sequence[Rule]
     needs: tuple[str, ...] = ()
     provides: tuple[str, ...] = ()
@@ -461,7 +461,7 @@ class Pass:
         if not callable(self.kind):
             self._check(self.kind)
 
-    def kind_of(self, options: Mapping[str, Any]) -> str:
+    def kind_of(self, options: Any) -> str:
         """The kind under the options."""
         return self._check(self.kind(options)) if callable(self.kind) else self.kind
 

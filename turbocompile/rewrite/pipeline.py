@@ -13,6 +13,7 @@ import networkx as nx
 from turbocompile.errors import TurbocompileError
 from turbocompile.ir.program import Program, Subgraph, drop_unread
 from turbocompile.ir.weights import Cast, is_adapted
+from turbocompile.recipe.options import CompileOptions
 from turbocompile.rewrite import lineage
 from turbocompile.rewrite.match import Pass, is_cast
 from turbocompile.rewrite.results import Judge, Judgement, PassResult
@@ -131,25 +132,23 @@ def ordered(passes: Sequence[Pass], extra: Sequence[Pass] = ()) -> list[Pass]:
 
 def run_passes(
     program: Program,
-    options: Mapping[str, Mapping[str, Any]],
-    target: str,
+    options: CompileOptions,
     judge: Judge | None = None,
     passes: Sequence[Pass] | None = None,
     vetoes: Mapping[str, Mapping[str, str]] | None = None,
 ) -> list[PassResult]:
     """Runs passes on a normalized program, in place, and returns the result of each that has sites or is never quiet.
 
-    options: pass name -> its recipe options; `enabled: false` switches a pass off. target: "cpu", "sm80", ...
-    judge: measures each pass that rewrote something. passes: instead of the whole story. vetoes: pass name -> sites to
-    leave alone -> why. A site where a pass raises an error is left alone as well, so that the error costs the site and
-    not the build. Raises RecipeError and UnsupportedError as the passes do.
+    options: what each pass does. judge: measures each pass that rewrote something. passes: instead of the whole story.
+    vetoes: pass name -> sites to leave alone -> why. A site where a pass raises an error is left alone as well, so that
+    the error costs the site and not the build. Raises RecipeError and UnsupportedError as the passes do.
     """
     results = []
     lineage.begin(program)
     before = program.copy()
     for pass_ in story() if passes is None else passes:
-        given = {**options.get(pass_.section or pass_.name, {}), "target": target}
-        result = _run_judged(program, before, pass_, given, judge, dict((vetoes or {}).get(pass_.name, {})))
+        veto = dict((vetoes or {}).get(pass_.name, {}))
+        result = _run_judged(program, before, pass_, options.of(pass_.section or pass_.name), judge, veto)
         if result.rewrites:
             before = program.copy()
         if result.sites or not pass_.quiet:
@@ -163,7 +162,7 @@ def _run_judged(
     program: Program,
     before: Program,
     pass_: Pass,
-    options: Mapping[str, Any],
+    options: Any,
     judge: Judge | None,
     veto: dict[str, str],
 ) -> PassResult:

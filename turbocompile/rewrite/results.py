@@ -45,7 +45,7 @@ class PassResult:
     """What a pass did. Counts are over the whole model: a site in a block that is called n times counts n.
 
     sites: all candidates; rewritten: those of them that the pass replaced. skipped: (site, reason, count) of the
-    others. rewrites: the rewritten sites, by the names of the nodes after clean-up. seconds: the time of the pass itself.
+    others. rewrites: the rewritten sites, by the names of the nodes after clean-up. seconds: the time of the pass.
     raw: each rewritten graph before clean-up, with its rewrites by the names there; a judge measures on it, because
     clean-up may merge a site's last node into another node. vetoed: site -> reason, of the sites that a judge refused
     or where the pass raised an error. verdict: what was measured.

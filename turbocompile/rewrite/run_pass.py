@@ -35,12 +35,10 @@ class PassFailed(TurbocompileError):
 NOT_OF_A_SITE = (RecipeError, UnsupportedError, torch.OutOfMemoryError, MemoryError)
 
 
-def run_pass(
-    program: Program, pass_: Pass, options: Mapping[str, Any], veto: Mapping[str, str] | None = None
-) -> PassResult:
+def run_pass(program: Program, pass_: Pass, options: Any, veto: Mapping[str, str] | None = None) -> PassResult:
     """Runs one pass over all graphs, in place, but for the graphs that are built as they were captured.
 
-    options: of the pass, with the target. veto: sites to leave alone -> why; the site `everywhere(graph)` is the whole
+    options: of this pass. veto: sites to leave alone -> why; the site `everywhere(graph)` is the whole
     graph. Raises PassFailed where the pass raises an error; the program is then half rewritten.
     """
     started = time.perf_counter()
@@ -97,9 +95,7 @@ class Sites:
         return self.rewritten + sum(count for _, _, count in self.skipped)
 
 
-def run_on_graph(
-    program: Program, graph: str, pass_: Pass, options: Mapping[str, Any], veto: Mapping[str, str]
-) -> Sites:
+def run_on_graph(program: Program, graph: str, pass_: Pass, options: Any, veto: Mapping[str, str]) -> Sites:
     """Rewrites the sites of a pass in one graph, without clean-up. Raises PassFailed."""
     sub, calls = program.graphs[graph], program.count(graph)
     names = _Names(graph)
@@ -165,7 +161,7 @@ def _attempt(
     site: str,
     root: fx.Node,
     rule: Rule,
-    options: Mapping[str, Any],
+    options: Any,
     veto: Mapping[str, str],
 ) -> tuple[Match, Outcome]:
     made: list[fx.Node] = []  # shared by the attempts at one site, so that what a refused one made is taken away
@@ -173,7 +169,7 @@ def _attempt(
     def make(bound: dict[str, Any]) -> Match:
         return Match(root, graph, site, program, options, bound, made)
 
-    if options.get("enabled", True) is False:
+    if not options.enabled:
         return make({}), "switched off in the recipe (enabled: false)"
     if site in veto:
         return make({}), veto[site]

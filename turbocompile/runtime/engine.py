@@ -31,10 +31,10 @@ from turbocompile.errors import CaptureError, EngineError
 from turbocompile.files import MANIFEST
 from turbocompile.ir import reading
 from turbocompile.ir import signature as sig
-from turbocompile.ir.program import SHELL, Program
+from turbocompile.ir.emit import weight_plan
+from turbocompile.ir.program import Program
 from turbocompile.ir.reading import Unreadable, entry, file_name, items, table, text, texts, whole
 from turbocompile.ir.serialize import dtype_name, from_json, parse_dtype
-from turbocompile.ir.weights import Emission, absolute, emitted_name
 from turbocompile.report.report import Report
 from turbocompile.runtime.adapters import FixedWeights
 from turbocompile.runtime.cuda_graph import CudaGraph, Pool
@@ -65,31 +65,6 @@ class Config(dict[str, Any]):
             return self[name]
         except KeyError:
             raise AttributeError(f"the model's configuration has no {name!r}") from None
-
-
-def weight_plan(programs: Mapping[str, Program]) -> dict[str, Emission]:
-    """Every tensor that the Programs read, once, by its stored name.
-
-    Programs of several shapes share what is equal. Raises EngineError where two would store different values under one
-    name.
-    """
-    plan: dict[str, Emission] = {}
-    for program in programs.values():
-        for graph, sub in program.graphs.items():
-            used = {str(n.target) for n in sub.graph.nodes if n.op == "get_attr"}
-            for prefix in program.prefixes(graph):
-                for local in sorted(used):
-                    expr = sub.weights[local]
-                    name = emitted_name(graph == SHELL, graph, local, expr, prefix)
-                    known = plan.setdefault(name, Emission(expr, prefix))
-                    # a weight that blocks share is one's own and the other's by its full name
-                    if known.expr != expr and absolute(known.expr, known.prefix) != absolute(expr, prefix):
-                        raise EngineError(
-                            f"two shapes of the engine, or blocks that share it, need different values of {name!r}; "
-                            "build an engine for each shape, or untie the weights (copy.deepcopy of one)"
-                        )
-    # A quantized weight's data and scale come from one evaluation when they follow each other.
-    return dict(sorted(plan.items(), key=lambda item: item[0]))
 
 
 class Engine(FixedWeights, nn.Module):

@@ -35,7 +35,8 @@ from turbocompile.recipe.presets import (
     wrong_field,
     wrong_latents,
 )
-from turbocompile.recipe.schema import HUB_ID, Recipe, Shape
+from turbocompile.recipe.parse import HUB_ID
+from turbocompile.recipe.schema import Recipe, Shape
 from turbocompile.wan.checkpoints import CheckpointTensors, infer_config
 from turbocompile.wan.components import (
     Components,
