@@ -78,7 +78,7 @@ def names(sub):
 def test_every_site_is_rewritten_and_counted_over_the_model():
     made = program()
     result = run_pass(made, Pass("p", "exact", [to_tanh]), ON)
-    assert (result.sites, result.rewritten, result.skipped) == (9, 9, [])
+    assert (result.sites, result.rewritten, result.skipped) == (9, 9, ())
     assert {(r.graph, r.site) for r in result.rewrites} == {
         ("shell", "shell:act"),
         ("blocks", "blocks:"),

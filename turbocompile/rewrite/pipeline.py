@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 from collections.abc import Mapping, Sequence
@@ -77,6 +78,12 @@ def third_party() -> list[Pass]:
 
     Raises TurbocompileError where an installed package names something else than a Pass.
     """
+    return list((_installed() | _registered).values())
+
+
+@functools.cache
+def _installed() -> dict[str, Pass]:
+    """The passes of installed packages by name; looked for once, because that reads the metadata of all packages."""
     found: dict[str, Pass] = {}
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         try:
@@ -86,7 +93,7 @@ def third_party() -> list[Pass]:
         if not isinstance(made, Pass):
             raise TurbocompileError(f"the installed pass {entry.value!r} is a {type(made).__name__}, and no Pass")
         found[made.name] = made
-    return list((found | _registered).values())
+    return found
 
 
 def story(last: str | None = None) -> list[Pass]:
