@@ -119,7 +119,7 @@ def optimize(recipe: Path, out: Path | None, overrides: tuple[str, ...], dry_run
     if out is None and not dry_run:
         raise click.UsageError("name the engine's folder with -o DIR, or add --dry-run")
     _quiet()
-    from turbocompile.build.compile import optimize_recipe
+    from turbocompile.build.from_recipe import optimize_recipe
     from turbocompile.recipe.schema import load_recipe
 
     with _progress() as progress:

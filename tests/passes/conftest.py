@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from asked import asked
 from torch import fx, nn
 from turbocompile.backends.triton import compile_program
 
@@ -71,12 +72,13 @@ def rewrite():
         until: str = PASSES[-1],
         options: Mapping[str, Mapping[str, Any]] | None = None,
         target: str = "cpu",
+        checkpoint: Iterable[str] = (),
     ) -> Rewritten:
         program = capture(model, args, kwargs)
         normalize(program)
-        given = {"attention": {"kind": "native"}, "w8a8": {"format": "off"}, **(options or {})}
+        given = asked({"attention": "native", "w8a8": "off", **(options or {})}, target, checkpoint)
         passes = [load_pass(n) for n in PASSES[: PASSES.index(until) + 1]]
-        results = run_passes(program, given, target, passes=passes)
+        results = run_passes(program, given, passes=passes)
         return Rewritten(model, program, {r.name: r for r in results})
 
     return make

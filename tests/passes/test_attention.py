@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from asked import asked
 from torch import nn
 from turbocompile.passes import attention, sla
 
@@ -258,18 +259,21 @@ def test_a_choice_that_is_given_overrules_the_size(form, rewrite, pays):
 STYLE = zoo.Style(cross=True, head_dim=16, batch=1)
 
 
-def keys(tuned: bool) -> frozenset[str]:
-    names = [f"blocks.{i}.attn.proj_l.{leaf}" for i in range(STYLE.depth) for leaf in ("weight", "bias")]
-    return frozenset(names if tuned else [])
+def keys() -> list[str]:
+    """The names that an SLA's projection has in a checkpoint."""
+    return [f"blocks.{i}.attn.proj_l.{leaf}" for i in range(STYLE.depth) for leaf in ("weight", "bias")]
 
 
-def sla_options(tuned=True, **more):
-    return {"attention": {"kind": "sla", "checkpoint_keys": keys(tuned), "topk": 0.5, "block_q": 16, **more}}
+def sla_options(**more):
+    return {"attention": {"kind": "sla", "topk": 0.5, "block_q": 16, **more}}
+
+
+SPARSE = sla_options(block_k=16)
 
 
 def test_sla_takes_self_attention_and_its_projection_from_the_checkpoint(rewrite, pays):
     pays(1)
-    done = rewrite(zoo.build(STYLE), zoo.example(STYLE), options=sla_options(block_k=16), target="sm90")
+    done = rewrite(zoo.build(STYLE), zoo.example(STYLE), options=SPARSE, target="sm90", checkpoint=keys())
     assert (done.results["sla"].kind, done.results["sla"].rewritten) == ("semantic", STYLE.depth)
     assert (done.results["attention"].kind, done.results["attention"].rewritten) == ("quantizing", 2 * STYLE.depth)
     (node,) = done.nodes("sla_attention", "blocks")
@@ -285,8 +289,8 @@ def test_sla_takes_self_attention_and_its_projection_from_the_checkpoint(rewrite
 
 
 def test_auto_is_sla_where_the_checkpoint_is(rewrite):
-    options = {"attention": {"kind": "auto", "checkpoint_keys": keys(True)}}
-    done = rewrite(zoo.build(STYLE), zoo.example(STYLE), until="attention", options=options)
+    options = {"attention": {"kind": "auto"}}
+    done = rewrite(zoo.build(STYLE), zoo.example(STYLE), until="attention", options=options, checkpoint=keys())
     assert done.results["attention"].kind == "exact"  # on a CPU the SLA stays in floating point
     assert done.nodes("sla_attention", "blocks")[0].args[-1] == "none"
     assert len(done.nodes("scaled_dot_product_attention", "blocks")) == 1
@@ -294,11 +298,11 @@ def test_auto_is_sla_where_the_checkpoint_is(rewrite):
 
 def test_an_untuned_sla_is_refused_unless_allowed_and_then_warned_of(rewrite):
     with pytest.warns(UserWarning, match="blocks:attn: no SLA, since the checkpoint was not trained with SLA"):
-        done = rewrite(zoo.build(STYLE), zoo.example(STYLE), until="attention", options=sla_options(tuned=False))
+        done = rewrite(zoo.build(STYLE), zoo.example(STYLE), until="attention", options=sla_options())
     assert done.results["attention"].skipped[0][1:] == (sla.UNTUNED, STYLE.depth)
     assert sla.UNTUNED in [row.why for row in attention_sites(done.program, list(done.results.values()))]
     assert "sla_attention" not in done.ops("blocks")
-    allowed = sla_options(tuned=False, allow_untuned=True)
+    allowed = sla_options(allow_untuned=True)
     with pytest.warns(UserWarning, match="not trained with SLA"):
         done = rewrite(zoo.build(STYLE), zoo.example(STYLE), until="attention", options=allowed)
     assert done.program.graphs["blocks"].weights["attn.proj_l.weight"] == Zeros((16, 16), torch.float32)
@@ -331,12 +335,12 @@ class Plain(nn.Module):
 )
 def test_sla_is_for_plain_self_attention(model, reason, rewrite):
     args = (torch.randn(1, 8, 16), torch.randn(1, 8, 16))
-    options = {"kind": "sla", "allow_untuned": True, "checkpoint_keys": frozenset(), "target": "cpu"}
+    options = {"attention": {"kind": "sla", "allow_untuned": True}}
     before = rewrite(model, args, until="rope")
-    result = run_pass(before.program, sla.PASS, options)
+    result = run_pass(before.program, sla.PASS, asked(options).attention)
     assert result.rewritten == 0
     assert reason in result.skipped[0][1]
-    done = rewrite(model, args, until="attention", options={"attention": options})
+    done = rewrite(model, args, until="attention", options=options)
     assert done.results["attention"].rewritten == 1
     assert "sla" not in done.results
 
@@ -355,9 +359,9 @@ def test_the_kind_of_the_pass_follows_its_options():
         ({"kind": "auto", "pv": "none"}, "sm90", "exact"),
     ]
     for options, target, kind in kinds:
-        assert attention.kind_of({**options, "target": target}) == kind
-    assert attention.product_format({"target": "sm86"}, "sage") == "fp16"
-    assert attention.product_format({"target": "sm120"}, "sage") == "fp8"
+        assert attention.kind_of(asked({"attention": options}, target).attention) == kind
+    assert asked(target="sm86").attention.pv == "fp16"
+    assert asked(target="sm120").attention.pv == "fp8"
 
 
 def test_the_graph_before_and_after(form, shown):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import zoo
+from asked import asked
 from torch import nn
 from turbocompile.passes.norm_attention import WITH_NORM
 
@@ -198,11 +199,11 @@ def verified(model, kind, dtype, extra=()):
     """The results of all passes, each measured."""
     model = model.to(dtype)
     x = torch.randn(B, L, C, generator=torch.Generator().manual_seed(0)).to(dtype)
-    options = {"attention": {**KINDS[kind]["attention"], "budget": 1.0}, "w8a8": {"format": "off"}}
+    options = asked({"attention": {**KINDS[kind]["attention"], "budget": 1.0}, "w8a8": {"format": "off"}}, "sm90")
     program = capture(model, (x,), {})
     normalize(program)
     verifier = Verifier(program, Evaluator(ModuleTensors(model), program.constants), options)
-    return {r.name: r for r in run_passes(program, options, "sm90", verifier, extra=extra)}
+    return {r.name: r for r in run_passes(program, options, verifier, extra=extra)}
 
 
 @UNTUNED

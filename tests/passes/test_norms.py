@@ -11,6 +11,7 @@ from turbocompile.passes.norms import PASS
 from turbocompile.capture.export import capture
 from turbocompile.ir.weights import Evaluator, ModuleTensors
 from turbocompile.numerics.verifier import Evaluation
+from turbocompile.recipe.options import PassOptions
 from turbocompile.rewrite.normalize import normalize
 from turbocompile.rewrite.pipeline import run_pass
 
@@ -87,7 +88,7 @@ def rewritten(model, x):
     """(value of the rewritten program, names of its operations, the pass's result)."""
     program = capture(model, (x,))
     normalize(program)
-    result = run_pass(program, PASS, {"target": "cpu"})
+    result = run_pass(program, PASS, PassOptions(True))
     sub = program.shell
     evaluate = Evaluator(ModuleTensors(model), program.constants)
     values = Evaluation(sub, lambda node: evaluate(sub.weights[node.target]), None)({sub.inputs()[0].name: x})

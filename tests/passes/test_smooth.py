@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import zoo
+from asked import asked
 from hypothesis import HealthCheck, given, settings
 from torch import nn
 from turbocompile.backends.triton import compile_program
@@ -20,14 +23,14 @@ from turbocompile.rewrite.pipeline import PASSES, load_pass, run_pass, run_passe
 from turbocompile.rewrite.scale_folding import NO_PRODUCER, fold_of
 
 aten = torch.ops.aten
-INT8 = {"format": "int8"}
-NATIVE = {"attention": {"kind": "native"}}
+OPTIONS = asked({"attention": "native", "w8a8": "int8"})
+INT8 = OPTIONS.w8a8
 
 
 def prepared(model, args, kwargs=None):
     program = capture(model, args, kwargs)
     normalize(program)
-    run_passes(program, NATIVE, "cpu", passes=[load_pass(n) for n in PASSES[: PASSES.index("smooth")]])
+    run_passes(program, OPTIONS, passes=[load_pass(n) for n in PASSES[: PASSES.index("smooth")]])
     return program
 
 
@@ -46,10 +49,10 @@ def random_vectors(program, groups, seed=0, octaves=6):
 def smoothed(model, args, kwargs=None):
     """The Program with every group smoothed by random scales, its vectors, the groups, and what the pass did."""
     program = prepared(model, args, kwargs)
-    groups, reasons = find_groups(program, find_linears(program, INT8, "cpu"))
+    groups, reasons = find_groups(program, find_linears(program, INT8))
     vectors = random_vectors(program, groups)
-    given_ = {"smoothed": {g.site for g in groups}, "unsmoothed": reasons}
-    result = run_pass(program, load_pass("smooth"), given_)
+    options = replace(INT8, smoothed=frozenset(g.site for g in groups), unsmoothed=reasons)
+    result = run_pass(program, load_pass("smooth"), options)
     return program, vectors, groups, result
 
 
@@ -87,7 +90,7 @@ def test_later_passes_find_as_many_sites_as_without(style):
     for sites in (set(), {g.site for g in smoothed(model, args)[2]}):
         program = capture(model, args)
         normalize(program)
-        results = run_passes(program, {**NATIVE, "w8a8": {**INT8, "smoothed": sites}}, "cpu")
+        results = run_passes(program, OPTIONS.with_calibration({}, frozenset(sites), {}))
         found = {r.name: (r.rewritten, sorted(x.site for x in r.rewrites)) for r in results}
         assert ("smooth" in found) == bool(sites)
         counts.append({name: count for name, count in found.items() if name != "smooth"})
@@ -212,7 +215,9 @@ def test_unasked_sites_say_why(rewrite):
     done = rewrite(zoo.build(style), zoo.example(style), until="smooth")
     assert "smooth" not in done.results  # nothing was rewritten, so there is nothing to show
     program = prepared(zoo.build(style), zoo.example(style))
-    result = run_pass(program, load_pass("smooth"), {"unsmoothed": {"blocks:attn.to_out": "it does not help"}})
+    result = run_pass(
+        program, load_pass("smooth"), replace(INT8, unsmoothed={"blocks:attn.to_out": "it does not help"})
+    )
     assert ("blocks:attn.to_out", "it does not help", 2) in result.skipped
     assert {r for _, r, _ in result.skipped} == {"it does not help", "calibration did not ask for it"}
 

@@ -7,13 +7,13 @@ import json
 
 import pytest
 import torch
+from asked import asked
 from torch import nn
 
 from turbocompile.build.compile import compile_programs
 from turbocompile.capture.export import capture
 from turbocompile.errors import EngineError
 from turbocompile.ir.weights import ModuleTensors
-from turbocompile.recipe.schema import Recipe
 from turbocompile.rewrite.lineage import CALL, INPUT, GraphView, begin, follow, graph_views, read_views
 from turbocompile.rewrite.match import Pass, op, rewrite, variables
 from turbocompile.rewrite.normalize import normalize
@@ -51,9 +51,8 @@ class Model(nn.Module):
 
 
 def views_of(model: nn.Module, args=(), kwargs=None, target="cpu", passes=None) -> dict[str, GraphView]:
-    recipe = Recipe.from_dict({"model": {"preset": "wan-tiny"}, "target": target, "passes": passes or {}})
-    captured = {"call": lambda: capture(model, args, kwargs or {})}
-    return compile_programs("m", captured, ModuleTensors(model), recipe.pass_options(), target).views
+    captured = {"call": capture(model, args, kwargs or {})}
+    return compile_programs("m", captured, ModuleTensors(model), asked(passes, target)).views
 
 
 def merges(view: GraphView) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -128,10 +127,9 @@ def test_calls_of_a_block_in_a_row_are_one_node(views):
 
 
 def test_without_passes_every_node_stays_itself():
-    recipe = Recipe.from_dict({"model": {"preset": "wan-tiny"}, "target": "cpu", "passes": "off"})
     model = Model().eval()
-    captured = {"call": lambda: capture(model, (torch.randn(2, 6, 32), torch.randn(2, 8)), {})}
-    made = compile_programs("m", captured, ModuleTensors(model), recipe.pass_options(), "cpu", rewrite=False)
+    captured = {"call": capture(model, (torch.randn(2, 6, 32), torch.randn(2, 8)), {})}
+    made = compile_programs("m", captured, ModuleTensors(model), asked("off"))
     for view in made.views.values():
         assert [n.name for n in view.before] == [n.name for n in view.after]
         assert [n.origins for n in view.after] == [(i,) for i in range(len(view.after))]
@@ -149,7 +147,7 @@ def test_a_rewrite_to_a_node_that_is_there_hands_its_work_on():
     program = capture(Twice(), (torch.randn(4),))
     normalize(program)
     before = program.copy()
-    run_passes(program, {}, "cpu", passes=[Pass("once", "exact", [once])])
+    run_passes(program, asked(), passes=[Pass("once", "exact", [once])])
     view = graph_views(before, program)["shell"]
     kept = next(n for n in view.after if n.op == "aten.abs")
     assert [view.before[o].name for o in kept.origins] == ["abs_1", "abs_2"]

@@ -66,9 +66,7 @@ def optimize_recipe(
         return _write(folder, compiled, source, recipe, stages)
 
 
-def _write(
-    folder: Path, compiled: dict[str, Compiled], source: Source, recipe: Recipe, stages: Stages
-) -> Report:
+def _write(folder: Path, compiled: dict[str, Compiled], source: Source, recipe: Recipe, stages: Stages) -> Report:
     """Writes all modules and the models around them."""
     modules: dict[str, Any] = {}
     for name, item in compiled.items():

@@ -45,7 +45,7 @@ def backend(
     compiled: dict[tuple[Any, ...], _Made] = {}
 
     def run(*given: Any) -> Any:
-        from turbocompile.build.compile import optimize
+        from turbocompile.build.from_module import optimize
 
         tensors = [a for i, a in enumerate(given) if i not in fixed and isinstance(a, torch.Tensor)]
         if not tensors:  # it makes tensors and nothing else

@@ -24,7 +24,6 @@ from turbocompile.report.report import Report
 from turbocompile.rewrite.lineage import GraphView
 from turbocompile.runtime.engine import Engine, module_entry, seal
 from turbocompile.runtime.tuning import FILE as TUNING
-from turbocompile.runtime.tuning import merge
 
 MODULES_OWN = "the module's"  # where the weights of a module's report come from
 

@@ -159,7 +159,9 @@ def run_passes(
     results = []
     lineage.begin(program)
     for pass_ in ordered([load_pass(n) for n in PASSES] if passes is None else passes, extra):
-        result = _run_judged(program, pass_, options.of(pass_.section or pass_.name), verifier, dict((vetoes or {}).get(pass_.name, {})))
+        result = _run_judged(
+            program, pass_, options.of(pass_.section or pass_.name), verifier, dict((vetoes or {}).get(pass_.name, {}))
+        )
         if (not pass_.section or result.rewrites or result.vetoed) and (not pass_.quiet or result.sites):
             results.append(result)
     for sub in program.graphs.values():
@@ -212,9 +214,7 @@ def _store_as_read(sub: Subgraph) -> None:
     drop_unread(sub)
 
 
-def run_pass(
-    program: Program, pass_: Pass, options: Any, veto: Mapping[str, str] | None = None
-) -> PassResult:
+def run_pass(program: Program, pass_: Pass, options: Any, veto: Mapping[str, str] | None = None) -> PassResult:
     """Runs one pass over all graphs, in place; one that is left as it was captured it does not look at.
 
     veto: sites to leave alone -> why; the site `everywhere(graph)` is the whole graph. Raises PassFailed where the pass

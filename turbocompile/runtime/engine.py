@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,9 +41,6 @@ from turbocompile.runtime.cuda_graph import CudaGraph, Pool
 from turbocompile.runtime.tuning import FILE as TUNING
 from turbocompile.runtime.tuning import Tuning, merge, read_cache, read_tuning, restore
 from turbocompile.version import __version__
-
-if TYPE_CHECKING:
-    from turbocompile.build.compile import EngineBuild
 
 SCHEMA = 1
 CHUNK = 64 << 20  # bytes of a weights file that share one hash, so that files can be checked in parallel
@@ -79,7 +76,7 @@ class Engine(FixedWeights, nn.Module):
 
     experts: dict[str, Engine]
     cuda_graph: bool = True
-    build: EngineBuild | None = None  # how it was built, where that was in this process; `save` needs it
+    write: Any = None  # writes the engine into an empty folder; None where it was not built in this process
 
     def __init__(
         self,
@@ -281,9 +278,11 @@ class Engine(FixedWeights, nn.Module):
             if self.folder is not None:
                 shutil.copytree(self.folder, temporary, dirs_exist_ok=True)
             else:
-                from turbocompile.build.compile import write_engine
-
-                write_engine(self, temporary)
+                if self.write is None:
+                    raise EngineError(
+                        "this engine was not built here, so there is nothing to write; copy its folder instead"
+                    )
+                self.write(self, temporary)
         return target
 
 
