@@ -19,7 +19,8 @@ from turbocompile.cli import main
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.recipe.schema import load_recipe
 from turbocompile.runtime import tuning
-from turbocompile.runtime.engine import load, read_manifest, seal
+from turbocompile.runtime.engine import load
+from turbocompile.runtime.folder import read_manifest, seal
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
