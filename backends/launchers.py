@@ -1,7 +1,8 @@
 """The configurations that an engine chose for its kernels reach their launchers as arguments.
 
 In the code that is generated for an engine, a node whose kernel has a choice calls a launcher with that configuration
-instead of the operator, which launches its default. So two engines in a process run the kernels that each of them chose.
+instead of the operator, which launches its default. So two engines in a process run the kernels that each of them
+chose.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from turbocompile.ir.program import is_op
 
 LINEARS, ATTENTIONS = "linears", "attentions"
 
-_LAUNCH: dict[Any, Callable[..., Any]] = {
+LAUNCH: dict[Any, Callable[..., Any]] = {
     ops.w8a8_linear: w8a8_linear.on_cuda,
     ops.sage_attention: sage_attention.on_cuda,
     ops.norm_sage_attention: norm_attention.sage_on_cuda,
@@ -106,7 +107,7 @@ def launchers(tuning: Tuning, device: torch.device) -> Callable[[fx.Node], Calla
 
     @functools.cache  # nodes with one operator and one configuration share a launcher
     def launcher(operator: torch._ops.OpOverload, config: Any) -> Callable[..., Any]:
-        on_cuda = _LAUNCH[operator.overloadpacket]
+        on_cuda = LAUNCH[operator.overloadpacket]
         names = [argument.name for argument in operator._schema.arguments]
 
         def launch(*args: Any, **kwargs: Any) -> Any:

@@ -25,8 +25,8 @@ from turbocompile.backends.flatten import Flat, flatten
 from turbocompile.backends.trial import Trial, too_large
 
 from turbocompile.errors import EngineError, UnsupportedError
-from turbocompile.ir.program import Program
 from turbocompile.files import inside
+from turbocompile.ir.program import Program
 
 SMALL = 256  # elements of a constant that is no weight: shapes, axes, scalars, epsilons
 OPSET = 23  # the first with Attention and RMSNormalization

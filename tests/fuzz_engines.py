@@ -33,9 +33,9 @@ from torch import nn
 import turbocompile
 from turbocompile.cli import _graph_views, _read_report
 from turbocompile.errors import TurbocompileError
+from turbocompile.files import MANIFEST
 from turbocompile.ir.serialize import ALLOWED
 from turbocompile.report.page import page
-from turbocompile.files import MANIFEST
 from turbocompile.runtime.engine import load
 from turbocompile.runtime.folder import canonical, check_files, file_entry, read_manifest
 

@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import turbocompile
 from turbocompile.errors import EngineError, UnsupportedError
-from turbocompile.ir.serialize import ALLOWED, expr_from_json, from_json
 from turbocompile.files import MANIFEST
+from turbocompile.ir.serialize import ALLOWED, expr_from_json, from_json
 from turbocompile.runtime.engine import load
 from turbocompile.runtime.folder import read_json, read_manifest
 from turbocompile.tools.verify_folder import verify_folder

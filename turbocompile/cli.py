@@ -378,8 +378,8 @@ def init_example(folder: Path, variant: str, head_dim: str, seed: int) -> None:
 
 def _read_report(folder: Path) -> Report:
     """The report of an engine, without opening its weights."""
-    from turbocompile.report.report import Report
     from turbocompile.files import inside
+    from turbocompile.report.report import Report
     from turbocompile.runtime.folder import check_files, read_json, read_manifest
 
     name = "report.json"
@@ -399,8 +399,8 @@ def _records(folder: Path) -> dict[str, Bench]:
 
 def _graph_views(folder: Path) -> dict[str, dict[str, GraphView]]:
     """By module the graphs of an engine before and after the passes; none of an engine that has none."""
-    from turbocompile.rewrite.lineage import read_views
     from turbocompile.files import inside
+    from turbocompile.rewrite.lineage import read_views
     from turbocompile.runtime.folder import check_files, read_json, read_manifest
 
     manifest = read_manifest(folder)

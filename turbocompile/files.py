@@ -85,7 +85,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def is_plain_name(value: Any) -> bool:
-    """Whether a value is a plain relative name, as in "programs/a.json": such a name leads nowhere else on any system."""
+    """Whether a value is a plain relative name, as in "programs/a.json", which leads nowhere else on any system."""
     fits = isinstance(value, str) and len(value) <= 1000 and _NAME.fullmatch(value) is not None
     return fits and not any(set(part) == {"."} for part in value.split("/"))
 

@@ -189,7 +189,10 @@ def choice_key(device: torch.device, pv: str, block_k: int, block_q: int = 64) -
 
 
 def declared(name: str, fields: Mapping[str, Any]) -> AttendConfig:
-    """The declared configuration with these fields, which a choice under `name` holds. ValueError where there is none."""
+    """The declared configuration with these fields, which a choice under `name` holds.
+
+    Raises ValueError where none is declared.
+    """
     matches = [c for c in (*HOPPER_CONFIGS, *PORTABLE_CONFIGS) if asdict(c) == dict(fields)]
     check(bool(matches), f"{name!r} names no declared configuration of the attention: {dict(fields)}")
     return matches[0]

@@ -1,9 +1,9 @@
 """Which kernel computes a linear of 8-bit data fastest: measured on the card, one shape at a time.
 
 `measure` lets the candidates of linear_triton.py compete, Triton's configurations and cuBLAS, on operands of a shape.
-They run in CUDA graphs, so that a launch from Python is not in their times; in turns, so that the card's drift meets all
-of them alike; and after some milliseconds of the same work, so that the card's clock is that of a long run. Nothing is
-kept here: an engine keeps its choices (`key` -> the fields of a configuration), and each launch is given its
+They run in CUDA graphs, so that a launch from Python is not in their times; in turns, so that the card's drift meets
+all of them alike; and after some milliseconds of the same work, so that the card's clock is that of a long run. Nothing
+is kept here: an engine keeps its choices (`key` -> the fields of a configuration), and each launch is given its
 configuration.
 """
 

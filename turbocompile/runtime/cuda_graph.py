@@ -33,7 +33,7 @@ def restore_generator(device: torch.device) -> None:
 
 
 class Pool:
-    """The memory that graphs on one device share. A graph has it alone while it runs: `lock` is held during a replay."""
+    """The memory that graphs on one device share. A graph has it alone while it is replayed, under `lock`."""
 
     def __init__(self, device: torch.device) -> None:
         with torch.cuda.device(device):
@@ -48,9 +48,9 @@ class CudaGraph:
     """`run` for tensors of fixed shapes on one CUDA device: the same values to the bit, for the CPU cost of one launch.
 
     The first call runs `run` as it is, because kernels are compiled then, and libraries choose and allocate. The second
-    call records `run`. Where the recording fails (an operation waits for the GPU, or reads from the CPU), a warning says
-    so once, `reason` holds the cause, and calls go on without a graph. Any thread and stream may call: replays follow
-    each other.
+    call records `run`. Where the recording fails (an operation waits for the GPU, or reads from the CPU), a warning
+    says so once, `reason` holds the cause, and calls go on without a graph. Any thread and stream may call: replays
+    follow each other.
     """
 
     def __init__(self, run: Run, pool: Pool, name: str = "the engine") -> None:

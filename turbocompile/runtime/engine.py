@@ -202,7 +202,7 @@ class Engine(FixedWeights, nn.Module):
             self.tuning = merge(self.tuning, tuning)
 
     def keep(self, runners: Mapping[str, Any]) -> None:
-        """Takes callables (shape name -> callable) that the backend made at the build, for the device the engine is on."""
+        """Takes callables (shape name -> callable) that the backend made at the build for the engine's device."""
         with self._making:
             self._runners.update(runners)
 
@@ -230,7 +230,7 @@ class Engine(FixedWeights, nn.Module):
             return self._graphs[name]
 
     def _graph_pool(self) -> Pool:
-        """One pool for the graphs of all shapes and experts on the device, because a step runs one of them at a time."""
+        """One pool for the graphs of all shapes and experts on the device, because a step runs one of them."""
         if self._pool is None:
             known = (e._pool for e in self.experts.values() if e._pool is not None)
             self._pool = next((p for p in known if p.device == self._device), None) or Pool(self._device)
@@ -317,7 +317,9 @@ class Engine(FixedWeights, nn.Module):
             elif self.write is not None:
                 self.write(self, temporary)
             else:
-                raise EngineError("this engine was not built here, so there is nothing to write; copy its folder instead")
+                raise EngineError(
+                    "this engine was not built here, so there is nothing to write; copy its folder instead"
+                )
         return target
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import fx
+
 from turbocompile.backends import Tuning
 from turbocompile.backends.launchers import (
     ATTENTIONS,
@@ -26,7 +27,6 @@ from turbocompile.backends.launchers import (
     attention_size,
     linear_size,
 )
-
 from turbocompile.cache import cache_path, keep_json
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.ir.program import Program
@@ -74,7 +74,7 @@ def tune(
 
 
 def attentions(programs: Mapping[str, Program], device: torch.device) -> dict[str, dict[str, Any]]:
-    """The default configurations of the quantized attentions in all shapes and graphs on a device, as JSON holds them."""
+    """The default configurations on a device of the quantized attentions in all shapes and graphs, as in tuning.json."""
     wanted = sorted(set(_sizes(programs, attention_size)), key=astuple)
     if not wanted:
         return {}
@@ -113,7 +113,7 @@ def read_tuning(data: Any, where: str) -> Tuning:
 
 
 def read_cache(digest: str) -> Tuning:
-    """The tuning that `tune_engine` kept for an engine of this digest; empty where there is none, or no readable one."""
+    """The tuning that `tune_engine` kept for an engine of this digest; empty where no readable one is there."""
     try:
         path = cache_path("tuning", digest)
         return read_tuning(json.loads(path.read_text(encoding="utf-8")), str(path))
