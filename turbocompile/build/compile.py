@@ -873,7 +873,9 @@ def _built(
         item.programs, weights, name=type(model).__name__, config=config_of(model),
         dtype=_module_dtype(model), report=report, backend=options.backend, tuning=item.tuning,
     )  # fmt: skip
-    build = EngineBuild(options, item, stages)
+    # the build's own item holds the module's tensors; those that the engine runs are its weights
+    written = replace(item, programs=engine.programs, constants={}, source=ModuleTensors(nn.Module()))
+    build = EngineBuild(options, written, stages)
     engine.write = lambda built, folder: write_engine(built, folder, build)
     engine.to(device)
     engine.keep({name: runner for name, runner in runners.items() if runner is not None})
