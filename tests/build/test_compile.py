@@ -16,7 +16,8 @@ from turbocompile.build.from_recipe import optimize_recipe
 from turbocompile.errors import EngineError
 from turbocompile.recipe.schema import Recipe, load_recipe
 from turbocompile.report import attentions
-from turbocompile.runtime.engine import load, read_manifest
+from turbocompile.runtime.engine import load
+from turbocompile.runtime.folder import read_manifest
 from turbocompile.tools.verify_folder import verify_folder
 from turbocompile.wan.example import write_example
 from turbocompile.wan.source import BlocksFrom, open_source
