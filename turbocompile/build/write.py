@@ -25,6 +25,7 @@ from turbocompile.rewrite.lineage import GraphView
 from turbocompile.runtime.engine import Engine, module_entry
 from turbocompile.runtime.folder import seal
 from turbocompile.runtime.tuning import FILE as TUNING
+from turbocompile.runtime.tuning import merge
 
 MODULES_OWN = "the module's"  # where the weights of a module's report come from
 
