@@ -18,10 +18,11 @@ from turbocompile.kernels import ops
 from turbocompile.passes import sla
 
 from turbocompile.hardware import AttentionChoice, AttentionShape, choose_attention
+from turbocompile.ir.attention_ops import BHLD, BLHD
 from turbocompile.ir.program import Subgraph, is_op, shape
 from turbocompile.recipe.options import AttentionOptions
-from turbocompile.report.attentions import WHY, because
-from turbocompile.rewrite.attention_sites import BHLD, BLHD, Operands, operands, permuted, reshaped, softmax_attentions
+from turbocompile.rewrite.attention_sites import Operands, operands, permuted, reshaped, softmax_attentions
+from turbocompile.rewrite.facts import decided, facts
 from turbocompile.rewrite.match import Match, Pass, rewrite
 
 aten = torch.ops.aten
@@ -68,13 +69,13 @@ def native(m: Match, found: Operands, why: str) -> fx.Node:
     }
     given = {name: value for name, value in options.items() if value is not None}
     attended = m.op(aten.scaled_dot_product_attention.default, found.q, found.k, found.v, **given)
-    return reshaped(m, because(m, attended, why), shape(m.root))
+    return reshaped(m, decided(attended, m.site, why), shape(m.root))
 
 
 def sage(m: Match, found: Operands, why: str) -> fx.Node:
     q, k, v = (permuted(m, n, BHLD, BLHD) for n in (found.q, found.k, found.v))
     attended = m.op(ops.sage_attention, q, k, v, float(found.scale_value), found.is_causal, m.options.pv)
-    return reshaped(m, permuted(m, because(m, attended, why), BLHD, BHLD), shape(m.root))
+    return reshaped(m, permuted(m, decided(attended, m.site, why), BLHD, BHLD), shape(m.root))
 
 
 def all_attentions(sub: Subgraph) -> Iterator[fx.Node]:
@@ -86,7 +87,7 @@ def all_attentions(sub: Subgraph) -> Iterator[fx.Node]:
 def attention(m: Match) -> fx.Node | str:
     if is_op(m.root, ops.sla_attention):
         made = m.op(m.root.target, *m.root.args[:-1], m.options.sla.pv)
-        return because(m, made, m.root.meta.get(WHY, ""))
+        return decided(made, m.site, facts(m.root).reason)
     found = operands(m)
     if isinstance(found, str):
         return found

@@ -13,13 +13,11 @@ import warnings
 from torch import fx
 from turbocompile.kernels import ops
 
+from turbocompile.ir.attention_ops import BHLD, BLHD
 from turbocompile.ir.program import SHELL, dtype, module_path, shape
 from turbocompile.ir.weights import RELATIVE, Expr, Load, Zeros
 from turbocompile.recipe.options import PROJECTION, SlaOptions
-from turbocompile.report.attentions import because
 from turbocompile.rewrite.attention_sites import (
-    BHLD,
-    BLHD,
     Operands,
     are_of_same_tokens,
     operands,
@@ -27,6 +25,7 @@ from turbocompile.rewrite.attention_sites import (
     reshaped,
     softmax_attentions,
 )
+from turbocompile.rewrite.facts import decided
 from turbocompile.rewrite.match import Match, Pass, rewrite
 
 UNTUNED = (
@@ -92,7 +91,7 @@ def sparse(m: Match) -> fx.Node | str:
     options: SlaOptions = m.options.sla
     blocks = (options.topk, options.block_q, options.block_k)
     attended = m.op(ops.sla_attention, q, k, v, weight, bias, *blocks, "softmax", "none")
-    return reshaped(m, permuted(m, because(m, attended, why), BLHD, BHLD), shape(m.root))
+    return reshaped(m, permuted(m, decided(attended, m.site, why), BLHD, BHLD), shape(m.root))
 
 
-PASS = Pass("sla", "semantic", [sparse], section="attention")
+PASS = Pass("sla", "semantic", [sparse], section="attention", quiet=True)

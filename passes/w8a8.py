@@ -7,40 +7,18 @@ a norm or GELU can take it in. Linears outside the blocks, and those that do not
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import fx
 from turbocompile.kernels import ops
 from turbocompile.kernels.linear.w8a8_linear import ALIGNED
 
-from turbocompile.ir.program import SHELL, Subgraph, dtype, is_op, shape
-from turbocompile.ir.weights import BLOCK, Cast, Cat, Dequantize, Expr, Quantize
+from turbocompile.ir.program import SHELL, dtype, shape
+from turbocompile.ir.weights import BLOCK, Cat, Expr, Quantize
 from turbocompile.recipe.options import W8A8Options
-from turbocompile.rewrite.attention_sites import HOLDS, first_weight, is_of_heads, rows
+from turbocompile.rewrite.attention_sites import is_of_heads
+from turbocompile.rewrite.linears import all_linears, dequantized, first_weight, held, rows
 from turbocompile.rewrite.match import Match, Pass, rewrite
-
-aten = torch.ops.aten
-
-
-def all_linears(sub: Subgraph) -> Iterator[fx.Node]:
-    yield from (n for n in sub.graph.nodes if is_op(n, aten.linear.default))
-
-
-def held(node: fx.Node) -> int:
-    """How many linears of the model a linear stands for."""
-    return node.meta.get(HOLDS, 1)
-
-
-def dequantized(expr: Expr | None) -> list[Dequantize]:
-    """The quantized tensors of a checkpoint that a weight is made of, where it is made of nothing else."""
-    if isinstance(expr, Cast):
-        return dequantized(expr.of)
-    if isinstance(expr, Cat) and expr.dim == 0:
-        parts = [dequantized(part) for part in expr.of]
-        return [d for part in parts for d in part] if all(parts) else []
-    return [expr] if isinstance(expr, Dequantize) else []
 
 
 def format_of(options: W8A8Options, expr: Expr | None) -> str:
@@ -104,9 +82,7 @@ def w8a8(m: Match) -> fx.Node | str:
     data, scale = m.weight(f"{name}{format}_weight", data_expr), m.weight(f"{name}{format}_scale", scale_expr)
     activation = m.op(ops.quantize, x, format)
     parts = [m.op(operator.getitem, activation, i) for i in range(2)]
-    made = m.op(ops.w8a8_linear, *parts, data, scale, bias, format, dtype(m.root))
-    made.meta[HOLDS] = held(m.root)
-    return made
+    return m.op(ops.w8a8_linear, *parts, data, scale, bias, format, dtype(m.root))
 
 
 PASS = Pass("w8a8", "quantizing", [w8a8])

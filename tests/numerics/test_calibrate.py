@@ -15,6 +15,7 @@ from turbocompile.kernels import ops
 import turbocompile
 from turbocompile.capture.export import capture
 from turbocompile.ir.program import SHELL, is_op
+from turbocompile.ir.site_errors import LayerError, SiteError, ranges
 from turbocompile.ir.weights import ModuleTensors
 from turbocompile.numerics.calibrate import (
     MAX_KINDS,
@@ -26,7 +27,6 @@ from turbocompile.numerics.calibrate import (
     decide,
     each_layer,
 )
-from turbocompile.numerics.layers import LayerError, SiteError, ranges
 from turbocompile.numerics.verifier import Error, compare, random_inputs
 from turbocompile.rewrite.normalize import normalize
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import turbocompile
 from turbocompile.errors import RecipeError
-from turbocompile.numerics.layers import LayerError, SiteError
+from turbocompile.ir.site_errors import LayerError, SiteError
 from turbocompile.numerics.smoothing import LEAST, MARGIN, OCTAVES, best_scale, scale_of
 from turbocompile.numerics.verifier import compare
 from turbocompile.recipe.schema import Recipe

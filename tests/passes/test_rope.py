@@ -15,7 +15,7 @@ from turbocompile.ir.weights import Evaluator, ModuleTensors
 from turbocompile.numerics.verifier import Evaluation
 from turbocompile.recipe.options import PassOptions
 from turbocompile.rewrite.normalize import normalize
-from turbocompile.rewrite.pipeline import run_pass
+from turbocompile.rewrite.run_pass import run_pass
 
 B, L, H, D = 2, 12, 3, 16
 GRID, COLUMNS = (2, 3, 2), (4, 2, 2)  # frames, height, width; L tokens, D / 2 columns
@@ -190,7 +190,7 @@ def sample(*shape, dtype=torch.float32):
 def test_each_style_becomes_the_op_and_keeps_its_numbers(form):
     x = sample()
     found, nodes, result = rewritten(Rotary(form), x)
-    assert (result.sites, result.rewritten, result.skipped) == (1, 1, [])
+    assert (result.sites, result.rewritten, result.skipped) == (1, 1, ())
     (rope,) = ropes(nodes)
     assert rope.args[3:] == ([L], form in PAIRS)
     assert not any(n.meta["val"].is_complex() for n in nodes if n.op != "output")

@@ -13,6 +13,7 @@ from turbocompile.build.rounds import Rewritten, rewrite_all
 from turbocompile.build.stages import Stages, warnings_collected
 from turbocompile.errors import EngineError, VerificationError
 from turbocompile.ir.emit import weight_plan
+from turbocompile.ir.graph_view import GraphView
 from turbocompile.ir.printer import print_program
 from turbocompile.ir.program import Program
 from turbocompile.ir.weights import Emission, Evaluator, TensorSource, WithVectors
@@ -21,8 +22,8 @@ from turbocompile.numerics.recording import Recorded
 from turbocompile.numerics.shapes import wrong_shapes
 from turbocompile.numerics.verifier import wrong_forms
 from turbocompile.recipe.options import CompileOptions
-from turbocompile.rewrite.lineage import GraphView, begin, graph_views
-from turbocompile.rewrite.pipeline import PassResult
+from turbocompile.rewrite.lineage import begin, graph_views
+from turbocompile.rewrite.results import PassResult
 from turbocompile.runtime.tuning import Tuning
 
 
@@ -136,15 +137,12 @@ def _calibrated(
 
 def _with_verdicts(done: Rewritten, calibrated: Plan) -> list[PassResult]:
     """What the passes did at the first shape, with what was measured on the twin, joined by the pass's name."""
-    measured = {result.name: result for result in done.judged}
-    for result in done.results:
-        if (own := measured.get(result.name)) is not None:
-            result.error, result.error_output = own.error, own.error_output
-            result.error_reason, result.site_errors = own.error_reason, own.site_errors
-        if result.name == "w8a8" and calibrated.sites:
-            result.layers, result.inputs = calibrated.sites, calibrated.inputs
-            result.error = calibrated.worst_quantized() or result.error
-    return done.results
+    verdicts = {result.name: result.verdict for result in done.judged}
+    if "w8a8" in verdicts and calibrated.sites:
+        measured = verdicts["w8a8"]
+        error = calibrated.worst_quantized() or measured.error
+        verdicts["w8a8"] = replace(measured, error=error, layers=calibrated.sites, inputs=calibrated.inputs)
+    return [result.with_verdict(verdicts.get(result.name, result.verdict)) for result in done.results]
 
 
 def _check_shapes(name: str, programs: Mapping[str, Program], captured: Captured, stages: Stages) -> None:

@@ -14,6 +14,7 @@ from turbocompile.build.captured import Captured
 from turbocompile.build.inputs import measuring
 from turbocompile.build.stages import Stages, warnings_collected
 from turbocompile.hardware import AttentionChoice
+from turbocompile.ir.graph_view import GraphView
 from turbocompile.ir.printer import print_program
 from turbocompile.ir.program import Program
 from turbocompile.ir.weights import Evaluator, TensorSource
@@ -21,9 +22,9 @@ from turbocompile.numerics.calibrate import Inputs
 from turbocompile.numerics.verifier import Verifier
 from turbocompile.recipe.options import CompileOptions
 from turbocompile.report.attentions import chosen
-from turbocompile.rewrite.lineage import GraphView, graph_views
-from turbocompile.rewrite.match import Pass
-from turbocompile.rewrite.pipeline import PASSES, PassResult, load_pass, run_passes
+from turbocompile.rewrite.lineage import graph_views
+from turbocompile.rewrite.pipeline import run_passes, story
+from turbocompile.rewrite.results import Judgement, PassResult
 
 OF_QUANTIZED_ATTENTIONS = ("norm_attention",)  # passes whose sites are the attentions that were quantized
 Vetoes = dict[str, dict[str, str]]  # pass -> site -> why it stays as it was
@@ -51,17 +52,12 @@ class _Watch:
     def __init__(self, verifier: Verifier | None, printed: dict[str, str] | None) -> None:
         self.verifier, self.printed = verifier, printed
 
-    def before(self, program: Program, pass_: Pass) -> None:
-        """Called before a pass runs."""
-        if self.verifier is not None:
-            self.verifier.before(program, pass_)
-
-    def after(self, program: Program, before: Program, result: PassResult) -> Mapping[str, str]:
-        """The sites to leave alone -> why."""
-        bad = self.verifier.after(program, before, result) if self.verifier is not None else {}
-        if self.printed is not None and not bad:
+    def after(self, program: Program, before: Program, result: PassResult) -> Judgement:
+        """What the verifier says of the pass."""
+        judgement = self.verifier.after(program, before, result) if self.verifier is not None else Judgement()
+        if self.printed is not None and not judgement.refused:
             self.printed[result.name] = print_program(program)
-        return bad
+        return judgement
 
 
 def rewrite_all(
@@ -151,10 +147,9 @@ def _choices(programs: Mapping[str, Program], options: CompileOptions) -> dict[s
     if options.attention.others is not None:
         return {}
     copies = [program.copy() for program in programs.values()]
-    passes = [load_pass(name) for name in PASSES[: PASSES.index("attention") + 1]]
     with warnings_collected():
         for program in copies:
-            run_passes(program, options, passes=passes)
+            run_passes(program, options, passes=story("attention"))
     return chosen(copies)
 
 

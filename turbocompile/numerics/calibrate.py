@@ -16,9 +16,9 @@ import torch
 from torch import fx
 
 from turbocompile.ir.program import SHELL, Program, Subgraph, is_op
+from turbocompile.ir.site_errors import LayerError, SiteError, finite, ranges
 from turbocompile.ir.weights import Evaluator, Quantize, TensorSource, WithVectors
 from turbocompile.kernels import ops
-from turbocompile.numerics.layers import LayerError, SiteError, finite, ranges
 from turbocompile.numerics.smoothing import NO_HELP, Scale, best_scale
 from turbocompile.numerics.verifier import (
     CPU,
@@ -31,7 +31,8 @@ from turbocompile.numerics.verifier import (
     worst,
 )
 from turbocompile.recipe.options import CompileOptions, W8A8Options
-from turbocompile.rewrite.pipeline import PASSES, load_pass, run_pass, run_passes
+from turbocompile.rewrite.pipeline import load_pass, run_passes, story
+from turbocompile.rewrite.run_pass import run_pass
 from turbocompile.rewrite.scale_folding import Fold, fold_of
 
 MAX_KINDS = 4  # graphs that one kind of block may become: each is compiled, tuned and read by a person
@@ -184,8 +185,7 @@ def with_smoothing(
 def before_smooth(program: Program, options: CompileOptions) -> Program:
     """The Program as smooth finds it, but with attention in floating point: its quantization is judged by itself."""
     made = program.copy()
-    passes = [load_pass(name) for name in PASSES[: PASSES.index("smooth")]]
-    run_passes(made, options.in_floating_point(), passes=passes)
+    run_passes(made, options.in_floating_point(), passes=story("smooth")[:-1])
     return made
 
 

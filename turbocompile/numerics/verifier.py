@@ -25,6 +25,7 @@ import torch
 from torch import fx
 
 from turbocompile.errors import VerificationError, brief
+from turbocompile.ir.attention_ops import SAGE, SLA
 from turbocompile.ir.execute import with_device
 from turbocompile.ir.program import SHELL, Program, Subgraph, call, is_op
 from turbocompile.ir.weights import (
@@ -42,8 +43,8 @@ from turbocompile.ir.weights import (
 )
 from turbocompile.kernels import ops
 from turbocompile.recipe.options import CompileOptions, PassOptions
-from turbocompile.rewrite.attention_sites import SAGE, SLA
 from turbocompile.rewrite.match import arguments, default_eps
+from turbocompile.rewrite.results import Judgement, PassResult, Verdict
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -770,6 +771,11 @@ class _Uncomputed(Exception):
         self.node, self.reason = node, f"the rewritten site cannot be computed ({brief(error)})"
 
 
+def refused(sites: list[str], reason: str) -> Judgement:
+    """The judgement that refuses all sites for one reason."""
+    return Judgement(refused=dict.fromkeys(sites, reason))
+
+
 class Verifier:
     """Judges passes on a Program (the twin at a small shape); the hook of `pipeline.run_passes`.
 
@@ -791,37 +797,31 @@ class Verifier:
         self.learned: dict[str, Values] = {}
         self._rebase(program)
 
-    def before(self, program: Program, pass_: Any) -> None:
-        """Nothing: the truth is known from the start."""
-
-    def after(self, program: Program, before: Program, result: Any) -> dict[str, str]:
-        """Measures a pass and returns the sites to leave alone, with the reasons."""
+    def after(self, program: Program, before: Program, result: PassResult) -> Judgement:
+        """Measures a pass; returns its verdict, and the sites to leave alone with the reasons."""
         everything = [r.site for _, rewrites in result.raw.values() for r in rewrites]
         if result.kind == "semantic":
             try:
                 self._rebase(program)
             except Exception as error:
-                return dict.fromkeys(everything, f"the rewritten graph cannot be computed ({brief(explained(error))})")
-            result.error_reason = "another function by intent; later passes are measured against it"
-            return {}
+                return refused(everything, f"the rewritten graph cannot be computed ({brief(explained(error))})")
+            return Judgement(Verdict(error_reason="another function by intent; later passes are measured against it"))
         self.learned = {}
-        judge = self._exact if result.kind == "exact" else self._quantized
-        errors, bad = judge(program, before, result)
+        if result.kind == "exact":
+            errors, bad = self._exact(program, before, result)
+            site_errors: dict[str, tuple[Error, float]] = {}
+        else:
+            errors, bad, site_errors = self._quantized(program, before, result)
         if bad:
-            return bad
+            return Judgement(Verdict(site_errors=site_errors), bad)
         try:
             output = self._output_error(program, result)
         except Exception as error:
-            return dict.fromkeys(everything, f"the rewritten graph cannot be computed ({brief(explained(error))})")
-        self._record(result, worst(errors), output)
+            return refused(everything, f"the rewritten graph cannot be computed ({brief(explained(error))})")
         self._adopt(program)
-        return {}
-
-    def _record(self, result: Any, error: Error | None, output: Error) -> None:
-        result.error = error.to_dict() if error else None
-        result.error_output = output.to_dict()
-        if error is None:
-            result.error_reason = "no site left to measure"
+        error = worst(errors)
+        figures = (error.to_dict(), output.to_dict()) if error else (None, output.to_dict(), "no site left to measure")
+        return Judgement(Verdict(*figures, site_errors=site_errors))
 
     # ------------------------------------------------------------------------------------------------ values
 
@@ -884,11 +884,14 @@ class Verifier:
                     self._learn(graph, node, self.truth[graph][old])
         return errors, bad
 
-    def _quantized(self, program: Program, before: Program, result: Any) -> tuple[list[Error], dict[str, str]]:
-        """The errors of a quantizing pass's sites, and those that are over their budget -> by how much."""
+    def _quantized(
+        self, program: Program, before: Program, result: PassResult
+    ) -> tuple[list[Error], dict[str, str], dict[str, tuple[Error, float]]]:
+        """The errors of a quantizing pass's sites; those over their budget -> by how much; each (error, budget)."""
         options = PassOptions(True) if self.options is None else self.options.of(result.name)
         errors: list[Error] = []
         bad: dict[str, str] = {}
+        site_errors: dict[str, tuple[Error, float]] = {}
         for graph, (sub, rewrites) in result.raw.items():
             if graph not in self.truth:
                 continue
@@ -906,10 +909,10 @@ class Verifier:
                 formats = _formats(sub, rewrite)
                 budget = options.budget(formats)
                 if formats != {NATIVE}:  # an attention that stayed in floating point is no quantized site
-                    result.site_errors[rewrite.site] = (error, budget)
+                    site_errors[rewrite.site] = (error, budget)
                 if not error.rel_l1 <= budget:
                     bad[rewrite.site] = f"relative L1 {error.rel_l1:.4f} is over its budget of {budget:g}"
-        return errors, bad
+        return errors, bad, site_errors
 
     def _graph_sites(self, program: Program, graph: str, sub: Subgraph, rewrites: list[Any]) -> dict[str, Error]:
         """Runs the new nodes on true inputs, in order; a measured node hands on the truth, not what it computed."""

@@ -23,6 +23,7 @@ from torch import fx
 from turbocompile.errors import TurbocompileError
 from turbocompile.ir.program import Program, Subgraph, infer, is_op
 from turbocompile.ir.weights import Cast, Cat, Expr, Permute, Reshape, Slice
+from turbocompile.rewrite.facts import give_place
 
 aten = torch.ops.aten
 COMMUTATIVE = (aten.add.Tensor, aten.mul.Tensor)
@@ -289,9 +290,7 @@ class Match:
         with self.sub.graph.inserting_before(self.root):
             name = getattr(target, "_opname", target.__name__).strip("_")
             node = self.sub.graph.create_node("call_function", target, args, kwargs, name=name)
-        for key in ("nn_module_stack", "stack_trace"):
-            if key in self.root.meta:
-                node.meta[key] = self.root.meta[key]
+        give_place(node, self.root)
         node.meta["val"] = infer(target, node.args, node.kwargs, self.program.fake_mode)
         self.made.append(node)
         return node
