@@ -29,6 +29,8 @@ from turbocompile.capture.export import capture
 from turbocompile.ir.program import Program, Subgraph, is_op
 from turbocompile.ir.weights import RELATIVE, Cat, Evaluator, Expr, Load, ModuleTensors, Permute
 from turbocompile.numerics.verifier import Evaluation, Weights, compare, random_inputs
+from turbocompile.recipe.options import resolve
+from turbocompile.recipe.schema import Settings
 from turbocompile.rewrite import normalize as normal_form
 from turbocompile.rewrite import pipeline, run_pass
 from turbocompile.rewrite.match import arguments
@@ -294,7 +296,7 @@ class Case:
             wrong = self.program.copy()
             normal_form.normalize(wrong)
             with contextlib.suppress(Exception):
-                pipeline.run_passes(wrong, {}, "cpu")
+                pipeline.run_passes(wrong, resolve(Settings.from_dict({"target": "cpu"})))
         unverified = error_of(wrong, self.model, self.inputs, self.truth)
         if not fault.what or unverified <= SEEN:
             return None

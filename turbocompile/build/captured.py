@@ -48,10 +48,17 @@ class Captured:
                 left = {**normalize(self.twin), **left}
         self.leave(left)
 
+    @property
+    def measured(self) -> tuple[Program, Program]:
+        """The Program that rewrites are measured on, as captured and in normal form. There has to be one."""
+        if self.raw_twin is None or self.twin is None:
+            raise AssertionError("nothing is measured without a twin")
+        return self.raw_twin, self.twin
+
     def everything(self) -> list[tuple[Program, Program]]:
         """Each Program in normal form with the captured one; the twin last."""
         pairs = [(program, self.raw[shape]) for shape, program in self.programs.items()]
-        return [*pairs, (self.twin, self.raw_twin)] if self.twin and self.raw_twin else pairs
+        return [*pairs, self.measured[::-1]] if self.twin is not None else pairs
 
     def leave(self, left: Mapping[str, str]) -> None:
         """Has graphs stay as captured, in every Program."""

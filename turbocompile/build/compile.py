@@ -1,4 +1,4 @@
-"""The story of a compilation: captured Programs, normal form, calibration, rewrites that are judged, weights planned."""
+"""The story of a compilation: captured Programs, normal form, calibration, judged rewrites, planned weights."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def compile_programs(
     that it is measured with, at the twin's shape; random tensors where there are none, with the masks and integers of
     `example`, a call of that shape.
 
-    Nothing that cannot be trusted is used: a graph whose normal form differs is built as captured, a site that is wrong,
-    that fails, or that not every shape has rewritten is left alone at all shapes; both are warned of.
+    Nothing that cannot be trusted is used: a graph whose normal form differs is built as captured, and a site that is
+    wrong, that fails, or that not every shape has rewritten is left alone at all shapes. Both are warned of.
     Raises VerificationError where nothing can be measured, RecipeError where the recorded tensors do not fit.
     """
     stages = stages or Stages()
@@ -85,8 +85,8 @@ def compile_programs(
         return _as_captured(name, programs, source)
     captured = Captured(programs, twin, stages)
     inputs, calibrated, warned = None, Plan(""), []
-    if captured.twin is not None and captured.raw_twin is not None:
-        inputs = calibration_inputs(captured.raw_twin, source, recorded, example)
+    if captured.twin is not None:
+        inputs = calibration_inputs(captured.measured[0], source, recorded, example)
         _check_forms(name, captured, source, inputs, stages)
         if options.w8a8.is_calibrated:
             calibrated = _calibrated(name, captured, source, options, inputs, stages)
@@ -118,21 +118,18 @@ def _as_captured(name: str, programs: Mapping[str, Program], source: TensorSourc
 
 def _check_forms(name: str, captured: Captured, source: TensorSource, inputs: Inputs, stages: Stages) -> None:
     """Has the graphs whose normal form gives other numbers stay as captured."""
-    assert captured.twin is not None and captured.raw_twin is not None
+    raw, twin = captured.measured
     with stages("verify"), measuring(name, inputs):
-        # The normal form renames some constants.
-        constants = {**captured.raw_twin.constants, **captured.twin.constants}
-        evaluate = Evaluator(source, constants)
-        captured.leave(wrong_forms(captured.raw_twin, captured.twin, evaluate, inputs.calls[0]))
+        constants = {**raw.constants, **twin.constants}  # the normal form renames some
+        captured.leave(wrong_forms(raw, twin, Evaluator(source, constants), inputs.calls[0]))
 
 
 def _calibrated(
     name: str, captured: Captured, source: TensorSource, options: CompileOptions, inputs: Inputs, stages: Stages
 ) -> Plan:
     """Measures 8-bit linears in each layer, and gives the layers of all Programs the graphs that this takes."""
-    assert captured.twin is not None
     with stages("calibrate"), warnings_collected(), measuring(name, inputs):
-        plan = calibrate(captured.twin, source, options, inputs, device_of(options.target))
+        plan = calibrate(captured.measured[1], source, options, inputs, device_of(options.target))
     for program, _ in captured.everything():
         plan.split(program)
     return plan

@@ -19,9 +19,8 @@ from turbocompile.build.module_facts import config_of, dtype_of
 from turbocompile.build.stages import Progress, Stages, warnings_collected
 from turbocompile.build.write import MODULES_OWN, ModuleWriter, Origin, make_report
 from turbocompile.capture.isolation import compiling
-from turbocompile.capture.module_weights import ModuleTensors
 from turbocompile.errors import CaptureError, EngineError, RecipeError, VerificationError
-from turbocompile.ir.weights import Evaluator, copied
+from turbocompile.ir.weights import Constant, Evaluator, ModuleTensors, copied, leaves
 from turbocompile.numerics.recording import Recorded, given_inputs
 from turbocompile.recipe.options import resolve
 from turbocompile.recipe.schema import Recipe, Settings, load_recipe
@@ -125,45 +124,46 @@ class _Builder:
             item = item.warned(*said)
         name = type(model).__name__
         report = make_report({"transformer": item}, self.settings, Origin(name, MODULES_OWN), stages)
-        programs = {k: replace(p, constants=_own(source, p.constants)) for k, p in item.programs.items()}
         writer = ModuleWriter.of(item, self.settings, report)
+        runners = {name: runner for name, runner in runners.items() if runner is not None}
         if grown is not None:
-            return grown.extended(programs, weights, report, grown.write.joined(writer), item.tuning)
+            names = {shape: f"call-{i}" for i, shape in enumerate(item.programs, len(grown.programs))}
+            programs = {names[shape]: program for shape, program in item.programs.items()}
+            engine = grown.extended(programs, weights, report, _writer_of(grown).joined(writer), item.tuning)
+            engine.keep({names[shape]: runner for shape, runner in runners.items()})
+            return engine
         engine = Engine(
-            programs, weights, name=name, config=config_of(model), dtype=dtype_of(model), report=report,
-            backend=self.settings.backend,
+            item.programs, weights, name=name, config=config_of(model), dtype=dtype_of(model), report=report,
+            backend=self.settings.backend, tuning=item.tuning,
         )  # fmt: skip
         engine.write = writer
         engine.to(device)
-        engine._runners |= {name: runner for name, runner in runners.items() if runner is not None}
+        engine.keep(runners)
         return engine
 
 
 def _weights(
     source: ModuleTensors, item: Compiled, device: torch.device, grown: Engine | None
 ) -> dict[str, torch.Tensor]:
-    """The stored weights by name. Those that `grown` has are its own. On a CPU a weight that is a parameter of the
+    """The stored weights by name, without those that `grown` has. On a CPU a weight that is a parameter of the
     module is copied, because the user may write to the parameter later.
     """
     evaluate = Evaluator(item.source, item.constants)
+    known = _writer_of(grown).plan if grown is not None else {}
     weights: dict[str, torch.Tensor] = {}
     for name, emission in item.plan.items():
-        own = grown.weights.get(name) if grown is not None else None
-        if own is not None and grown is not None and grown.write.plan.get(name) == emission:
-            weights[name] = own
-            continue
+        if known.get(name) == emission and not any(isinstance(leaf, Constant) for leaf in leaves(emission.expr)):
+            continue  # `grown` has it; constants of the same name may differ from call to call
         value = evaluate(emission.expr, emission.prefix)
-        if own is not None and not torch.equal(own.cpu(), value):
-            raise EngineError(
-                f"two calls of the module need different values of {name!r}; build an engine for each of them"
-            )
         weights[name] = copied(value) if device.type == "cpu" and source.shares(value) else value
     return weights
 
 
-def _own(source: ModuleTensors, constants: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A Program's constants, of which none is memory of the module."""
-    return {key: copied(t) if source.shares(t) else t for key, t in constants.items()}
+def _writer_of(engine: Engine) -> ModuleWriter:
+    """How an engine that was built here is written."""
+    if not isinstance(engine.write, ModuleWriter):
+        raise EngineError(f"{engine.model_name} was not built from a module here, so that no call can be added to it")
+    return engine.write
 
 
 def settings_of(model: nn.Module, recipe: Any, backend: str, target: str | None) -> Settings:

@@ -26,7 +26,7 @@ from turbocompile.recipe.options import CompileOptions, resolve
 from turbocompile.recipe.presets import Geometry
 from turbocompile.recipe.schema import Recipe, Shape
 from turbocompile.report.report import Report
-from turbocompile.runtime.engine import new_folder
+from turbocompile.runtime.folder import new_folder
 from turbocompile.runtime.tuning import merge
 from turbocompile.wan.source import BOUNDARY, BlocksFrom, Source, TransformerSource, open_source
 
@@ -66,9 +66,7 @@ def optimize_recipe(
         return _write(folder, compiled, source, recipe, stages)
 
 
-def _write(
-    folder: Path, compiled: dict[str, Compiled], source: Source, recipe: Recipe, stages: Stages
-) -> Report:
+def _write(folder: Path, compiled: dict[str, Compiled], source: Source, recipe: Recipe, stages: Stages) -> Report:
     """Writes all modules and the models around them."""
     modules: dict[str, Any] = {}
     for name, item in compiled.items():

@@ -101,8 +101,7 @@ def _judged(
     stages: Stages,
 ) -> list[PassResult]:
     """Runs the passes on the twin, each judged; where it is of an engine's shape, that shape is done with it."""
-    assert captured.twin is not None
-    small = captured.twin.copy()
+    small = captured.measured[1].copy()
     shape = captured.twin_shape
     first = bool(shape) and shape == next(iter(captured.programs))
     with stages("verify"):
@@ -111,14 +110,12 @@ def _judged(
         if first:
             done.printed["normalize"] = print_program(small)
         with warnings_collected() as said:
-            done.judged = run_passes(
-                small, options, _Watch(verifier, done.printed if first else None), vetoes=vetoes
-            )
+            done.judged = run_passes(small, options, _Watch(verifier, done.printed if first else None), vetoes=vetoes)
     if shape:  # of a twin of another shape everything is said again for the Programs that are built
         done.programs[shape] = small
         done.warned += said
     if first:
-        _show(done, captured.twin, small, done.judged)
+        _show(done, captured.measured[1], small, done.judged)
     return done.judged
 
 

@@ -16,13 +16,14 @@ from turbocompile.backends import get_backend
 from turbocompile.build.compile import Compiled
 from turbocompile.build.stages import Stages, warnings_collected
 from turbocompile.errors import EngineError
+from turbocompile.ir.graph_view import GraphView
 from turbocompile.ir.program import Program
 from turbocompile.ir.serialize import to_json
-from turbocompile.ir.weights import Evaluator, nbytes, write_shards
+from turbocompile.ir.weights import Emission, Evaluator, nbytes, write_shards
 from turbocompile.recipe.schema import Recipe, Settings
 from turbocompile.report.report import Report
-from turbocompile.ir.graph_view import GraphView
-from turbocompile.runtime.engine import Engine, module_entry, seal
+from turbocompile.runtime.engine import Engine, module_entry
+from turbocompile.runtime.folder import seal
 from turbocompile.runtime.tuning import FILE as TUNING
 from turbocompile.runtime.tuning import merge
 
@@ -174,10 +175,7 @@ def json_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ModuleWriter:
-    """Writes a compiled module's engine: `engine.write`. It holds nothing of the module but words and names.
-
-    names: of the stored weights, in the order of the plan.
-    """
+    """Writes a compiled module's engine: `engine.write`. It holds words, names and expressions, and no tensor."""
 
     name: str
     settings: Settings
@@ -185,20 +183,17 @@ class ModuleWriter:
     printed: Mapping[str, str]
     views: Mapping[str, GraphView]
     tuning: Mapping[str, Any]
-    names: tuple[str, ...]
-    plan: Mapping[str, Any]
+    plan: Mapping[str, Emission]
 
     @classmethod
     def of(cls, item: Compiled, settings: Settings, report: Report) -> ModuleWriter:
         """Of a module as it was compiled."""
-        return cls(
-            item.name, settings, report, item.printed, item.views, item.tuning, tuple(item.plan), dict(item.plan)
-        )
+        return cls(item.name, settings, report, item.printed, item.views, item.tuning, dict(item.plan))
 
     def __call__(self, engine: Engine, folder: Path) -> None:
         """Writes the engine into the empty `folder`."""
         programs = write_programs(self.name, engine.programs, folder)
-        shards = write_shards(self.plan, _Stored(engine.weights, self.names), folder, f"weights-{self.name}")
+        shards = write_shards(self.plan, _Stored(engine.weights, list(self.plan)), folder, f"weights-{self.name}")
         entry = {**module_entry(engine, programs, shards), "config": json_config(engine.config)}
         if engine.backend != "triton":
             weights = {k: v.cpu() for k, v in engine.weights.items()}
@@ -211,6 +206,11 @@ class ModuleWriter:
             folder, self.report, [(self.name, self.printed, self.views)], self.settings,
             {"modules": {self.name: entry}, "components": {}}, self.tuning,
         )  # fmt: skip
+
+    def joined(self, other: ModuleWriter) -> ModuleWriter:
+        """Of the engine that has the calls of both: this one's graphs are printed, and the report is the later one."""
+        plan = dict(sorted({**self.plan, **other.plan}.items()))
+        return replace(self, report=other.report, plan=plan, tuning=merge(self.tuning, other.tuning))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleWriter:
         """Itself: nothing in it changes."""
