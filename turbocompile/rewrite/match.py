@@ -435,9 +435,11 @@ class Pass:
 
     kind: "exact" (the same function to rounding), "quantizing" (within a budget) or "semantic" (another function); or a
     function of the pass's options that says which.
+    needs: the names of passes, or of what they provide, that run before it. provides: further names that other passes
+    may need. before: the names of passes that run after it. They place a third-party pass; where they leave a choice,
+    it runs as late as they allow.
     section: the recipe section whose options the pass gets, where that is not its own name.
     quiet: whether the report leaves the pass out where it finds no site.
-    needs, provides: names of what must have been provided by an earlier pass; they order third-party passes.
     """
 
     name: str
@@ -447,6 +449,7 @@ class Pass:
     provides: tuple[str, ...] = ()
     section: str = ""
     quiet: bool = False
+    before: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not callable(self.kind):
