@@ -11,7 +11,11 @@ from torch import nn
 from turbocompile.capture.export import capture
 from turbocompile.ir.program import is_op
 from turbocompile.ir.weights import Evaluator, Load, ModuleTensors
-from turbocompile.numerics.verifier import BUDGETS, Evaluation, Verifier, budget_of, compare, random_inputs, wrong_forms
+from turbocompile.numerics.errors import BUDGETS, budget_of, compare
+from turbocompile.numerics.inputs import random_inputs
+from turbocompile.numerics.interpreter import Interpreter
+from turbocompile.numerics.normal_forms import wrong_forms
+from turbocompile.numerics.verifier import Verifier
 from turbocompile.rewrite.match import Pass, rewrite, variables
 from turbocompile.rewrite.normalize import normalize
 from turbocompile.rewrite.pipeline import run_passes
@@ -142,7 +146,7 @@ def test_what_a_16_bit_model_rounds_itself_is_no_wrong_normal_form(cosine):
 
 def run_raw(raw, verifier):
     """The output of a captured shell, in its own types."""
-    values = Evaluation(raw.shell, lambda node: None, None)({"input_0": verifier.inputs[0]})
+    values = Interpreter(raw.shell, lambda node: None, None)({"input_0": verifier.inputs[0]})
     return values[raw.shell.outputs()[0].name]
 
 
@@ -357,7 +361,7 @@ def test_bf16_models_are_judged_in_float64_for_exact_rewrites():
 
 def test_truth_is_more_exact_than_float32(case):
     model, program, _, verifier = case
-    wide = Evaluation(program.graphs["blocks"], verifier._weight(program, "blocks"), torch.float64)
+    wide = Interpreter(program.graphs["blocks"], verifier._weight(program, "blocks"), torch.float64)
     inputs = verifier.inputs[0].double()
     found = wide({program.graphs["blocks"].inputs()[0].name: inputs})
     with torch.no_grad():

@@ -22,7 +22,7 @@ from turbocompile.runtime.adapters import FixedWeights
 from turbocompile.report.attentions import chosen
 from turbocompile.backends import get_backend
 from turbocompile.tools.bench import time_attentions
-from turbocompile.numerics.calibrate import Inputs, Plan, calibrate
+from turbocompile.numerics.calibrate import calibrate
 from turbocompile.capture.export import capture
 from turbocompile.runtime.engine import Engine, module_entry, new_folder, seal
 from turbocompile.errors import CaptureError, EngineError, RecipeError, VerificationError
@@ -52,7 +52,10 @@ from turbocompile.ir.signature import (
 )
 from turbocompile.runtime.tuning import FILE as TUNING
 from turbocompile.runtime.tuning import Tuning, merge, tune
-from turbocompile.numerics.verifier import Verifier, random_inputs, wrong_forms
+from turbocompile.numerics.inputs import Inputs, random_inputs
+from turbocompile.numerics.normal_forms import wrong_forms
+from turbocompile.numerics.plan import Plan
+from turbocompile.numerics.verifier import Verifier
 from turbocompile.recipe.presets import Geometry
 from turbocompile.wan.source import BOUNDARY, BlocksFrom, Source, TransformerSource, open_source
 from turbocompile.ir.weights import (

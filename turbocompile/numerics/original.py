@@ -26,7 +26,8 @@ from turbocompile.ir.execute import Runner
 from turbocompile.ir.program import Program, Signature
 from turbocompile.ir.weights import Evaluator, TensorSource
 from turbocompile.kernels.quantize.quantize import dequantize
-from turbocompile.numerics.verifier import compare, random_inputs
+from turbocompile.numerics.errors import compare
+from turbocompile.numerics.inputs import random_inputs
 
 CALLS = 2
 CALLS_OF_STATE = 8  # where a model's attributes change from call to call

@@ -11,7 +11,8 @@ import torch
 from turbocompile.errors import EngineError
 from turbocompile.ir.program import Program, is_op
 from turbocompile.kernels import ops
-from turbocompile.numerics.verifier import Error, compare, random_inputs
+from turbocompile.numerics.errors import Error, compare
+from turbocompile.numerics.inputs import random_inputs
 from turbocompile.recipe.schema import Recipe
 from turbocompile.rewrite.attention_sites import SAGE, SLA
 from turbocompile.runtime.engine import Engine, check_files, check_strangers, load, read_manifest
