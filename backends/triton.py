@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from turbocompile.backends import NO_TUNING, Tuning
+from turbocompile.backends.launchers import launchers
 
 from turbocompile.ir.execute import Runner
 from turbocompile.ir.program import Program
@@ -30,6 +32,10 @@ def compile_program(
     device: torch.device,
     folder: Path | None = None,
     files: tuple[str, ...] = (),
+    tuning: Tuning = NO_TUNING,
 ) -> Runner:
-    """A callable over flat tensors. weights: stored name -> tensor, all on `device`."""
-    return Runner(program, weights, device)
+    """A callable over flat tensors. weights: stored name -> tensor, all on `device`.
+
+    Raises EngineError where the tuning chose a configuration for this card that no kernel declares.
+    """
+    return Runner(program, weights, device, launchers(tuning, device))

@@ -151,12 +151,12 @@ def has_kernel(
     others = [t for t in (scale, weight, weight_scale, bias) if t is not None]
     if not (all(t.device == data.device for t in others) and runs_triton(data.device)):
         return False
-    from turbocompile.kernels import linear_triton  # here: a machine without a GPU may lack Triton
+    from turbocompile.kernels.linear import linear_triton  # here: a machine without a GPU may lack Triton
 
     return linear_triton.takes(format, dtype, weight.shape[1], data.device)
 
 
-register_kernel(w8a8_linear, reference, has_kernel, "linear_choice.launch_chosen")
+on_cuda = register_kernel(w8a8_linear, reference, has_kernel, "linear.linear_triton.launch_linear")
 
 
 def _decomposition(

@@ -18,18 +18,28 @@ from turbocompile.ir.program import SHELL, Program, Subgraph, call, walk_tensors
 from turbocompile.ir.weights import Constant, Expr, emitted_name, is_relative
 
 LAYER_BYTES = 1 << 20  # of a tensor that a layer computes from its constants and keeps: a table of 4096 x 64
+Launcher = Callable[[fx.Node], Callable[..., Any] | None]
 SOURCE = "source"  # in the meta of a node of generated code: the program's node that it comes from
 
 
 class Runner:
     """Runs a Program: `runner(*tensors) -> tuple of tensors`."""
 
-    def __init__(self, program: Program, weights: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    def __init__(
+        self,
+        program: Program,
+        weights: Mapping[str, torch.Tensor],
+        device: torch.device,
+        launcher: Launcher = lambda node: None,
+    ) -> None:
+        """launcher: gives a node the function that runs in the place of its operator; None: the operator runs."""
         self.blocks = {
-            name: _Compiled(sub, name, device, weights) for name, sub in program.graphs.items() if name != SHELL
+            name: _Compiled(sub, name, device, weights, launcher)
+            for name, sub in program.graphs.items()
+            if name != SHELL
         }
         calls = {c.node.name: self.blocks[c.graph].bound(c.prefix, weights) for c in program.calls()}
-        self.shell = _Compiled(program.shell, SHELL, device, weights, calls).bound("", weights)
+        self.shell = _Compiled(program.shell, SHELL, device, weights, launcher, calls).bound("", weights)
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with torch.no_grad(), _supported():
@@ -77,6 +87,7 @@ class _Compiled:
         name: str,
         device: torch.device,
         weights: Mapping[str, torch.Tensor],
+        launcher: Launcher,
         calls: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.sub, self.name = sub, name
@@ -104,9 +115,8 @@ class _Compiled:
                 root.add_module(node.name, (calls or {})[node.name])
                 env[node] = graph.call_module(node.name, tuple(args[3:]))
             else:
-                env[node] = graph.create_node(
-                    node.op, node.target, args, with_device(node, kwargs, device), name=node.name
-                )
+                target = launcher(node) or node.target
+                env[node] = graph.create_node(node.op, target, args, with_device(node, kwargs, device), name=node.name)
             env[node].meta[SOURCE] = node
         self.code = fx.GraphModule(root, graph)
 

@@ -8,41 +8,40 @@ stays wide in that layer only: layers that keep the same sites share a graph.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 from turbocompile.ir.program import Program
 from turbocompile.ir.weights import TensorSource, WithVectors
-from turbocompile.numerics.errors import budget_of
 from turbocompile.numerics.inputs import Inputs
 from turbocompile.numerics.interpreter import CPU
 from turbocompile.numerics.linear_errors import Smoothing, find_groups, find_linears, measure
 from turbocompile.numerics.plan import Measured, Plan, decide, with_smoothing
-from turbocompile.numerics.smoothing import NO_HELP, alphas_of
-from turbocompile.rewrite.pipeline import PASSES, load_pass, run_pass, run_passes
+from turbocompile.numerics.smoothing import NO_HELP
+from turbocompile.recipe.options import CompileOptions
+from turbocompile.rewrite.pipeline import load_pass, run_passes, story
+from turbocompile.rewrite.run_pass import run_pass
 
 
 def calibrate(
     program: Program,
     source: TensorSource,
-    options: Mapping[str, Mapping[str, Any]],
-    target: str,
+    options: CompileOptions,
     inputs: Inputs,
     device: torch.device = CPU,
 ) -> Plan:
     """Measures a normalized Program, which is left as it was.
 
-    options: as for `run_passes`. inputs: tensors that the Program takes. device: where to compute.
+    options: as they were resolved. inputs: tensors that the Program takes. device: where to compute.
     """
-    prepared = before_smooth(program, options, target)
-    w8a8 = options.get("w8a8", {})
-    linears = find_linears(prepared, w8a8, target)
+    prepared = before_smooth(program, options)
+    w8a8 = options.w8a8
+    linears = find_linears(prepared, w8a8)
     if not linears:
         return Plan(str(inputs))
-    budgets = {s.site: budget_of(w8a8, {s.format}) for s in linears}
-    alphas = alphas_of(w8a8.get("smooth", "off")) if inputs.recorded else ()
+    budgets = {s.site: w8a8.budget({s.format}) for s in linears}
+    alphas = w8a8.alphas if inputs.recorded else ()
     groups, reasons = find_groups(prepared, linears) if alphas else ([], {})
     plain, scales = measure(prepared, source, linears, inputs, device, Smoothing(groups, alphas, budgets))
     smoothed = [g for g in groups if any(s.alpha is not None for s in scales[g.site].values())]
@@ -55,18 +54,15 @@ def calibrate(
                 vectors |= group.vectors(prefix, scale.s)
                 found.alphas |= {(s.site, prefix): scale.alpha for s in group.linears if scale.alpha is not None}
         sites = frozenset(g.site for g in smoothed)
-        run_pass(prepared, load_pass("smooth"), {**w8a8, "target": target, "smoothed": sites})
-        after = find_linears(prepared, w8a8, target)
+        run_pass(prepared, load_pass("smooth"), replace(w8a8, smoothed=sites))
+        after = find_linears(prepared, w8a8)
         found.errors, _ = measure(prepared, WithVectors(source, vectors), after, inputs, device)
     plan = decide(prepared, linears, found, str(inputs))
     return with_smoothing(plan, prepared, [g.site for g in smoothed], reasons, vectors)
 
 
-def before_smooth(program: Program, options: Mapping[str, Mapping[str, Any]], target: str) -> Program:
+def before_smooth(program: Program, options: CompileOptions) -> Program:
     """The Program as smooth finds it, but with attention in floating point: its quantization is judged by itself."""
     made = program.copy()
-    attention = dict(options.get("attention", {}))
-    attention |= {"pv": "none", "kind": "native" if attention.get("kind") == "sage" else attention.get("kind", "auto")}
-    passes = [load_pass(name) for name in PASSES[: PASSES.index("smooth")]]
-    run_passes(made, {**options, "attention": attention}, target, passes=passes)
+    run_passes(made, options.in_floating_point(), passes=story("smooth")[:-1])
     return made

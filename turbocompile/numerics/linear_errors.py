@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx
@@ -18,7 +17,9 @@ from turbocompile.numerics.interpreter import CPU
 from turbocompile.numerics.layer_values import Layer, each_layer
 from turbocompile.numerics.program_values import as_engine
 from turbocompile.numerics.smoothing import Scale, best_scale
-from turbocompile.rewrite.pipeline import load_pass, run_pass
+from turbocompile.recipe.options import W8A8Options
+from turbocompile.rewrite.pipeline import load_pass
+from turbocompile.rewrite.run_pass import run_pass
 from turbocompile.rewrite.scale_folding import Fold, fold_of
 
 
@@ -66,9 +67,9 @@ class Linear:
         return error
 
 
-def find_linears(program: Program, w8a8: Mapping[str, Any], target: str) -> list[Linear]:
+def find_linears(program: Program, w8a8: W8A8Options) -> list[Linear]:
     """The linears that w8a8 would rewrite under its options."""
-    result = run_pass(program.copy(), load_pass("w8a8"), {**w8a8, "target": target})
+    result = run_pass(program.copy(), load_pass("w8a8"), w8a8)
     found = []
     for graph, (sub, rewrites) in result.raw.items():
         nodes = {n.name: n for n in sub.graph.nodes}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
 from turbocompile.ir.program import Program
+from turbocompile.ir.site_errors import LayerError, SiteError, finite, ranges
 from turbocompile.numerics.errors import Error, worst
-from turbocompile.numerics.layers import LayerError, SiteError, finite, ranges
 from turbocompile.numerics.linear_errors import Linear
 
 MAX_KINDS = 4  # graphs that one kind of block may become: each is compiled, tuned and read by a person
@@ -33,11 +32,6 @@ class Plan:
     unsmoothed: Mapping[str, str] = field(default_factory=dict)
     vectors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     sites: tuple[SiteError, ...] = ()
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the passes smooth and w8a8 are told."""
-        return {"keep": self.keep, "smoothed": self.smoothed, "unsmoothed": self.unsmoothed}
 
     def worst_quantized(self) -> dict[str, float] | None:
         """The largest error that 8 bits cause somewhere in the model."""

@@ -16,17 +16,18 @@ truth: the graph after it. The error of the output of the block, run as a whole,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
 from turbocompile.errors import TurbocompileError, brief
+from turbocompile.ir.attention_ops import SAGE, SLA
 from turbocompile.ir.program import Program, Subgraph, is_op
 from turbocompile.ir.weights import Evaluator
 from turbocompile.kernels import ops
-from turbocompile.numerics.errors import NATIVE, Error, budget_of, compare, worst
+from turbocompile.numerics.errors import NATIVE, Error, compare, worst
 from turbocompile.numerics.exact_sites import RewrittenGraph
 from turbocompile.numerics.inputs import random_inputs
 from turbocompile.numerics.interpreter import Interpreter, Uncomputed, Values
@@ -38,9 +39,15 @@ from turbocompile.numerics.program_values import (
     run_widest,
     told_apart,
 )
-from turbocompile.rewrite.attention_sites import SAGE, SLA
+from turbocompile.recipe.options import CompileOptions, PassOptions
+from turbocompile.rewrite.results import Judgement, PassResult, Verdict
 
 aten = torch.ops.aten
+
+
+def refused(sites: list[str], reason: str) -> Judgement:
+    """The judgement that refuses all sites for one reason."""
+    return Judgement(refused=dict.fromkeys(sites, reason))
 
 
 class Verifier:
@@ -54,47 +61,41 @@ class Verifier:
         self,
         program: Program,
         evaluate: Evaluator,
-        options: Mapping[str, Mapping[str, Any]] | None = None,
+        options: CompileOptions | None = None,
         inputs: list[torch.Tensor] | None = None,
         seed: int = 0,
     ) -> None:
-        self.options = options or {}
+        self.options = options
         self.inputs = inputs or random_inputs(program, seed)
         self.weights = Weights(evaluate)
         self.learned: dict[str, Values] = {}
         self._rebase(program)
 
-    def before(self, program: Program, pass_: Any) -> None:
-        """Nothing: the truth is known from the start."""
-
-    def after(self, program: Program, before: Program, result: Any) -> dict[str, str]:
-        """Measures a pass and returns the sites to leave alone, with the reasons."""
+    def after(self, program: Program, before: Program, result: PassResult) -> Judgement:
+        """Measures a pass; returns its verdict, and the sites to leave alone with the reasons."""
         everything = [r.site for _, rewrites in result.raw.values() for r in rewrites]
         if result.kind == "semantic":
             try:
                 self._rebase(program)
             except (Uncomputed, TurbocompileError) as error:
-                return dict.fromkeys(everything, f"the rewritten graph cannot be computed ({_reason(error)})")
-            result.error_reason = "another function by intent; later passes are measured against it"
-            return {}
+                return refused(everything, f"the rewritten graph cannot be computed ({_reason(error)})")
+            return Judgement(Verdict(error_reason="another function by intent; later passes are measured against it"))
         self.learned = {}
-        judge = self._exact if result.kind == "exact" else self._quantized
-        errors, bad = judge(program, before, result)
+        if result.kind == "exact":
+            errors, bad = self._exact(program, before, result)
+            site_errors: dict[str, tuple[Error, float]] = {}
+        else:
+            errors, bad, site_errors = self._quantized(program, before, result)
         if bad:
-            return bad
+            return Judgement(Verdict(site_errors=site_errors), bad)
         try:
             output = self._output_error(program, result)
         except (Uncomputed, TurbocompileError) as error:
-            return dict.fromkeys(everything, f"the rewritten graph cannot be computed ({_reason(error)})")
-        self._record(result, worst(errors), output)
+            return refused(everything, f"the rewritten graph cannot be computed ({_reason(error)})")
         self._adopt(program)
-        return {}
-
-    def _record(self, result: Any, error: Error | None, output: Error) -> None:
-        result.error = error.to_dict() if error else None
-        result.error_output = output.to_dict()
-        if error is None:
-            result.error_reason = "no site left to measure"
+        error = worst(errors)
+        figures = (error.to_dict(), output.to_dict()) if error else (None, output.to_dict(), "no site left to measure")
+        return Judgement(Verdict(*figures, site_errors=site_errors))
 
     # ------------------------------------------------------------------------------------------------ values
 
@@ -112,7 +113,7 @@ class Verifier:
         self.truth, self.wide = run_widest(program, self.weights, self.inputs)
         self.outputs = {g: [self.truth[g][n.name] for n in program.graphs[g].outputs()] for g in self.truth}
 
-    def _output_error(self, program: Program, result: Any) -> Error:
+    def _output_error(self, program: Program, result: PassResult) -> Error:
         """The error of the rewritten graphs' outputs, each run as a whole in the engine's dtypes, from exact inputs."""
         errors = []
         for graph in result.raw:
@@ -127,7 +128,7 @@ class Verifier:
 
     # ------------------------------------------------------------------------------------------------- sites
 
-    def _exact(self, program: Program, before: Program, result: Any) -> tuple[list[Error], dict[str, str]]:
+    def _exact(self, program: Program, before: Program, result: PassResult) -> tuple[list[Error], dict[str, str]]:
         """The errors of an exact pass's sites, and those that it got wrong -> why."""
         errors: list[Error] = []
         bad: dict[str, str] = {}
@@ -150,11 +151,14 @@ class Verifier:
                     self._learn(graph, node, self.truth[graph][old])
         return errors, bad
 
-    def _quantized(self, program: Program, before: Program, result: Any) -> tuple[list[Error], dict[str, str]]:
-        """The errors of a quantizing pass's sites, and those that are over their budget -> by how much."""
-        options = self.options.get(result.name, {})
+    def _quantized(
+        self, program: Program, before: Program, result: PassResult
+    ) -> tuple[list[Error], dict[str, str], dict[str, tuple[Error, float]]]:
+        """The errors of a quantizing pass's sites; those over their budget -> by how much; each (error, budget)."""
+        options = PassOptions(True) if self.options is None else self.options.of(result.name)
         errors: list[Error] = []
         bad: dict[str, str] = {}
+        site_errors: dict[str, tuple[Error, float]] = {}
         for graph, (sub, rewrites) in result.raw.items():
             if graph not in self.truth:
                 continue
@@ -171,12 +175,12 @@ class Verifier:
                     continue
                 errors.append(error)
                 formats = _formats(sub, rewrite)
-                budget = budget_of(options, formats)
+                budget = options.budget(formats)
                 if formats != {NATIVE}:  # an attention that stayed in floating point is no quantized site
-                    result.site_errors[rewrite.site] = (error, budget)
+                    site_errors[rewrite.site] = (error, budget)
                 if not error.rel_l1 <= budget:
                     bad[rewrite.site] = f"relative L1 {error.rel_l1:.4f} is over its budget of {budget:g}"
-        return errors, bad
+        return errors, bad, site_errors
 
     def _graph_sites(self, program: Program, graph: str, sub: Subgraph, rewrites: list[Any]) -> dict[str, Error]:
         """Runs the new nodes on true inputs, in order; a measured node hands on the truth, not what it computed."""
