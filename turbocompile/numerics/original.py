@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from turbocompile.capture.isolation import State, compiling, process_kept
+from turbocompile.capture.isolation import State
 from turbocompile.capture.module_weights import quantized
+from turbocompile.capture.process import compiling, process_kept
 from turbocompile.ir import signature as sig
 from turbocompile.ir.emit import weight_plan
 from turbocompile.ir.execute import Runner
