@@ -24,7 +24,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from turbocompile.capture.blocks import cut, drop_unread
+from turbocompile.capture.blocks import cut
 from turbocompile.capture.guards import check_call, check_parameters
 from turbocompile.capture.hooks import check_hooks
 from turbocompile.capture.isolation import State
@@ -32,7 +32,7 @@ from turbocompile.capture.module_weights import DATA, SCALE, Quantized, is_torch
 from turbocompile.capture.process import compiling, process_kept, quiet
 from turbocompile.errors import CaptureError
 from turbocompile.ir import signature as sig
-from turbocompile.ir.program import SHELL, Program, Subgraph
+from turbocompile.ir.program import SHELL, Program, Subgraph, drop_unread
 from turbocompile.ir.weights import Constant, Dequantize, Expr, Load
 
 aten = torch.ops.aten
