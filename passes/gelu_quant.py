@@ -12,9 +12,10 @@ import torch
 from torch import fx
 from turbocompile.kernels import ops
 
+from turbocompile.ir.arguments import arguments
 from turbocompile.ir.program import Subgraph, is_op
 from turbocompile.rewrite.attention_sites import as_norm, in_result_dtype, lone_quantize, readers, replaced_items
-from turbocompile.rewrite.match import Match, Pass, arguments, rewrite
+from turbocompile.rewrite.match import Match, Pass, rewrite
 
 aten = torch.ops.aten
 

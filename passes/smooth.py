@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from turbocompile.ir.arguments import arguments
 from turbocompile.ir.program import dtype, is_op, shape
 from turbocompile.ir.weights import Cast, Cat, Expr, Mul, Reshape, Slice
 from turbocompile.recipe.options import W8A8Options
 from turbocompile.rewrite.attention_sites import as_norm
 from turbocompile.rewrite.facts import give_place, hand_on
 from turbocompile.rewrite.linears import all_linears, first_weight, given_weights, held
-from turbocompile.rewrite.match import Match, Pass, arguments, is_cast, rewrite, uncast
+from turbocompile.rewrite.match import Match, Pass, is_cast, rewrite, uncast
 from turbocompile.rewrite.scale_folding import Fold, between, fold_of, has_norm, path_of_v
 
 aten = torch.ops.aten

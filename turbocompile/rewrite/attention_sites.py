@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from turbocompile.ir.arguments import arguments
 from turbocompile.ir.attention_ops import BHLD, BLHD, is_attention
 from turbocompile.ir.program import Subgraph, dtype, is_op, shape
 from turbocompile.kernels import ops as ours
 from turbocompile.rewrite.linears import rows
-from turbocompile.rewrite.match import Match, arguments, default_eps, is_cast, uncast, unwiden
+from turbocompile.rewrite.match import Match, default_eps, is_cast, uncast, unwiden
 
 aten = torch.ops.aten
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from turbocompile.ir.arguments import arguments
 from turbocompile.ir.attention_ops import BHLD, BLHD, SLA, attention_layout, is_attention
 from turbocompile.ir.program import Subgraph, is_op, shape
 from turbocompile.ir.weights import RELATIVE, Load
 from turbocompile.rewrite.attention_sites import Place, as_norm, below_layout, readers
-from turbocompile.rewrite.linears import dequantized, first_weight, given_weights
-from turbocompile.rewrite.match import arguments, is_cast, uncast, weight_expr
+from turbocompile.rewrite.linears import dequantized, first_weight, given_weights, weight_expr
+from turbocompile.rewrite.match import is_cast, uncast
 
 aten = torch.ops.aten
 NO_PRODUCER = "no producer to fold a scale into"
