@@ -12,7 +12,7 @@ from torch import fx, nn
 from turbocompile.capture.export import capture
 from turbocompile.ir.program import call, is_op, module_path
 from turbocompile.ir.weights import Constant, Evaluator, ModuleTensors
-from turbocompile.numerics.verifier import Evaluation
+from turbocompile.numerics.interpreter import Interpreter
 from turbocompile.rewrite.match import exact
 from turbocompile.rewrite.normalize import clean, normalize
 
@@ -40,7 +40,7 @@ def run(program, model, inputs):
 
     def graph(name, prefix, given):
         sub = program.graphs[name]
-        evaluation = Evaluation(sub, lambda node: evaluate(sub.weights[node.target], prefix), None)
+        evaluation = Interpreter(sub, lambda node: evaluate(sub.weights[node.target], prefix), None)
         values = evaluation(
             {n.name: v for n, v in zip(sub.inputs(), given, strict=True)},
             lambda node, args: graph(args[0], args[1], args[3:]),
