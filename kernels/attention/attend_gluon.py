@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from turbocompile.kernels._common import FUSED
+from turbocompile.kernels._registry import FUSED
 
 # Three names that Triton changed after 3.6: in 3.7, in 3.8 and in 3.9.
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier

@@ -20,7 +20,6 @@ attend_gluon.py has the same for Hopper.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,18 +28,9 @@ import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from turbocompile.kernels._common import FUSED, check
-from turbocompile.kernels.attention.prepare_triton import (
-    LOG2E,
-    ROUND,
-    Keys,
-    Prepared,
-    _exp2,
-    _features,
-    _product,
-    prepare,
-    strides,
-)
+from turbocompile.kernels._jit import LOG2E, ROUND, exp2, product
+from turbocompile.kernels._registry import FUSED, card, check
+from turbocompile.kernels.attention.prepare_triton import Keys, Prepared, features, prepare, strides
 
 try:
     from turbocompile.kernels.attention import attend_gluon
@@ -99,14 +89,14 @@ def _attend_portable(
         elif RAGGED and index == num_k - 1:
             s = tl.where((col < keys)[None, :], s, -2100000)
         top = tl.max(s, 1)
-        peak = _product(top.to(tl.float32), c, FTZ)
+        peak = product(top.to(tl.float32), c, FTZ)
         new = tl.maximum(high, peak)
-        alpha = _exp2(high - new, FTZ)
+        alpha = exp2(high - new, FTZ)
         if FP8:
             shift = peak - new + OFFSET
         else:
             shift = peak - new
-        p = _exp2((s - top[:, None]).to(tl.float32) * c + shift[:, None], FTZ)
+        p = exp2((s - top[:, None]).to(tl.float32) * c + shift[:, None], FTZ)
         # a small c brings the masked scores near the real ones: their weights are set, not hoped for
         if CAUSAL:
             p = tl.where(seen, p, 0.0)
@@ -126,7 +116,7 @@ def _attend_portable(
     acc = acc * (1.0 / norm)[:, None] * tl.load(v_scale + kv_head * D + d)[None, :]
     if LINEAR:
         x = tl.load(q_at, mask=inside, other=0.0).to(tl.float32)
-        e, s = _features(x, d < HEAD, HEAD, D, MAP, FTZ)
+        e, s = features(x, d < HEAD, HEAD, D, MAP, FTZ)
         e = e * tl.load(phi_sum + head * D + d)[None, :]
         z = tl.sum(e, 1) + 1e-5 * s
         g = tl.load(folded + head.to(tl.int64) * D * D + d[:, None] * D + d[None, :])
@@ -163,20 +153,9 @@ PORTABLE_CONFIGS = (
 LARGE_SHARED = 160 << 10  # bytes a multiprocessor: less (8.6, 8.9, 12.0 have 100 KiB) holds two stages, not three
 
 
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory of a multiprocessor."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-
-
 def product_format(device: torch.device, pv: str) -> str:
     """What pv "fp8" runs as: "fp16", which is more exact, on GPUs without e4m3 (before compute capability 8.9)."""
-    return "fp16" if device.type == "cuda" and _capability(device) < (8, 9) else pv
+    return "fp16" if device.type == "cuda" and card(device).capability < (8, 9) else pv
 
 
 SAGE_BLOCKS = (64, 128)  # rows of q (unless block_m has more) and of k that share a scale; 128 were 15% faster than 64
@@ -217,9 +196,9 @@ def chosen_config(device: torch.device, pv: str, block_k: int, block_q: int = 64
 
 def default_config(device: torch.device, pv: str, block_k: int, block_q: int = 64) -> AttendConfig:
     """The configuration for a device, the operands' format and the blocks; no other size matters."""
-    if device.type == "cuda" and attend_gluon is not None and pv == "fp8" and _capability(device)[0] == 9:
+    if device.type == "cuda" and attend_gluon is not None and pv == "fp8" and card(device).capability[0] == 9:
         return HOPPER_CONFIGS[1] if block_k == 64 else HOPPER_CONFIGS[0]
-    large = device.type != "cuda" or shared_memory(device) >= LARGE_SHARED
+    large = device.type != "cuda" or card(device).shared >= LARGE_SHARED
     return PORTABLE_CONFIGS[(2 if block_q == 128 else 0) + (not large)]
 
 

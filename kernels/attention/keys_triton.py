@@ -41,7 +41,7 @@ from math import gcd
 import torch
 import triton
 import triton.language as tl
-from turbocompile.kernels._common import FUSED
+from turbocompile.kernels._registry import FUSED
 from turbocompile.kernels.attention.norm_attention import PLACES, TOKENS
 from turbocompile.kernels.attention.prepare_triton import Keys, processors
 from turbocompile.kernels.norms.norms_triton import NAP, _glance, _wait

@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from turbocompile.kernels._common import check, check_channels, choose, register, takes_rows
+from turbocompile.kernels._registry import check, check_channels, choose, register, takes_rows
 from turbocompile.kernels.attention import sage_attention, sla_attention
 from turbocompile.kernels.rotary import qk_norm_rope, rope
 

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from turbocompile.kernels._common import check, choose, compute_dtype, register
+from turbocompile.kernels._registry import check, choose, compute_dtype, register
 from turbocompile.kernels.attention.sage_attention import (
     LOG2E,
     SCORES,

@@ -24,13 +24,12 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from turbocompile.kernels._common import FUSED
-from turbocompile.kernels.attention.attend_triton import LARGE_SHARED, shared_memory
+from turbocompile.kernels._jit import LOG2E, exp2
+from turbocompile.kernels._registry import FUSED, card
+from turbocompile.kernels.attention.attend_triton import LARGE_SHARED
 from turbocompile.kernels.attention.prepare_triton import (
-    LOG2E,
     TINY,
-    _exp2,
-    _features,
+    features,
     padded,
     splits_of,
     strides,
@@ -95,14 +94,14 @@ def _forward(
         if RAGGED and index == num_k - 1:
             s = tl.where((t < length)[None, :], s, float("-inf"))
         new = tl.maximum(high, tl.max(s, 1))
-        p = _exp2((s - new[:, None]) * c, FTZ)  # the difference first: it is exact where scores are near, however large
-        alpha = _exp2((high - new) * c, FTZ)
+        p = exp2((s - new[:, None]) * c, FTZ)  # the difference first: it is exact where scores are near, however large
+        alpha = exp2((high - new) * c, FTZ)
         norm = norm * alpha + tl.sum(p, 1)
         vt = tl.load(v + t.to(tl.int64)[:, None] * v_l + d[None, :], mask=valid, other=0.0)
         acc = tl.dot(p.to(vt.dtype), vt, acc * alpha[:, None])
         high = new
     acc = acc * (1.0 / norm)[:, None]
-    e, s = _features(x.to(tl.float32), d < HEAD, HEAD, D, MAP, FTZ)
+    e, s = features(x.to(tl.float32), d < HEAD, HEAD, D, MAP, FTZ)
     e = e * tl.load(phi_sum + head * D + d)[None, :]
     z = tl.sum(e, 1) + 1e-5 * s
     g = tl.load(folded + head.to(tl.int64) * D * D + d[:, None] * D + d[None, :])
@@ -154,7 +153,7 @@ def _linear_q(
         x = tl.load(q + b * q_b + h * q_h + row64 * q_l + d[None, :], mask=inside, other=0.0).to(tl.float32)
         o = tl.load(out + b * o_b + h * o_h + row64 * o_l + d[None, :], mask=inside, other=0.0).to(tl.float32)
         do = tl.load(grad + b * g_b + h * g_h + row64 * g_l + d[None, :], mask=inside, other=0.0)
-        e, s = _features(x, d < HEAD, HEAD, D, MAP, FTZ)
+        e, s = features(x, d < HEAD, HEAD, D, MAP, FTZ)
         phi = e * tl.where(real, 1.0 / s, 0.0)[:, None]
         inv = 1.0 / (tl.sum(phi * ks[None, :], 1) + 1e-5)
         y = tl.dot(do, gt) * ks[None, :]
@@ -217,8 +216,8 @@ def _grad_q(
         if RAGGED and index == num_k - 1:
             s = tl.where((t < length)[None, :], s, float("-inf"))
         new = tl.maximum(high, tl.max(s, 1))
-        p = _exp2((s - new[:, None]) * c, FTZ)
-        alpha = _exp2((high - new) * c, FTZ)
+        p = exp2((s - new[:, None]) * c, FTZ)
+        alpha = exp2((high - new) * c, FTZ)
         norm = norm * alpha + tl.sum(p, 1)
         ds = (p * (tl.dot(do, vt.T) - de[:, None])).to(kt.dtype)
         rest = rest * alpha + tl.sum(ds.to(tl.float32), 1)
@@ -266,12 +265,12 @@ def _grad_kv(
         do = tl.load(grad + row.to(tl.int64)[:, None] * g_l + d[None, :], mask=valid, other=0.0)
         ls = tl.load(lse + row, mask=row < length, other=float("inf"))
         de = tl.load(delta + row, mask=row < length, other=0.0)
-        p = _exp2(tl.minimum(tl.dot(kt, x.T) * c - ls[None, :], 0.0), FTZ)
+        p = exp2(tl.minimum(tl.dot(kt, x.T) * c - ls[None, :], 0.0), FTZ)
         acc_v = tl.dot(p.to(do.dtype), do, acc_v)
         ds = p * (tl.dot(vt, do.T) - de[None, :])
         acc_k = tl.dot(ds.to(x.dtype), x, acc_k)
     kf = kt.to(tl.float32)
-    e, s = _features(kf, d < HEAD, HEAD, D, MAP, FTZ)
+    e, s = features(kf, d < HEAD, HEAD, D, MAP, FTZ)
     phi = e * (1.0 / s)[:, None]
     state = tl.load(dkv + head.to(tl.int64) * D * D + d[:, None] * D + d[None, :])
     size = tl.load(unit + head)
@@ -336,7 +335,7 @@ class Blocks:
 
 def default_train_config(device: torch.device) -> TrainConfig:
     """The configuration for a device."""
-    large = device.type != "cuda" or shared_memory(device) >= LARGE_SHARED
+    large = device.type != "cuda" or card(device).shared >= LARGE_SHARED
     return TRAIN_CONFIGS[0 if large else -1]
 
 

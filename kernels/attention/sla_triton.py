@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from turbocompile.kernels._common import FUSED
+from turbocompile.kernels._registry import FUSED
 from turbocompile.kernels.attention.attend_triton import AttendConfig, attend, chosen_config, product_format
 from turbocompile.kernels.attention.prepare_triton import Keys, prepare, strides
 

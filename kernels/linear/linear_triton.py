@@ -35,14 +35,13 @@ the same loop with 64 FADD for the 128 instructions.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from turbocompile.kernels._common import FUSED, check
+from turbocompile.kernels._registry import FUSED, Card, card, check
 from turbocompile.kernels.linear import w8a8_linear
 from turbocompile.kernels.linear.w8a8_linear import ALIGNED
 from turbocompile.kernels.quantize.quantize import BLOCK
@@ -252,33 +251,17 @@ LARGE_SHARED = 200 << 10  # bytes a multiprocessor
 DEEP = 1 << 17  # of K: sums of int8 products, at most 2^14 each, fit int32 below it
 
 
-@dataclass(frozen=True)
-class _Card:
-    capability: tuple[int, int]
-    processors: int  # multiprocessors
-    shared: int  # bytes of shared memory in each
-
-
-@functools.cache
-def _card(device: torch.device) -> _Card:
-    """The interpreter is a small Hopper card."""
-    if device.type != "cuda":
-        return _Card((9, 0), 2, 228 << 10)
-    p = torch.cuda.get_device_properties(device)
-    return _Card((p.major, p.minor), p.multi_processor_count, p.shared_memory_per_multiprocessor)
-
-
-def _large(card: _Card) -> bool:
+def _large(on: Card) -> bool:
     """Whether the configurations with tensor descriptors run: 12.0 has descriptors, and 100 KiB."""
-    return card.capability >= (9, 0) and card.shared >= LARGE_SHARED
+    return on.capability >= (9, 0) and on.shared >= LARGE_SHARED
 
 
 def configs(format: str, device: torch.device) -> tuple[LinearConfig, ...]:
     """The declared configurations for the format that the device runs; none for FP8 before 8.9."""
-    card = _card(device)
-    if format == "fp8" and card.capability < (8, 9):
+    on = card(device)
+    if format == "fp8" and on.capability < (8, 9):
         return ()
-    return tuple(c for c in CONFIGS[format] if c.path == "pointer" or _large(card))
+    return tuple(c for c in CONFIGS[format] if c.path == "pointer" or _large(on))
 
 
 def takes(format: str, dtype: torch.dtype, k: int, device: torch.device) -> bool:
@@ -291,7 +274,7 @@ def library(format: str, n: int, k: int, dtype: torch.dtype, device: torch.devic
     multiples of 16.
     """
     fits = dtype == torch.bfloat16 and n % ALIGNED == 0 and k % ALIGNED == 0 and device.type == "cuda"
-    return LIBRARY.get(format, ()) if fits and _card(device).capability >= (9, 0) else ()
+    return LIBRARY.get(format, ()) if fits and card(device).capability >= (9, 0) else ()
 
 
 def candidates(format: str, n: int, k: int, dtype: torch.dtype, device: torch.device) -> tuple[LinearConfig, ...]:
@@ -313,10 +296,10 @@ def default_config(
     """By shape: large tiles where they fill the card, else small ones. For what has not been measured
     (linear_choice.py).
     """
-    card = _card(device)
-    few = triton.cdiv(rows, 128) * triton.cdiv(n, 128) < card.processors
+    on = card(device)
+    few = triton.cdiv(rows, 128) * triton.cdiv(n, 128) < on.processors
     described = n * dtype.itemsize % ALIGNED == 0
-    if not (described and _large(card)):
+    if not (described and _large(on)):
         if format == "int8_block":
             return AMPERE_TILES_SMALL if few else AMPERE_TILES
         return AMPERE_SMALL if few else AMPERE
@@ -324,7 +307,7 @@ def default_config(
         return SMALL
     # A wide tile's step takes 1,150 clocks of shared memory and two square ones' 1,280; its way out, which two programs
     # hide from each other, some 2,000: 16 steps.
-    wide = triton.cdiv(rows, 128) * triton.cdiv(n, 256) >= card.processors
+    wide = triton.cdiv(rows, 128) * triton.cdiv(n, 256) >= on.processors
     if format == "fp8" and wide:
         return FAST_FLAT if k < MIDDLE else FAST
     if format == "int8" and wide:
@@ -351,16 +334,16 @@ def launch_linear(
     ValueError where shapes do not fit each other, K is no multiple of 16 below 2^17, dtype is not of DTYPES, or config
     is not one for this format and these strides; UnsupportedError for FP8 on a card without it.
     """
-    w8a8_linear._check(data, scale, weight, weight_scale, bias, format)
+    w8a8_linear.check_operands(data, scale, weight, weight_scale, bias, format)
     n, k = weight.shape
     check(
         0 < k < DEEP and k % ALIGNED == 0,
         f"the linear kernel needs K to be a multiple of {ALIGNED} below {DEEP}, and it is {k}",
     )
     check(dtype in DTYPES, f"the linear kernel writes bfloat16, float16 and float32, not {dtype}")
-    card = _card(data.device)
+    on = card(data.device)
     if not configs(format, data.device):
-        raise UnsupportedError(f"compute capability {card.capability} has no {format} arithmetic; quantize to int8")
+        raise UnsupportedError(f"compute capability {on.capability} has no {format} arithmetic; quantize to int8")
     out = torch.empty(*data.shape[:-1], n, dtype=dtype, device=data.device)
     if out.numel() == 0:
         return out
@@ -390,13 +373,13 @@ def launch_linear(
         )  # fmt: skip
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(n, config.block_n)
     limit = {} if config.registers is None else {"maxnreg": config.registers}
-    _linear[(min(tiles, card.processors * config.programs),)](
+    _linear[(min(tiles, on.processors * config.programs),)](
         *operands, scale.contiguous(), weight_scale.contiguous(), y if bias is None else bias.contiguous(),
         y if residual is None else residual, y if gates is None else gates,
         flat.stride(0), weight.stride(0), rows, n, k, rows // gates.shape[0] if gates is not None else 1,
         BM=config.block_m, BN=config.block_n, BK=config.block_k, GROUP=config.group, TILED=format == "int8_block",
         INTEGER=format != "fp8", PROMOTE=config.promote, BIAS=bias is not None, GELU=gelu,
-        RESIDUAL=residual is not None, GATE=gates is not None, ADDED=card.capability == (8, 0), DESCRIPTOR=descriptor,
+        RESIDUAL=residual is not None, GATE=gates is not None, ADDED=on.capability == (8, 0), DESCRIPTOR=descriptor,
         PARTS=parts, FLATTEN=config.flatten,
         **FUSED, num_warps=config.warps, num_stages=config.stages, **limit,
     )  # fmt: skip
@@ -431,7 +414,7 @@ def launch_library(
     fast: bool = False,
 ) -> torch.Tensor:
     """The same by torch's own products: row-wise _scaled_mm (fast: sums cut short), or _int_mm and its scaling."""
-    w8a8_linear._check(data, scale, weight, weight_scale, bias, format)
+    w8a8_linear.check_operands(data, scale, weight, weight_scale, bias, format)
     check(format != "int8_block", "no library product has a scale for each tile")
     rows, weight = _aligned(data.reshape(-1, data.shape[-1])), _aligned(weight)
     scales, weight_scale = scale.reshape(-1, 1).contiguous(), weight_scale.contiguous()

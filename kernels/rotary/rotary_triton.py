@@ -26,18 +26,10 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from turbocompile.kernels._common import FUSED, WIDEST
-from turbocompile.kernels.quantize.quantize_triton import (
-    RowConfig,
-    check_input,
-    inside,
-    only_before,
-    pieces,
-    row_config,
-    row_strides,
-    view3,
-)
-from turbocompile.kernels.rotary.qk_norm_rope import AXES, _check
+from turbocompile.kernels._jit import inside, only_before
+from turbocompile.kernels._registry import FUSED, WIDEST
+from turbocompile.kernels._rows import RowConfig, check_input, pieces, row_config, row_strides, view3
+from turbocompile.kernels.rotary.qk_norm_rope import AXES, check_operands
 
 from turbocompile.errors import UnsupportedError
 
@@ -192,7 +184,7 @@ def launch_qk_norm_rope(
     config: RowConfig | None = None,
 ) -> torch.Tensor:
     """qk_norm_rope.py's op: (B, L, H, D). UnsupportedError for more than three axes."""
-    _check(x, weight, per_head, num_heads, cos, sin, grid)
+    check_operands(x, weight, per_head, num_heads, cos, sin, grid)
     check_input(x, x.shape[2])
     if len(cos) > AXES:
         raise UnsupportedError(f"the kernel turns by {AXES} axes at most, not {len(cos)}: use the reference")

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -96,11 +97,29 @@ def register_kernel(
     torch.library.impl(overload.name(), "cuda")(on_cuda)
 
 
+@dataclass(frozen=True)
+class Card:
+    """What the kernels' configurations depend on."""
+
+    capability: tuple[int, int]
+    processors: int  # multiprocessors
+    shared: int  # bytes of shared memory in each
+
+
+@functools.cache
+def card(device: torch.device) -> Card:
+    """The card behind a device. Triton's interpreter, on the CPU, counts as a small Hopper card."""
+    if device.type != "cuda":
+        return Card((9, 0), 2, 228 << 10)
+    found = torch.cuda.get_device_properties(device)
+    return Card((found.major, found.minor), found.multi_processor_count, found.shared_memory_per_multiprocessor)
+
+
 @functools.cache
 def runs_triton(device: torch.device, capability: tuple[int, int] = TRITON) -> bool:
     """Whether Triton is installed and the device is a GPU of at least this compute capability."""
     found = importlib.util.find_spec("triton") is not None
-    return found and device.type == "cuda" and torch.cuda.get_device_capability(device) >= capability
+    return found and device.type == "cuda" and card(device).capability >= capability
 
 
 def takes_rows(x: torch.Tensor, *others: Any) -> bool:
