@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 from turbocompile.backends.plain_attention import attention
-from turbocompile.backends.triton import foldable
 from turbocompile.kernels import DECOMPOSITIONS
 
 from turbocompile.errors import EngineError, UnsupportedError
+from turbocompile.ir.attention_ops import SAGE, SLA
 from turbocompile.ir.cost import arguments
+from turbocompile.ir.execute import foldable
 from turbocompile.ir.program import SHELL, Program, Subgraph, call, is_op, walk_tensors
 from turbocompile.ir.weights import Constant, emitted_name, full_name
-from turbocompile.rewrite.attention_sites import SAGE, SLA
 from turbocompile.rewrite.normalize import normalize
 from turbocompile.rewrite.pipeline import load_pass, run_pass
 

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from turbocompile.backends import NO_TUNING, Tuning
 from turbocompile.backends.flatten import Flat, flatten
 from turbocompile.backends.trial import Trial, too_large
 
 from turbocompile.errors import EngineError, UnsupportedError
+from turbocompile.files import inside
 from turbocompile.ir.program import Program
-from turbocompile.runtime.engine import inside
 
 SMALL = 256  # elements of a constant that is no weight: shapes, axes, scalars, epsilons
 OPSET = 23  # the first with Attention and RMSNormalization
@@ -271,6 +272,7 @@ def compile_program(
     device: torch.device,
     folder: Path | None = None,
     files: tuple[str, ...] = (),
+    tuning: Tuning = NO_TUNING,
 ) -> Runner:
     """A callable over flat tensors on `device`. Without files (an engine in memory) the model is exported first, and
     tried as `emit` tries it.

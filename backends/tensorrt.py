@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from turbocompile.backends import NO_TUNING, Tuning
 from turbocompile.backends.onnx import require, write_model
 
 from turbocompile.errors import EngineError, UnsupportedError
+from turbocompile.files import inside
 from turbocompile.hardware import check_target, target_of
 from turbocompile.ir.program import Program
 from turbocompile.ir.serialize import dtype_name
-from turbocompile.runtime.engine import inside
 
 TARGETS = ("sm86", "sm89", "sm120")  # the RTX cards; ComputeCapability has a member of the same name in capitals
 EXTRA = 'pip install "turbocompile[tensorrt]"'
@@ -180,6 +181,7 @@ def compile_program(
     device: torch.device,
     folder: Path | None = None,
     files: tuple[str, ...] = (),
+    tuning: Tuning = NO_TUNING,
 ) -> Runner:
     """A callable over flat tensors on the card. Without files (an engine in memory) the plan is built first.
 

@@ -80,21 +80,22 @@ def register(
 
 def register_kernel(
     overload: torch._ops.OpOverload, reference: Callable[..., Any], takes: Callable[..., bool], launch: str
-) -> None:
+) -> Callable[..., Any]:
     """Makes a kernel the op's implementation on CUDA where takes(*args) says so; the reference stays for the rest.
 
     launch: "family.file.function" of this package with the op's arguments, imported at the first call: a machine
-    without a GPU may lack Triton.
+    without a GPU may lack Triton. Returns the implementation, whose keyword arguments (a configuration) go to launch.
     """
     module, function = launch.rsplit(".", 1)
 
-    def on_cuda(*args: Any) -> Any:
+    def on_cuda(*args: Any, **options: Any) -> Any:
         if not takes(*args):
             return reference(*args)
         with torch.cuda.device(args[0].device):
-            return getattr(importlib.import_module(f"turbocompile.kernels.{module}"), function)(*args)
+            return getattr(importlib.import_module(f"turbocompile.kernels.{module}"), function)(*args, **options)
 
     torch.library.impl(overload.name(), "cuda")(on_cuda)
+    return on_cuda
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,11 @@ from torch import nn
 import turbocompile
 from turbocompile.cli import _graph_views, _read_report
 from turbocompile.errors import TurbocompileError
+from turbocompile.files import MANIFEST
 from turbocompile.ir.serialize import ALLOWED
 from turbocompile.report.page import page
-from turbocompile.runtime.engine import MANIFEST, canonical, check_files, file_entry, load, read_manifest
+from turbocompile.runtime.engine import load
+from turbocompile.runtime.folder import canonical, check_files, file_entry, read_manifest
 
 SECONDS = 20  # of one case; the slowest one that is right takes one
 MEMORY = 12 << 30  # bytes of addresses that the process may take beyond what it has

@@ -18,8 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import turbocompile
 from turbocompile.errors import EngineError, UnsupportedError
+from turbocompile.files import MANIFEST
 from turbocompile.ir.serialize import ALLOWED, expr_from_json, from_json
-from turbocompile.runtime.engine import MANIFEST, load, read_json, read_manifest
+from turbocompile.runtime.engine import load
+from turbocompile.runtime.folder import read_json, read_manifest
 from turbocompile.tools.verify_folder import verify_folder
 
 

@@ -378,8 +378,9 @@ def init_example(folder: Path, variant: str, head_dim: str, seed: int) -> None:
 
 def _read_report(folder: Path) -> Report:
     """The report of an engine, without opening its weights."""
+    from turbocompile.files import inside
     from turbocompile.report.report import Report
-    from turbocompile.runtime.engine import check_files, inside, read_json, read_manifest
+    from turbocompile.runtime.folder import check_files, read_json, read_manifest
 
     name = "report.json"
     check_files(folder, read_manifest(folder), [name])
@@ -388,7 +389,7 @@ def _read_report(folder: Path) -> Report:
 
 def _records(folder: Path) -> dict[str, Bench]:
     """The last `bench` of each module of an engine on this machine, where there was one."""
-    from turbocompile.runtime.engine import read_manifest
+    from turbocompile.runtime.folder import read_manifest
     from turbocompile.tools.bench import read_record
 
     manifest = read_manifest(folder)
@@ -398,8 +399,9 @@ def _records(folder: Path) -> dict[str, Bench]:
 
 def _graph_views(folder: Path) -> dict[str, dict[str, GraphView]]:
     """By module the graphs of an engine before and after the passes; none of an engine that has none."""
+    from turbocompile.files import inside
     from turbocompile.rewrite.lineage import read_views
-    from turbocompile.runtime.engine import check_files, inside, read_json, read_manifest
+    from turbocompile.runtime.folder import check_files, read_json, read_manifest
 
     manifest = read_manifest(folder)
     names = {module: f"graphs/{module}.json" for module in manifest["modules"]}
@@ -410,7 +412,8 @@ def _graph_views(folder: Path) -> dict[str, dict[str, GraphView]]:
 
 def _graph_text(folder: Path, module: str, stage: str) -> str:
     """A printed graph of an engine, without control characters, which a terminal would obey."""
-    from turbocompile.runtime.engine import check_files, inside, read_manifest
+    from turbocompile.files import inside
+    from turbocompile.runtime.folder import check_files, read_manifest
 
     manifest = read_manifest(folder)
     name = f"graphs/{module}-{stage}.txt"

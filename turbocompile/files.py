@@ -1,17 +1,21 @@
-"""Where results are written: looked at before the work, written whole or not at all."""
+"""Files by name: results are checked before the work and written whole or not at all; an engine's files are its own."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from turbocompile.errors import UnsupportedError
+from turbocompile.errors import EngineError, UnsupportedError
 
 MANIFEST = "manifest.json"  # of an engine's folder
+_NAME = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
+_REPOSITORY = re.compile(r"(models|datasets|spaces)--.+")  # a repository's folder in the cache of the hub
 
 
 def check_file(path: str | Path, suffix: str | None = None) -> Path:
@@ -78,3 +82,39 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def is_plain_name(value: Any) -> bool:
+    """Whether a value is a plain relative name, as in "programs/a.json", which leads nowhere else on any system."""
+    fits = isinstance(value, str) and len(value) <= 1000 and _NAME.fullmatch(value) is not None
+    return fits and not any(set(part) == {"."} for part in value.split("/"))
+
+
+def inside(folder: Path, name: Any) -> Path:
+    """The path of an engine's file. Raises EngineError for a name that leads out, a link and a missing file.
+
+    In the cache of the Hugging Face hub the files of a repository are links to its blobs: these links are followed.
+    """
+    if not is_plain_name(name):
+        shown = ascii(name)[:60] if isinstance(name, str) else f"of the type {type(name).__name__}"
+        raise EngineError(f"a file that the engine names is {shown}, which is no plain relative name")
+    path = folder
+    for part in name.split("/"):
+        path = path / part
+        if path.is_symlink() and not _is_blob(folder, path):
+            raise EngineError(
+                f"{name} in the engine is a link, and an engine holds plain files only; copy the folder with `cp -rL`"
+            )
+    if not path.is_file():
+        raise EngineError(f"the engine lacks the file {name}; copy it again or build it again")
+    return path
+
+
+def _is_blob(folder: Path, link: Path) -> bool:
+    """Whether a link in models--OWNER--NAME/snapshots/REVISION is to a plain file of the same repository's blobs."""
+    place = folder.resolve()
+    for snapshots in place.parents:
+        if snapshots.name == "snapshots" and _REPOSITORY.fullmatch(snapshots.parent.name):
+            target = Path(os.path.normpath(link.parent.resolve() / os.readlink(link)))
+            return target.parent == snapshots.parent / "blobs" and target.is_file() and not target.is_symlink()
+    return False

@@ -159,7 +159,6 @@ def product_format(device: torch.device, pv: str) -> str:
 
 
 SAGE_BLOCKS = (64, 128)  # rows of q (unless block_m has more) and of k that share a scale; 128 were 15% faster than 64
-_CHOICES: dict[str, AttendConfig] = {}  # what an engine was built with
 
 
 def choice_key(device: torch.device, pv: str, block_k: int, block_q: int = 64) -> str:
@@ -168,30 +167,23 @@ def choice_key(device: torch.device, pv: str, block_k: int, block_q: int = 64) -
     return f"{card}: {product_format(device, pv)} blocks {block_q}x{block_k}"
 
 
-def restore(choices: Mapping[str, Mapping[str, Any]]) -> None:
-    """Takes choices (`choice_key` to a configuration's fields) into this process, in the place of the defaults.
+def declared(name: str, fields: Mapping[str, Any]) -> AttendConfig:
+    """The declared configuration with these fields, which a choice under `name` holds.
 
-    ValueError for a configuration that is not declared.
+    Raises ValueError where none is declared.
     """
-    read = {}
-    for name, fields in choices.items():
-        matches = [c for c in (*HOPPER_CONFIGS, *PORTABLE_CONFIGS) if asdict(c) == dict(fields)]
-        check(bool(matches), f"{name!r} names no declared configuration of the attention: {dict(fields)}")
-        read[name] = matches[0]
-    _CHOICES.update(read)
+    matches = [c for c in (*HOPPER_CONFIGS, *PORTABLE_CONFIGS) if asdict(c) == dict(fields)]
+    check(bool(matches), f"{name!r} names no declared configuration of the attention: {dict(fields)}")
+    return matches[0]
 
 
-def forget() -> None:
-    """Back to the defaults."""
-    _CHOICES.clear()
-
-
-def chosen_config(device: torch.device, pv: str, block_k: int, block_q: int = 64) -> AttendConfig:
-    """What was restored for a device, the operands' format and the blocks; else the default."""
-    kept = _CHOICES.get(choice_key(device, pv, block_k, block_q)) if _CHOICES else None
-    if kept is None or (kept.path == "hopper" and attend_gluon is None):
+def usable_config(
+    config: AttendConfig | None, device: torch.device, pv: str, block_k: int, block_q: int = 64
+) -> AttendConfig:
+    """The given configuration; the default where none is given, or where this Triton lacks the Hopper kernel."""
+    if config is None or (config.path == "hopper" and attend_gluon is None):
         return default_config(device, pv, block_k, block_q)
-    return kept
+    return config
 
 
 def default_config(device: torch.device, pv: str, block_k: int, block_q: int = 64) -> AttendConfig:
@@ -276,6 +268,6 @@ def sage_forward(
     One INT8 scale for each 64 (or block_m) rows of q and block_k rows of k, which may come quantized.
     """
     pv = product_format(q.device, pv)
-    config = config or chosen_config(q.device, pv, block_k)
+    config = usable_config(config, q.device, pv, block_k)
     kv = prepare(k, v, block_k, pv=pv, permute=config.path == "hopper")
     return attend(q, kv, v.shape[1], scale, config, kv_heads=v.shape[2], is_causal=is_causal)

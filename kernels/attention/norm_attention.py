@@ -149,12 +149,15 @@ def takes_sage(
     return scale >= 0 and sage_attention.has_kernel(q, v, v) and takes_keys(x, v, weight, cos, sin, grid)
 
 
-def _sage_on_cuda(q: torch.Tensor, x: torch.Tensor, v: torch.Tensor, *operands: Any) -> torch.Tensor:
-    """The kernels where they serve, elsewhere the two ops with what they have for these operands."""
+def sage_on_cuda(q: torch.Tensor, x: torch.Tensor, v: torch.Tensor, *operands: Any, config: Any = None) -> torch.Tensor:
+    """The kernels where they serve, elsewhere the two ops with the kernels that these have for the operands.
+
+    config: an AttendConfig of attend_triton.py for the main kernel; None is its default.
+    """
     _check_sage(q, x, v, *operands)
     keys, options = operands[:MADE], operands[MADE:]
     if not takes_sage(q, x, v, *operands):
-        return sage_attention.sage_attention(q, qk_norm_rope.qk_norm_rope(*_keys(x, v, *keys)), v, *options)
+        return sage_attention.on_cuda(q, qk_norm_rope.qk_norm_rope(*_keys(x, v, *keys)), v, *options, config)
     from turbocompile.kernels.attention.attend_triton import (  # a machine without a GPU may lack Triton
         SAGE_BLOCKS,
         sage_forward,
@@ -165,7 +168,7 @@ def _sage_on_cuda(q: torch.Tensor, x: torch.Tensor, v: torch.Tensor, *operands: 
     weight, eps, cos, sin, grid = keys
     with torch.cuda.device(q.device):
         k = quantized_keys(x, weight, eps, v.shape[2], cos, sin, grid, SAGE_BLOCKS[1])
-        return sage_forward(q, k, v, *options)
+        return sage_forward(q, k, v, *options, config)
 
 
 _OPERANDS = "Tensor q, Tensor x, Tensor v, Tensor? weight, float eps, Tensor[] cos, Tensor[] sin, int[] grid"
@@ -175,7 +178,7 @@ norm_sage_attention = register(
     sage_reference,
     _sage_fake,
 )
-torch.library.impl("turbocompile::norm_sage_attention", "cuda")(_sage_on_cuda)
+torch.library.impl("turbocompile::norm_sage_attention", "cuda")(sage_on_cuda)
 
 
 # ------------------------------------------------------------------------------------------------- norm_sla_attention
@@ -254,12 +257,12 @@ def takes_sla(
     return together and sla_attention.serves(q, v, v, block_q, block_k, pv) and takes_keys(x, v, weight, cos, sin, grid)
 
 
-def _sla_on_cuda(q: torch.Tensor, x: torch.Tensor, v: torch.Tensor, *operands: Any) -> torch.Tensor:
-    """As _sage_on_cuda."""
+def sla_on_cuda(q: torch.Tensor, x: torch.Tensor, v: torch.Tensor, *operands: Any, config: Any = None) -> torch.Tensor:
+    """As sage_on_cuda."""
     _check_sla(q, x, v, *operands)
     keys, options = operands[:MADE], operands[MADE:]
     if not takes_sla(q, x, v, *operands):
-        return sla_attention.sla_attention(q, qk_norm_rope.qk_norm_rope(*_keys(x, v, *keys)), v, *options)
+        return sla_attention.on_cuda(q, qk_norm_rope.qk_norm_rope(*_keys(x, v, *keys)), v, *options, config)
     from turbocompile.kernels.attention.keys_triton import quantized_keys
     from turbocompile.kernels.attention.sla_triton import sla_forward
 
@@ -269,7 +272,7 @@ def _sla_on_cuda(q: torch.Tensor, x: torch.Tensor, v: torch.Tensor, *operands: A
     weight, eps, cos, sin, grid = keys
     with torch.cuda.device(q.device):
         k = quantized_keys(x, weight, eps, v.shape[2], cos, sin, grid, block_k, linear=True)
-        return sla_forward(q, k, v, proj_weight, bias, count, block_q, block_k, feature_map, pv)[0]
+        return sla_forward(q, k, v, proj_weight, bias, count, block_q, block_k, feature_map, pv, config)[0]
 
 
 norm_sla_attention = register(
@@ -279,7 +282,7 @@ norm_sla_attention = register(
     sla_reference,
     _sla_fake,
 )
-torch.library.impl("turbocompile::norm_sla_attention", "cuda")(_sla_on_cuda)
+torch.library.impl("turbocompile::norm_sla_attention", "cuda")(sla_on_cuda)
 
 
 # ------------------------------------------------------------------------------------------------------ decompositions

@@ -165,8 +165,13 @@ def rows_of_channels(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _on_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is_causal: bool, pv: str) -> torch.Tensor:
-    """The kernels where they serve: they take the largest integer for the largest score, so scale is not negative."""
+def on_cuda(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is_causal: bool, pv: str, config: Any = None
+) -> torch.Tensor:
+    """The kernels where they serve: they take the largest integer for the largest score, so scale is not negative.
+
+    config: an AttendConfig of attend_triton.py for the main kernel; None is its default.
+    """
     check_operands(q, k, v, pv)
     if not (scale >= 0 and has_kernel(q, k, v)):
         return reference(q, k, v, scale, is_causal, pv)
@@ -176,7 +181,7 @@ def _on_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is
 
     q, k, v = (rows_of_channels(t) for t in (q, k, v))
     with torch.cuda.device(q.device):
-        return sage_forward(q, k, v, scale, is_causal, pv)
+        return sage_forward(q, k, v, scale, is_causal, pv, config)
 
 
 def check_operands(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pv: str) -> None:
@@ -201,7 +206,7 @@ sage_attention = register(
     reference,
     _fake,
 )
-torch.library.impl("turbocompile::sage_attention", "cuda")(_on_cuda)
+torch.library.impl("turbocompile::sage_attention", "cuda")(on_cuda)
 
 
 def _decomposition(

@@ -324,7 +324,7 @@ def serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_q: int, bloc
     return fits and (pv != "none" or min(block_q, block_k) == KERNEL_BLOCKS[0]) and has_kernel(q, k, v)
 
 
-def _on_cuda(
+def on_cuda(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -335,8 +335,12 @@ def _on_cuda(
     block_k: int,
     feature_map: str,
     pv: str,
+    config: Any = None,
 ) -> torch.Tensor:
-    """The kernels where they serve, the reference elsewhere."""
+    """The kernels where they serve, the reference elsewhere.
+
+    config: an AttendConfig of attend_triton.py for the main kernel of inference; None is its default.
+    """
     check_operands(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv)
     if not serves(q, k, v, block_q, block_k, pv):
         return reference(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv)
@@ -349,7 +353,7 @@ def _on_cuda(
     with torch.cuda.device(q.device):
         if pv == "none":
             return sla_train_forward(q, k, v, proj_weight, bias, Blocks(count, block_q, block_k, feature_map))[0]
-        return sla_forward(q, k, v, proj_weight, bias, count, block_q, block_k, feature_map, pv)[0]
+        return sla_forward(q, k, v, proj_weight, bias, count, block_q, block_k, feature_map, pv, config)[0]
 
 
 def _backward_on_cuda(
@@ -365,7 +369,7 @@ def _backward_on_cuda(
     block_k: int,
     feature_map: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As _on_cuda."""
+    """As on_cuda."""
     operands = (grad, out, q, k, v, proj_weight, proj_bias)
     if not serves(q, k, v, block_q, block_k, "none"):
         return reference_backward(*operands, topk, block_q, block_k, feature_map)
@@ -461,7 +465,7 @@ sla_attention_backward = register(
     reference_backward,
     _fake_backward,
 )
-torch.library.impl("turbocompile::sla_attention", "cuda")(_on_cuda)
+torch.library.impl("turbocompile::sla_attention", "cuda")(on_cuda)
 torch.library.impl("turbocompile::sla_attention_backward", "cuda")(_backward_on_cuda)
 
 

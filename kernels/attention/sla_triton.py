@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from turbocompile.kernels._registry import FUSED
-from turbocompile.kernels.attention.attend_triton import AttendConfig, attend, chosen_config, product_format
+from turbocompile.kernels.attention.attend_triton import AttendConfig, attend, product_format, usable_config
 from turbocompile.kernels.attention.prepare_triton import Keys, prepare, strides
 
 
@@ -134,7 +134,7 @@ def sla_forward(
     count: key blocks a query block reads. A lut given is used as it is. k may come quantized, with its block means.
     """
     pv = product_format(q.device, pv)
-    config = config or chosen_config(q.device, pv, block_k, block_q)
+    config = usable_config(config, q.device, pv, block_k, block_q)
     kv = prepare(
         k, v, block_k, pv=pv, permute=config.path == "hopper", pool=lut is None, weight=proj_weight,
         feature_map=feature_map,

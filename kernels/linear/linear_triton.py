@@ -293,8 +293,8 @@ def default_config(
     device: torch.device,
     dtype: torch.dtype = torch.bfloat16,
 ) -> LinearConfig:
-    """By shape: large tiles where they fill the card, else small ones. For what has not been measured
-    (linear_choice.py).
+    """The configuration by shape: large tiles where they fill the card, else small ones. It serves where nothing was
+    measured (linear_choice.py).
     """
     on = card(device)
     few = triton.cdiv(rows, 128) * triton.cdiv(n, 128) < on.processors

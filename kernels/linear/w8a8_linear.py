@@ -156,7 +156,7 @@ def has_kernel(
     return linear_triton.takes(format, dtype, weight.shape[1], data.device)
 
 
-register_kernel(w8a8_linear, reference, has_kernel, "linear.linear_choice.launch_chosen")
+on_cuda = register_kernel(w8a8_linear, reference, has_kernel, "linear.linear_triton.launch_linear")
 
 
 def _decomposition(

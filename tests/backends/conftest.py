@@ -15,11 +15,11 @@ from torch import nn
 
 from turbocompile.capture.export import capture
 from turbocompile.ir import signature as sig
+from turbocompile.ir.emit import weight_plan
 from turbocompile.ir.program import Program
 from turbocompile.ir.weights import Evaluator, ModuleTensors, write_shards
 from turbocompile.rewrite.normalize import normalize
 from turbocompile.rewrite.pipeline import run_passes
-from turbocompile.runtime.engine import weight_plan
 
 EXACT = {"w8a8": {"enabled": False}, "attention": {"kind": "native"}}
 

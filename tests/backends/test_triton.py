@@ -9,9 +9,10 @@ import torch
 import zoo
 from torch import nn
 from turbocompile.backends import get_backend
-from turbocompile.backends.triton import compile_program, foldable
+from turbocompile.backends.triton import compile_program
 
 from turbocompile.errors import EngineError, UnsupportedError
+from turbocompile.ir.execute import foldable
 from turbocompile.ir.program import SHELL
 from turbocompile.ir.serialize import from_json, to_json
 

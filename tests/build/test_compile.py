@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from turbocompile import hardware
-from turbocompile.report import attentions
 from turbocompile.build import compile as build
 from turbocompile.build.compile import optimize_recipe
-from turbocompile.tools.verify_folder import verify_folder
-from turbocompile.runtime.engine import load, read_manifest
 from turbocompile.errors import EngineError
 from turbocompile.recipe.schema import Recipe, load_recipe
+from turbocompile.report import attentions
+from turbocompile.runtime.engine import load
+from turbocompile.runtime.folder import read_manifest
+from turbocompile.tools.verify_folder import verify_folder
 from turbocompile.wan.example import write_example
 from turbocompile.wan.source import BlocksFrom, open_source
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from turbocompile.backends.triton import Runner
 
 import turbocompile
 from turbocompile.capture.export import capture
+from turbocompile.ir.emit import weight_plan
+from turbocompile.ir.execute import Runner
 from turbocompile.ir.program import SHELL
 from turbocompile.ir.weights import Constant, Evaluator, ModuleTensors
 from turbocompile.rewrite.normalize import normalize
-from turbocompile.runtime.engine import weight_plan
 
 DIM, HEADS = 32, 2
 
@@ -157,7 +157,7 @@ def test_constants_that_are_equal_in_all_layers_are_one_whoever_holds_them():
 def test_a_rotation_is_found_where_each_layer_has_its_base_and_its_tables_are_made_once_a_layer():
     model, (x, _) = Stack("rotary").eval(), inputs()
     engine = turbocompile.optimize(model, (x,))
-    assert next(r for r in engine.build.compiled.results if r.name == "rope").rewritten == 6
+    assert engine.report.passes["rope"].rewritten == 6
     runner = Runner(engine.programs["call"], engine.weights, torch.device("cpu"))
     code = runner.blocks["blocks"].code.code
     assert "cos" not in code

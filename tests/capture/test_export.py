@@ -17,10 +17,10 @@ from turbocompile.backends.triton import compile_program
 from turbocompile.capture.export import capture
 from turbocompile.errors import CaptureError
 from turbocompile.ir import signature as sig
+from turbocompile.ir.emit import weight_plan
 from turbocompile.ir.program import SHELL, call
 from turbocompile.ir.serialize import _signature, _signature_json
 from turbocompile.ir.weights import Evaluator, Load, ModuleTensors
-from turbocompile.runtime.engine import weight_plan
 
 
 def run(program, model, args=(), kwargs=None):

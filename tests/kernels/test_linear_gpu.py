@@ -274,16 +274,17 @@ def test_the_library_is_a_configuration(make, unit):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_fastest_is_chosen_and_then_runs(make, format):
-    from turbocompile.kernels.linear import linear_choice, linear_triton
+    from turbocompile.kernels.linear import linear_choice, linear_triton, w8a8_linear
+    from turbocompile.kernels.linear.linear_triton import launch_linear
 
     if not runs(format):
         pytest.skip("no FP8 on this card")
     args = operands(make, format, (2, 333, 512), 272)
-    times = linear_choice.choose(format, 666, 272, 512, BF16, args[0].device)
+    times = linear_choice.measure(format, 666, 272, 512, BF16, args[0].device)
     assert set(times) == set(linear_triton.candidates(format, 272, 512, BF16, args[0].device))
     winner = min(times, key=times.get)
-    assert torch.equal(ops.w8a8_linear(*args, BF16), linear_triton.launch_linear(*args, BF16, winner))
-    linear_choice.forget()
+    assert next(iter(times)) == winner
+    assert torch.equal(w8a8_linear.on_cuda(*args, BF16, config=winner), launch_linear(*args, BF16, winner))
 
 
 # --- as a program runs them
@@ -358,7 +359,7 @@ def test_a_new_number_of_rows_compiles_nothing(make, format):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_op_runs_the_kernel(make, unit, format, monkeypatch):
-    from turbocompile.kernels.linear import linear_choice, linear_triton
+    from turbocompile.kernels.linear import linear_triton
 
     if not runs(format):
         pytest.skip("no FP8 on this card")
@@ -370,7 +371,7 @@ def test_the_op_runs_the_kernel(make, unit, format, monkeypatch):
     def ran(*args):
         raise RanError
 
-    monkeypatch.setattr(linear_choice, "launch_linear", ran)
+    monkeypatch.setattr(linear_triton, "launch_linear", ran)
     with pytest.raises(RanError):
         ops.w8a8_linear(*args, BF16)
 
@@ -382,12 +383,12 @@ class RanError(Exception):
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_op_falls_back_to_the_reference(make, format, monkeypatch):
     """For float64, and K that is no multiple of 16 or too deep for int32."""
-    from turbocompile.kernels.linear import linear_choice
+    from turbocompile.kernels.linear import linear_triton
 
     def ran(*args):
         raise RanError
 
-    monkeypatch.setattr(linear_choice, "launch_linear", ran)
+    monkeypatch.setattr(linear_triton, "launch_linear", ran)
     others = () if format == "int8_block" else ((24, FP32), (2**17, BF16))
     for k, dtype in ((128, FP64), *others):
         args = operands(make, format, (5, k), 16)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -148,34 +148,23 @@ def test_cublas_competes_where_it_has_the_product(monkeypatch):
 
 
 @inside
-def test_a_choice_is_kept_by_shape_and_restored_from_what_was_saved(normal, monkeypatch):
+def test_the_fastest_comes_first_and_only_declared_choices_are_read(monkeypatch):
     from turbocompile.kernels.linear import linear_choice as choice
     from turbocompile.kernels.linear import linear_triton as t
 
-    args = operands(normal, "int8", (40, 128), 24)
-    seen = []
-    monkeypatch.setattr(choice, "launch_linear", lambda *a: seen.append(a[-1]))
-    name = choice.key("int8", 40, 24, 128, FP32, args[0].device)
+    device = torch.device("cpu")
+    name = choice.key("int8", 40, 24, 128, FP32, device)
     assert name == "cpu: int8 40x128 to 24, float32"
-    choice.launch_chosen(*args, FP32)
     monkeypatch.setattr(choice, "_milliseconds", lambda calls, device: list(range(len(calls), 0, -1)))
-    times = choice.choose("int8", 40, 24, 128, FP32, args[0].device)
-    winner = next(iter(times))
+    times = choice.measure("int8", 40, 24, 128, FP32, device)
     assert list(times.values()) == sorted(times.values())
-    assert set(times) == set(t.candidates("int8", 24, 128, FP32, args[0].device))
-    choice.launch_chosen(*args, FP32)
-    choice.launch_chosen(*args, FP16)
-    kept = json.loads(json.dumps(choice.saved()))
-    choice.forget()
-    choice.launch_chosen(*args, FP32)
-    choice.restore(kept)
-    choice.launch_chosen(*args, FP32)
-    choice.forget()
-    assert seen == [None, winner, None, None, winner]
+    assert set(times) == set(t.candidates("int8", 24, 128, FP32, device))
+    winner = next(iter(times))
+    kept = json.loads(json.dumps(asdict(winner)))
+    assert choice.declared(name, kept) == winner
     for wrong in ({"stages": 7}, {"path": "library"}):
         with pytest.raises(ValueError, match="no declared configuration"):
-            choice.restore({name: kept[name] | wrong})
-    assert choice.saved() == {}
+            choice.declared(name, kept | wrong)
 
 
 @inside
@@ -183,8 +172,7 @@ def test_exact_sums_can_be_asked_for(monkeypatch):
     from turbocompile.kernels.linear import linear_choice as choice
 
     monkeypatch.setattr(choice, "_milliseconds", lambda calls, device: [1.0] * len(calls))
-    found = choice.choose("fp8", 40, 272, 128, FP32, torch.device("cpu"), promote=True)
-    choice.forget()
+    found = choice.measure("fp8", 40, 272, 128, FP32, torch.device("cpu"), promote=True)
     assert found
     assert all(c.promote for c in found)
 

@@ -11,13 +11,13 @@ from turbocompile.backends.triton import compile_program
 
 from turbocompile.build.compile import merged_constants
 from turbocompile.capture.export import capture
+from turbocompile.ir.emit import weight_plan
 from turbocompile.ir.program import is_op
 from turbocompile.ir.weights import Cat, Evaluator, Load, ModuleTensors, Mul, Quantize, Reshape, Slice, WithVectors
 from turbocompile.numerics.calibrate import find_groups, find_linears
 from turbocompile.rewrite.normalize import normalize
 from turbocompile.rewrite.pipeline import PASSES, load_pass, run_pass, run_passes
 from turbocompile.rewrite.scale_folding import NO_PRODUCER, fold_of
-from turbocompile.runtime.engine import weight_plan
 
 aten = torch.ops.aten
 INT8 = {"format": "int8"}

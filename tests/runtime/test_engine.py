@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import turbocompile
 from turbocompile.errors import CaptureError, EngineError
-from turbocompile.runtime.engine import MANIFEST, canonical, load, read_manifest, seal
+from turbocompile.files import MANIFEST
+from turbocompile.runtime.engine import load
+from turbocompile.runtime.folder import canonical, read_manifest, seal
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from turbocompile.backends import launchers
 from turbocompile.kernels.attention import attend_triton
 from turbocompile.kernels.linear import linear_choice, linear_triton
 from turbocompile.kernels.linear.linear_triton import CONFIGS, LinearConfig
@@ -19,7 +21,8 @@ from turbocompile.cli import main
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.recipe.schema import load_recipe
 from turbocompile.runtime import tuning
-from turbocompile.runtime.engine import load, read_manifest, seal
+from turbocompile.runtime.engine import load
+from turbocompile.runtime.folder import read_manifest, seal
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -29,13 +32,6 @@ KEY = "a card: fp8 64x256 to 256, bfloat16"
 @pytest.fixture(autouse=True)
 def _alone(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    before = linear_choice.saved()
-    linear_choice.forget()
-    attend_triton.forget()
-    yield
-    attend_triton.forget()
-    linear_choice.forget()
-    linear_choice.restore(before)
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +44,75 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def picks(monkeypatch):
-    """In the place of the measurement: the last declared configuration of the format wins. What it was asked."""
+    """Stands for the measurement: the last declared configuration of the format wins. The sizes that were asked for."""
     asked = []
 
-    def choose(format, rows, n, k, dtype, device):
+    def measure(format, rows, n, k, dtype, device):
         asked.append((format, rows, n, k, dtype))
-        name = linear_choice.key(format, rows, n, k, dtype, device)
-        linear_choice.restore({name: asdict(CONFIGS[format][-1])})
+        return {config: float(i) for i, config in enumerate(reversed(CONFIGS[format]))}
 
-    monkeypatch.setattr(linear_choice, "choose", choose)
+    monkeypatch.setattr(linear_choice, "measure", measure)
     return asked
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The configurations that launchers were given, in the order of the launches."""
+    given = []
+    for packet, on_cuda in dict(launchers.LAUNCH).items():
+
+        def spied(*args, config=None, on_cuda=on_cuda):
+            given.append(config)
+            return on_cuda(*args, config=config)
+
+        monkeypatch.setitem(launchers.LAUNCH, packet, spied)
+    return given
+
+
+def example_call(engine):
+    """A call of the first Program of an engine, on its device."""
+    inputs = next(iter(engine.programs.values())).signature.inputs
+    generator = torch.Generator().manual_seed(0)
+    made = {i.path: torch.randn(i.shape, generator=generator).to(engine.device, i.dtype) for i in inputs}
+    return {**made, "return_dict": False}
+
+
+def call_once(engine):
+    return engine(**example_call(engine))[0]
+
+
+def choices(engine, config):
+    """A tuning that chooses one configuration for every linear of the engine on the CPU."""
+    names = [linear_choice.key(*astuple(one), torch.device("cpu")) for one in tuning.linears(engine.programs)]
+    return {"linears": dict.fromkeys(names, asdict(config))}
+
+
+def test_two_engines_launch_the_kernels_that_each_of_them_chose(folder, launched):
+    """In turns in one process: each linear of an engine's four blocks is given that engine's configuration."""
+    first, second, plain = load(folder), load(folder), load(folder)
+    one, other = CONFIGS["fp8"][0], CONFIGS["fp8"][1]
+    first.tuning, second.tuning = choices(first, one), choices(second, other)
+    out = call_once(first)
+    count = len(launched)
+    assert count > 0
+    assert launched == [one] * count
+    launched.clear()
+    assert torch.equal(call_once(second), out)
+    assert torch.equal(call_once(first), out)
+    assert launched == [other] * count + [one] * count
+    launched.clear()
+    assert torch.equal(call_once(copy.deepcopy(second)), out)
+    assert launched == [other] * count
+    launched.clear()
+    assert torch.equal(call_once(plain), out)  # without a choice the operator runs, which launches its default
+    assert launched == []
+
+
+def test_choices_of_another_card_are_not_looked_at(folder, launched):
+    engine = load(folder)
+    engine.tuning = {"linears": {KEY: {"path": "none of this card"}}}
+    call_once(engine)
+    assert launched == []
 
 
 def test_each_size_of_the_blocks_competes_once(folder):
@@ -69,14 +124,13 @@ def test_each_size_of_the_blocks_competes_once(folder):
     assert {(one.format, one.dtype) for one in found} == {("fp8", torch.bfloat16)}
 
 
-def test_the_winners_are_those_of_this_engine(folder, picks):
-    linear_choice.restore({KEY: asdict(CONFIGS["fp8"][0])})  # another engine's
+def test_the_winner_of_each_size_is_kept(folder, picks):
     programs = load(folder).programs
     found = tuning.tune(programs, torch.device("cpu"))
-    assert sorted(picks, key=str) == [tuple(one) for one in tuning.linears(programs)]
+    assert sorted(picks, key=str) == sorted((astuple(one) for one in tuning.linears(programs)), key=str)
     assert set(found) == {"linears"}
     assert len(found["linears"]) == 5
-    assert KEY not in found["linears"]
+    assert all(config == asdict(CONFIGS["fp8"][-1]) for config in found["linears"].values())
 
 
 def test_what_no_kernel_takes_does_not_compete(folder, picks, monkeypatch):
@@ -98,35 +152,33 @@ def test_a_build_keeps_them_in_the_folder_and_a_load_takes_them(tmp_path, picks,
     optimize_recipe(load_recipe(EXAMPLES / "wan-mini.yaml", overrides), tmp_path / "engine")
     kept = json.loads((tmp_path / "engine" / tuning.FILE).read_text())
     assert len(kept["linears"]) == 5
-    engine = load(tmp_path / "engine")
-    assert engine.tuning == kept
-    linear_choice.forget()
-    tuning.restore(engine.tuning, "tuning.json")
-    assert linear_choice.saved() == kept["linears"]
+    assert load(tmp_path / "engine").tuning == kept
 
 
 @pytest.mark.parametrize(
     ("attention", "blocks"),
     [("{kind: sage}", "64x128"), ("{kind: sla, allow_untuned: true, block_q: 128, block_k: 64}", "128x64")],
 )
-def test_an_engine_goes_on_with_the_attention_that_it_was_built_with(tmp_path, picks, attention, blocks):
+def test_an_engine_goes_on_with_the_attention_that_it_was_built_with(tmp_path, picks, launched, attention, blocks):
     """The configuration is kept as it was, also where the default is another one by then."""
     overrides = ["target=sm90", "components=none", f"passes.attention={attention}", "passes.w8a8=off", "verify=off"]
     optimize_recipe(load_recipe(EXAMPLES / "wan-mini.yaml", overrides), tmp_path / "engine")
     device = torch.device("cpu")
-    kept = tuning.tune(load(tmp_path / "engine").programs, device)["attentions"]
+    engine = load(tmp_path / "engine")
+    kept = tuning.tune(engine.programs, device)["attentions"]
     (name,) = kept
     block_q, block_k = map(int, blocks.split("x"))
     assert name == f"cpu: fp8 blocks {blocks}"
     default = attend_triton.default_config(device, "fp8", block_k, block_q)
     assert kept[name] == asdict(default)
     other = next(c for c in attend_triton.PORTABLE_CONFIGS if c != default)
-    tuning.restore({"attentions": {name: asdict(other)}}, "tuning.json")
-    assert attend_triton.chosen_config(device, "fp8", block_k, block_q) == other
-    assert attend_triton.chosen_config(device, "fp16", block_k, block_q) == default
-    strange = asdict(replace(other, warps=3))
+    engine.tuning = {"attentions": {name: asdict(other)}}
+    call_once(engine)
+    assert set(launched) == {other}
+    engine = load(tmp_path / "engine")
+    engine.tuning = {"attentions": {name: asdict(replace(other, warps=3))}}
     with pytest.raises(EngineError, match="no declared configuration of the attention"):
-        tuning.restore({"attentions": {name: strange}}, "tuning.json")
+        call_once(engine)
 
 
 def altered(folder: Path, tmp_path: Path, text: str) -> Path:
@@ -150,10 +202,10 @@ def test_a_folder_with_something_else_is_refused(folder, tmp_path, text):
 
 def test_only_declared_configurations_are_taken(folder, tmp_path):
     strange = asdict(LinearConfig("descriptor", 4096, 4096))
-    engine = load(altered(folder, tmp_path, json.dumps({"linears": {KEY: strange}})))
+    name = "cpu: fp8 64x256 to 256, bfloat16"
+    engine = load(altered(folder, tmp_path, json.dumps({"linears": {name: strange}})))
     with pytest.raises(EngineError, match=r"tuning\.json.*no declared configuration"):
-        tuning.restore(engine.tuning, "tuning.json")
-    assert not linear_choice.saved()
+        engine.compiled(next(iter(engine.programs)))
 
 
 def test_the_cache_comes_before_the_folder_and_damage_in_it_is_no_error(folder):
@@ -183,11 +235,13 @@ class TestCuda:
         assert made.exit_code == 0, made.output
         found = json.loads(made.stdout)["linears"]
         assert len(found) == 5
-        linear_choice.forget()
         engine = load(folder, device="cuda")
         assert engine.tuning == {"linears": found}
-        engine.compiled(next(iter(engine.programs)))
-        assert linear_choice.saved() == found
+        plain = load(folder, device="cuda")
+        plain.tuning = {}
+        given = example_call(engine)
+        assert engine(**given)[0].isfinite().all()
+        assert plain(**given)[0].isfinite().all()
 
     def test_an_engine_without_8_bit_linears_has_nothing_to_tune(self, tmp_path):
         recipe = load_recipe(EXAMPLES / "wan-mini.yaml", ["target=host", "components=none", "passes.w8a8=off"])

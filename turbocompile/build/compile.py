@@ -24,7 +24,8 @@ from turbocompile.backends import get_backend
 from turbocompile.tools.bench import time_attentions
 from turbocompile.numerics.calibrate import Inputs, Plan, calibrate
 from turbocompile.capture.export import capture
-from turbocompile.runtime.engine import Engine, module_entry, new_folder, seal, weight_plan
+from turbocompile.runtime.engine import Engine, module_entry
+from turbocompile.runtime.folder import new_folder, seal
 from turbocompile.errors import CaptureError, EngineError, RecipeError, VerificationError
 from turbocompile.hardware import AttentionChoice, target_of
 from turbocompile.capture.isolation import compiling
@@ -34,6 +35,7 @@ from turbocompile.numerics.original import NOT_COMPARED, Comparison, Original
 from turbocompile.passes.w8a8 import chosen_format
 from turbocompile.rewrite.pipeline import PASSES, PassResult, load_pass, run_passes
 from turbocompile.files import check_folder
+from turbocompile.ir.emit import weight_plan
 from turbocompile.ir.printer import print_program
 from turbocompile.ir.program import SHELL, Program, Signature, is_op
 from turbocompile.recipe.schema import Recipe, Shape, load_recipe
@@ -869,11 +871,14 @@ def _built(
     report = make_report({"transformer": item}, options, stages, model=type(model).__name__, weights=MODULES_OWN)
     engine = Engine(
         item.programs, weights, name=type(model).__name__, config=config_of(model),
-        dtype=_module_dtype(model), report=report, backend=options.backend,
+        dtype=_module_dtype(model), report=report, backend=options.backend, tuning=item.tuning,
     )  # fmt: skip
-    engine.build = EngineBuild(options, item, stages)
+    # the build's own item holds the module's tensors; those that the engine runs are its weights
+    written = replace(item, programs=engine.programs, constants={}, source=ModuleTensors(nn.Module()))
+    build = EngineBuild(options, written, stages)
+    engine.write = lambda built, folder: write_engine(built, folder, build)
     engine.to(device)
-    engine._runners |= {name: runner for name, runner in runners.items() if runner is not None}
+    engine.keep({name: runner for name, runner in runners.items() if runner is not None})
     if taken.original is not None and not taken.original.unchanged():
         raise VerificationError(
             f"{type(model).__name__} gives another result after the build than before it, so that something which it "
@@ -1215,11 +1220,8 @@ def _to_meta(value: Any) -> Any:
     return value
 
 
-def write_engine(engine: Engine, folder: Path) -> None:
+def write_engine(engine: Engine, folder: Path, build: EngineBuild) -> None:
     """Writes a compiled module's engine into the empty `folder`."""
-    build = getattr(engine, "build", None)
-    if build is None:
-        raise EngineError("this engine was not built here, so there is nothing to write; copy its folder instead")
     item, recipe = build.compiled, build.recipe
     programs = write_programs(item.name, engine.programs, folder)
     names = list(item.plan)

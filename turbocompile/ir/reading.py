@@ -7,13 +7,13 @@ Each takes a value and what it is called, gives it back as that type, and raises
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
+
+from turbocompile.files import is_plain_name
 
 MAX_TEXT = 10_000  # characters of a name, an equation or a line of code
 INT64 = 1 << 63  # whole numbers are below it, as torch takes them
 PLAIN = (bool, int, float, str, type(None))
-FILE = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 
 
 class Unreadable(ValueError):
@@ -112,8 +112,7 @@ def plain(value: Any, what: str) -> Any:
 
 def file_name(value: Any, what: str = "a file that the engine names") -> str:
     """A plain relative name, as in "programs/a.json": it leads nowhere else, on any system."""
-    bad = not isinstance(value, str) or not FILE.fullmatch(value) or len(value) > 1000
-    if bad or any(set(part) == {"."} for part in value.split("/")):
+    if not is_plain_name(value):
         raise Unreadable(f"{what} is {shown(value)}, which is no plain relative name")
     return value
 

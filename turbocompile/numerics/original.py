@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from turbocompile.backends.triton import compile_program
 from turbocompile.capture.isolation import State, compiling, process_kept
 from turbocompile.capture.module_weights import quantized
 from turbocompile.ir import signature as sig
+from turbocompile.ir.emit import weight_plan
+from turbocompile.ir.execute import Runner
 from turbocompile.ir.program import Program, Signature
 from turbocompile.ir.weights import Evaluator, TensorSource
 from turbocompile.kernels.quantize.quantize import dequantize
 from turbocompile.numerics.verifier import compare, random_inputs
-from turbocompile.runtime.engine import weight_plan
 
 CALLS = 2
 CALLS_OF_STATE = 8  # where a model's attributes change from call to call
@@ -229,7 +229,7 @@ class _Graph:
         evaluate = Evaluator(source, program.constants)
         plan = weight_plan({"call": program})
         weights = {name: evaluate(e.expr, e.prefix).to(device) for name, e in plan.items()}
-        self.runner = compile_program(program, weights, device)
+        self.runner = Runner(program, weights, device)
 
     def __call__(self, leaves: Leaves) -> list[torch.Tensor]:
         inputs = self.program.signature.inputs

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from turbocompile.backends.triton import place
 from turbocompile.errors import VerificationError, brief
+from turbocompile.ir.execute import with_device
 from turbocompile.ir.program import SHELL, Program, Subgraph, call, is_op
 from turbocompile.ir.weights import (
     AddLora,
@@ -293,7 +293,7 @@ class Evaluation:
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if self.wide is None:
-            return node.target(*args, **place(node, kwargs, self.device))  # type: ignore[operator]
+            return node.target(*args, **with_device(node, kwargs, self.device))  # type: ignore[operator]
         constant = node in self.constant
         if is_op(node, *SAGE, *SLA):
             return _unquantized(node, fx.node.map_aggregate(args, self._widen_argument))
@@ -302,7 +302,7 @@ class Evaluation:
         args, kwargs = _with_limits(node, args, kwargs)
         widen = self._promote_argument if constant else self._widen_argument
         args, kwargs = (fx.node.map_aggregate(x, widen) for x in (args, kwargs))
-        value = node.target(*args, **place(node, kwargs, self.device))  # type: ignore[operator]
+        value = node.target(*args, **with_device(node, kwargs, self.device))  # type: ignore[operator]
         if constant:
             return self._constant(node, value)
         made = isinstance(value, torch.Tensor) and not node.all_input_nodes  # in the default type, where none is named

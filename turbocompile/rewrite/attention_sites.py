@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from turbocompile.ir.attention_ops import SAGE, SLA
 from turbocompile.ir.program import Subgraph, dtype, is_op, shape
 from turbocompile.ir.weights import Cast, Expr, is_adapted
 from turbocompile.kernels import ops as ours
@@ -20,10 +21,6 @@ aten = torch.ops.aten
 
 # (batch, heads, tokens, head_dim) is the layout of SDPA, (batch, tokens, heads, head_dim) the one of our operators.
 BHLD, BLHD = "bhld", "blhd"
-
-# The quantized attentions, by kind: what reads k, and what makes it. The first and third operands of each are q and v.
-SAGE = (ours.sage_attention, ours.norm_sage_attention)
-SLA = (ours.sla_attention, ours.norm_sla_attention)
 
 
 def is_attention(node: Any) -> bool:

@@ -1,8 +1,8 @@
 """One call of an engine as one CUDA graph: recorded at the second call of a shape, replayed from then on.
 
-A denoising step launches some hundred kernels, each of which costs the CPU more than a short one runs; a replay
-launches them all at once. A graph reads and writes fixed memory: inputs are copied there, outputs are copied out of it,
-so that what a call returned stays what it is.
+A denoising step launches some hundred kernels, and the launch of a short kernel costs the CPU more time than the kernel
+runs; a replay launches all kernels at once. A graph reads and writes fixed memory. Each replay copies the inputs into
+that memory and copies the outputs out of it, so that the tensors which a call returned keep their values.
 """
 
 from __future__ import annotations
@@ -17,34 +17,40 @@ from turbocompile.runtime.cuda_memsets import memsets_to_kernels
 
 Run = Callable[..., tuple[torch.Tensor, ...]]
 
+# One thread at a time records, or compiles kernels in a first call, because PyTorch allows one recording in a process.
+# Other threads replay their graphs meanwhile.
+_RECORDING = threading.Lock()
+
 
 def restore_generator(device: torch.device) -> None:
     """Lets the device draw random numbers again after a recording that failed.
 
-    PyTorch leaves its default generator as it is within a recording, and every later draw raises "Offset increment
-    outside graph capture"; a copy of its state does not know of the recording.
+    PyTorch leaves its default generator in the state of a recording, and every later draw raises "Offset increment
+    outside graph capture". A copy of the generator's state does not know of the recording.
     """
     generator = torch.cuda.default_generators[device.index if device.index is not None else torch.cuda.current_device()]
     generator.graphsafe_set_state(generator.clone_state())
 
 
 class Pool:
-    """The memory that graphs on one device share. It is each one's while that runs, so that they follow each other."""
+    """The memory that graphs on one device share. A graph has it alone while it is replayed, under `lock`."""
 
     def __init__(self, device: torch.device) -> None:
         with torch.cuda.device(device):
             self.device = device
             self.handle = torch.cuda.graph_pool_handle()
             self.lock = threading.Lock()
-            self.stream: torch.cuda.Stream | None = None  # of the last call
+            self.recording = torch.cuda.Stream(device)  # the stream that graphs are recorded on
+            self.stream: torch.cuda.Stream | None = None  # the stream of the last replay
 
 
 class CudaGraph:
     """`run` for tensors of fixed shapes on one CUDA device: the same values to the bit, for the CPU cost of one launch.
 
-    The first call runs `run` as it is, since kernels are compiled then, and libraries choose and allocate; the second
-    one records it. Where that fails (an operation waits for the GPU, or reads from the CPU) a warning says so once,
-    `reason` holds it, and `run` goes on without a graph. Any thread and stream may call.
+    The first call runs `run` as it is, because kernels are compiled then, and libraries choose and allocate. The second
+    call records `run`. Where the recording fails (an operation waits for the GPU, or reads from the CPU), a warning
+    says so once, `reason` holds the cause, and calls go on without a graph. Any thread and stream may call: replays
+    follow each other.
     """
 
     def __init__(self, run: Run, pool: Pool, name: str = "the engine") -> None:
@@ -63,23 +69,29 @@ class CudaGraph:
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with torch.cuda.device(self.pool.device):
             # Within someone else's recording our kernels become part of that graph.
-            if self.reason is not None or not self._ran or torch.cuda.is_current_stream_capturing():
-                out = self.run(*tensors)
-                self._ran = True
-                return out
+            if self.reason is not None or torch.cuda.is_current_stream_capturing():
+                return self.run(*tensors)
+            if not self._ran:
+                with _RECORDING:
+                    if not self._ran:  # another thread may have made the first call meanwhile
+                        out = self.run(*tensors)
+                        self._ran = True
+                        return out
             with self.pool.lock:
-                if self._graph is None:
-                    self._record(tensors)
+                if self._graph is None and self.reason is None:
+                    with _RECORDING:
+                        self._record(tensors)
                 if self._graph is not None:
                     return self._replay(self._graph, tensors)
             return self.run(*tensors)
 
     def _record(self, tensors: tuple[torch.Tensor, ...]) -> None:
-        graph = torch.cuda.CUDAGraph(keep_graph=True)  # until its memsets have been replaced
+        """Records `run` on copies of the tensors; where that fails, sets `reason` and warns."""
+        graph = torch.cuda.CUDAGraph(keep_graph=True)  # because its memsets are replaced before it is instantiated
         self._inputs = [torch.empty_like(t, memory_format=torch.contiguous_format).copy_(t) for t in tensors]
         try:
-            # Other threads may use the GPU meanwhile: what they do is not this graph's.
-            with torch.cuda.graph(graph, pool=self.pool.handle, capture_error_mode="thread_local"):
+            # Other threads may use the GPU meanwhile: their work does not belong to this graph.
+            with torch.cuda.graph(graph, self.pool.handle, self.pool.recording, capture_error_mode="thread_local"):
                 self._outputs = self.run(*self._inputs)
             memsets_to_kernels(graph)
             graph.instantiate()

@@ -24,11 +24,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import fx
 
-from turbocompile.backends.triton import SOURCE
 from turbocompile.cache import cache_path, keep_json
 from turbocompile.errors import UnsupportedError
 from turbocompile.hardware import Gpu, host_gpu
 from turbocompile.ir.cost import OpCost, alike, cost
+from turbocompile.ir.execute import SOURCE
 from turbocompile.ir.program import SHELL, Program
 from turbocompile.report.attentions import named_attentions
 from turbocompile.report.report import duration, size

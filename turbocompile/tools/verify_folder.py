@@ -14,7 +14,8 @@ from turbocompile.kernels import ops
 from turbocompile.numerics.verifier import Error, compare, random_inputs
 from turbocompile.recipe.schema import Recipe
 from turbocompile.rewrite.attention_sites import SAGE, SLA
-from turbocompile.runtime.engine import Engine, check_files, check_strangers, load, read_manifest
+from turbocompile.runtime.engine import Engine, load
+from turbocompile.runtime.folder import check_files, check_strangers, read_manifest
 from turbocompile.wan.source import open_source
 
 EXACT_LIMIT = 1e-4  # of the largest value: 30 layers of exact rewrites in float32

@@ -24,7 +24,8 @@ from turbocompile.recipe.presets import Geometry, task_of, vae_strides
 from turbocompile.recipe.schema import Recipe, SamplerSpec, Shape
 from turbocompile.report.attentions import untuned
 from turbocompile.report.report import Report
-from turbocompile.runtime.engine import Engine, check_files, check_strangers, load
+from turbocompile.runtime.engine import Engine, load
+from turbocompile.runtime.folder import check_files, check_strangers
 from turbocompile.sampling import SamplingWarning, flow, rcm
 from turbocompile.video import file as video_file
 from turbocompile.video import image as wan_image
@@ -261,7 +262,7 @@ def recipe_of(engine: Engine) -> Recipe:
 
 def default_device(folder: str | Path) -> str:
     """The GPU, where there is one and the engine was built for one."""
-    from turbocompile.runtime.engine import read_manifest
+    from turbocompile.runtime.folder import read_manifest
 
     target = read_manifest(Path(folder)).get("target")
     return "cuda" if target != "cpu" and torch.cuda.is_available() else "cpu"

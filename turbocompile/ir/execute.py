@@ -1,0 +1,223 @@
+"""A Program as generated Python, which any machine runs: code over ATen's and turbocompile's operators.
+
+The graph of a block is generated once and runs with the weights of each of its calls. The values that depend on
+constants alone (RoPE tables) are computed once for a device, because they are the same in every call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from turbocompile.errors import EngineError, UnsupportedError
+from turbocompile.ir.program import SHELL, Program, Subgraph, call, walk_tensors
+from turbocompile.ir.weights import Constant, Expr, emitted_name, is_relative
+
+LAYER_BYTES = 1 << 20  # of a tensor that a layer computes from its constants and keeps: a table of 4096 x 64
+Launcher = Callable[[fx.Node], Callable[..., Any] | None]
+SOURCE = "source"  # in the meta of a node of generated code: the program's node that it comes from
+
+
+class Runner:
+    """Runs a Program: `runner(*tensors) -> tuple of tensors`."""
+
+    def __init__(
+        self,
+        program: Program,
+        weights: Mapping[str, torch.Tensor],
+        device: torch.device,
+        launcher: Launcher = lambda node: None,
+    ) -> None:
+        """launcher: gives a node the function that runs in the place of its operator; None: the operator runs."""
+        self.blocks = {
+            name: _Compiled(sub, name, device, weights, launcher)
+            for name, sub in program.graphs.items()
+            if name != SHELL
+        }
+        calls = {c.node.name: self.blocks[c.graph].bound(c.prefix, weights) for c in program.calls()}
+        self.shell = _Compiled(program.shell, SHELL, device, weights, launcher, calls).bound("", weights)
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.no_grad(), _supported():
+            return self.shell.run(tensors)
+
+
+@contextlib.contextmanager
+def _supported() -> Iterator[None]:
+    """UnsupportedError for an operator that torch lacks for a device or a dtype: shapes alone do not tell."""
+    try:
+        yield
+    except NotImplementedError as error:
+        reason = next(iter(str(error).splitlines()), "no reason given")[:200]
+        raise UnsupportedError(
+            f"torch cannot compute an operator of the engine here ({reason}); run it on another device, or build it "
+            "again in another dtype"
+        ) from error
+
+
+class _Bound(nn.Module):
+    """A compiled graph with the weights of one call."""
+
+    code: fx.GraphModule
+
+    def __init__(self, code: fx.GraphModule, operands: Sequence[torch.Tensor], single: bool) -> None:
+        super().__init__()
+        object.__setattr__(self, "code", code)  # shared by all calls, so it is not a child of each
+        self.operands = list(operands)
+        self.single = single
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return self.code.forward(*self.operands, *tensors)
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        out = self.run(tensors)
+        return out[0] if self.single else out
+
+
+class _Compiled:
+    """One graph as generated code: weights and folded constants first, then the activations."""
+
+    def __init__(
+        self,
+        sub: Subgraph,
+        name: str,
+        device: torch.device,
+        weights: Mapping[str, torch.Tensor],
+        launcher: Launcher,
+        calls: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        self.sub, self.name = sub, name
+        self.single = len(sub.outputs()) == 1
+        self.device = device
+        folded = foldable(sub)
+        self.of_layer = foldable_in_layer(sub, folded)
+        gone = folded | self.of_layer
+        self.values = _evaluate(sub, folded, _read_outside(folded), device, lambda n: self._weight(n, "", weights))
+        self.locals, kept, self.kept_of_layer = (
+            [n for n in sub.graph.nodes if n in some and any(u not in gone for u in n.users)]
+            for some in ({n for n in sub.graph.nodes if n.op == "get_attr"}, folded, self.of_layer)
+        )
+        self.constants = [self.values[n] for n in kept]
+        root, graph = nn.Module(), fx.Graph()
+        env: dict[fx.Node, fx.Node] = {}
+        for i, node in enumerate([*self.locals, *kept, *self.kept_of_layer]):
+            env[node] = graph.placeholder(f"w{i}")
+        for node in sub.graph.nodes:
+            if node in env or node in gone or (node.op == "get_attr"):
+                continue
+            args = fx.map_arg(node.args, env.__getitem__)
+            kwargs = fx.map_arg(dict(node.kwargs), env.__getitem__)
+            if node.target is call and node.op == "call_function":
+                root.add_module(node.name, (calls or {})[node.name])
+                env[node] = graph.call_module(node.name, tuple(args[3:]))
+            else:
+                target = launcher(node) or node.target
+                env[node] = graph.create_node(node.op, target, args, with_device(node, kwargs, device), name=node.name)
+            env[node].meta[SOURCE] = node
+        self.code = fx.GraphModule(root, graph)
+
+    def _weight(self, node: fx.Node, prefix: str, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        local = str(node.target)
+        key = emitted_name(self.name == SHELL, self.name, local, self.sub.weights[local], prefix)
+        if key not in weights:
+            raise EngineError(f"the engine lacks the weight {key!r}; it is damaged, build it again")
+        return weights[key]
+
+    def bound(self, prefix: str, weights: Mapping[str, torch.Tensor]) -> _Bound:
+        def weight(node: fx.Node) -> torch.Tensor:
+            return self._weight(node, prefix, weights)
+
+        own = _evaluate(self.sub, self.of_layer, self.kept_of_layer, self.device, weight, self.values)
+        operands = [*map(weight, self.locals), *self.constants, *(own[n] for n in self.kept_of_layer)]
+        return _Bound(self.code, operands, self.single)
+
+
+def with_device(node: fx.Node, kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Keyword arguments with the device for operators that make a tensor out of nothing."""
+    overload = isinstance(node.target, torch._ops.OpOverload) and not node.all_input_nodes
+    if overload and any(a.name == "device" for a in node.target._schema.arguments):  # type: ignore[union-attr]
+        return {**kwargs, "device": device}
+    return kwargs
+
+
+def foldable(sub: Subgraph) -> set[fx.Node]:
+    """Operations whose value is the same in every call: they read only weights that no call has of its own.
+
+    A graph that writes in place is left alone, since a folded tensor could be written to.
+    """
+    found: set[fx.Node] = set()
+    for node in _pure(sub):
+        if all(n in found or (n.op == "get_attr" and not is_relative(_expr(sub, n))) for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def foldable_in_layer(sub: Subgraph, folded: set[fx.Node]) -> set[fx.Node]:
+    """Operations whose value is the same in every run of a layer: they read only its constants, and what is folded.
+
+    A larger value than LAYER_BYTES is computed anew in each run, since every layer would hold one.
+    """
+    found: set[fx.Node] = set()
+    for node in _pure(sub):
+        fixed = (
+            n in found or n in folded or (n.op == "get_attr" and _is_fixed(_expr(sub, n))) for n in node.all_input_nodes
+        )
+        if node not in folded and all(fixed) and sum(t.nbytes for t in walk_tensors(node.meta["val"])) <= LAYER_BYTES:
+            found.add(node)
+    return found
+
+
+def _expr(sub: Subgraph, node: fx.Node) -> Expr:
+    return sub.weights[str(node.target)]
+
+
+def _is_fixed(expr: Expr) -> bool:
+    return isinstance(expr, Constant) or not is_relative(expr)
+
+
+def _pure(sub: Subgraph) -> list[fx.Node]:
+    """The operations of a graph that are no calls and draw no random numbers; none where one writes in place."""
+    operations = [n for n in sub.graph.nodes if n.op == "call_function"]
+    schemas = [n.target._schema for n in operations if isinstance(n.target, torch._ops.OpOverload)]
+    if any(s.is_mutable for s in schemas):
+        return []
+    seeded = torch.Tag.nondeterministic_seeded
+    return [n for n in operations if n.target is not call and seeded not in getattr(n.target, "tags", ())]
+
+
+def _read_outside(nodes: set[fx.Node]) -> list[fx.Node]:
+    """Those of the nodes that others read."""
+    return [n for n in nodes if any(u not in nodes for u in n.users)]
+
+
+def _evaluate(
+    sub: Subgraph,
+    folded: set[fx.Node],
+    kept: list[fx.Node],
+    device: torch.device,
+    weight: Callable[[fx.Node], torch.Tensor],
+    known: Mapping[fx.Node, Any] = {},
+) -> dict[fx.Node, Any]:
+    """The values of the kept nodes, computed in order from those known; intermediates are freed at the end."""
+    env: dict[fx.Node, Any] = dict(known)
+    with torch.no_grad(), _supported():
+        for node in sub.graph.nodes:
+            if node in folded:
+                for n in node.all_input_nodes:
+                    if n not in env:
+                        env[n] = weight(n)
+                args = fx.map_arg(node.args, env.__getitem__)
+                kwargs = with_device(node, fx.map_arg(dict(node.kwargs), env.__getitem__), device)
+                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return {n: _own(env[n]) for n in kept}
+
+
+def _own(value: Any) -> Any:
+    """A small slice of a large table on its own, so that the table need not stay; anything else as it is."""
+    if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() > 2 * value.nbytes:
+        return value.clone()
+    return value
