@@ -22,6 +22,9 @@ GRID = 65535  # programs along a grid's second axis: batch items, or tiles of 12
 # Of each launch: a product and a sum may be one instruction. Triton 3.9 warns where none says so; 3.10 parts them then.
 FUSED = {"enable_fp_fusion": True}
 
+ON_CUDA: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+"""Each op's implementation on CUDA."""
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which an op on `dtype` computes: float64 for float64, float32 for all others."""
@@ -94,8 +97,14 @@ def register_kernel(
         with torch.cuda.device(args[0].device):
             return getattr(importlib.import_module(f"turbocompile.kernels.{module}"), function)(*args, **options)
 
-    torch.library.impl(overload.name(), "cuda")(on_cuda)
+    register_on_cuda(overload, on_cuda)
     return on_cuda
+
+
+def register_on_cuda(overload: torch._ops.OpOverload, function: Callable[..., Any]) -> None:
+    """Makes a function the op's implementation on CUDA, where it chooses between kernels and reference itself."""
+    torch.library.impl(overload.name(), "cuda")(function)
+    ON_CUDA[overload] = function
 
 
 @dataclass(frozen=True)

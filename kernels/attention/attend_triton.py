@@ -163,8 +163,8 @@ SAGE_BLOCKS = (64, 128)  # rows of q (unless block_m has more) and of k that sha
 
 def choice_key(device: torch.device, pv: str, block_k: int, block_q: int = 64) -> str:
     """What a choice is kept under: the card, the format it computes in, the blocks."""
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{card}: {product_format(device, pv)} blocks {block_q}x{block_k}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}: {product_format(device, pv)} blocks {block_q}x{block_k}"
 
 
 def declared(name: str, fields: Mapping[str, Any]) -> AttendConfig:
@@ -175,6 +175,14 @@ def declared(name: str, fields: Mapping[str, Any]) -> AttendConfig:
     matches = [c for c in (*HOPPER_CONFIGS, *PORTABLE_CONFIGS) if asdict(c) == dict(fields)]
     check(bool(matches), f"{name!r} names no declared configuration of the attention: {dict(fields)}")
     return matches[0]
+
+
+def configs(device: torch.device, pv: str) -> tuple[AttendConfig, ...]:
+    """The declared configurations that a device runs for operands in the format pv, the Hopper kernel's first."""
+    on = card(device)
+    hopper = device.type == "cuda" and attend_gluon is not None and pv == "fp8" and on.capability[0] == 9
+    portable = [c for c in PORTABLE_CONFIGS if c.stages == 2 or on.shared >= LARGE_SHARED]
+    return (*(HOPPER_CONFIGS if hopper else ()), *portable)
 
 
 def usable_config(
@@ -188,9 +196,10 @@ def usable_config(
 
 def default_config(device: torch.device, pv: str, block_k: int, block_q: int = 64) -> AttendConfig:
     """The configuration for a device, the operands' format and the blocks; no other size matters."""
-    if device.type == "cuda" and attend_gluon is not None and pv == "fp8" and card(device).capability[0] == 9:
+    found = configs(device, pv)
+    if found[0].path == "hopper":
         return HOPPER_CONFIGS[1] if block_k == 64 else HOPPER_CONFIGS[0]
-    large = device.type != "cuda" or card(device).shared >= LARGE_SHARED
+    large = card(device).shared >= LARGE_SHARED
     return PORTABLE_CONFIGS[(2 if block_q == 128 else 0) + (not large)]
 
 

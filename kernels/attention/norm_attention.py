@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from turbocompile.kernels._registry import check, check_channels, choose, register
+from turbocompile.kernels._registry import check, check_channels, choose, register, register_on_cuda
 from turbocompile.kernels.attention import sage_attention, sla_attention
 from turbocompile.kernels.attention.keys import takes_keys
 from turbocompile.kernels.rotary import qk_norm_rope, rope
@@ -146,7 +146,7 @@ norm_sage_attention = register(
     sage_reference,
     _sage_fake,
 )
-torch.library.impl("turbocompile::norm_sage_attention", "cuda")(sage_on_cuda)
+register_on_cuda(norm_sage_attention, sage_on_cuda)
 
 
 # ------------------------------------------------------------------------------------------------- norm_sla_attention
@@ -250,7 +250,7 @@ norm_sla_attention = register(
     sla_reference,
     _sla_fake,
 )
-torch.library.impl("turbocompile::norm_sla_attention", "cuda")(sla_on_cuda)
+register_on_cuda(norm_sla_attention, sla_on_cuda)
 
 
 # ------------------------------------------------------------------------------------------------------ decompositions

@@ -333,10 +333,14 @@ class Blocks:
     feature_map: str
 
 
+def train_configs(device: torch.device) -> tuple[TrainConfig, ...]:
+    """The declared configurations that a device runs."""
+    return TRAIN_CONFIGS if card(device).shared >= LARGE_SHARED else TRAIN_CONFIGS[-1:]
+
+
 def default_train_config(device: torch.device) -> TrainConfig:
     """The configuration for a device."""
-    large = device.type != "cuda" or card(device).shared >= LARGE_SHARED
-    return TRAIN_CONFIGS[0 if large else -1]
+    return train_configs(device)[0]
 
 
 def _launch(pair: tuple[int, int]) -> dict[str, int]:
