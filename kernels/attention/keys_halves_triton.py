@@ -1,4 +1,12 @@
-"""HALVES"""
+"""Arithmetic of the keys' kernel on pairs of halves, and its transfers of four words.
+
+A `word` is a register of 32 bits that holds two halves (float16), or two neighbouring elements of x. Two neighbouring
+pairs (x1, x2), (x3, x4) of a head are a word of first elements (x1, x3) and a word of second elements (x2, x4), so that
+one instruction rotates both pairs.
+
+FTZ: True on a GPU, where each function is PTX; False under the interpreter, which computes the same with tensors of
+halves.
+"""
 
 # mypy: allow-untyped-defs
 # (the arguments of a jit function have types of Triton's)
@@ -9,10 +17,11 @@ import triton
 import triton.language as tl
 from turbocompile.kernels._jit import NAP
 
-EVERY_ONE = tl.constexpr(0x7FFF7FFF)  # of two halves, all but their signs
+EVERY_ONE = tl.constexpr(0x7FFF7FFF)  # the bits of two halves but for their signs
 
 
-# Rows are kept in the second-level cache until tiles have read them, whose own results pass it by: 65% -> 94% with k.
+# LOADS_FIRST keeps rows in the second-level cache until the tiles read them with LOADS_LAST; the results of tiles pass
+# the cache by. Measured where k is written, too: 65% of a copy's rate without these hints, 94% with them.
 _LOAD = (
     "{{ .reg .b64 keep; createpolicy.fractional.L2::{policy}.b64 keep, 1.0; "
     "ld.global.L1::no_allocate.L2::cache_hint.v4.b32 {{$0, $1, $2, $3}}, [$4], keep; }}"
@@ -20,7 +29,7 @@ _LOAD = (
 LOADS_FIRST, LOADS_LAST = (tl.constexpr(_LOAD.format(policy=p)) for p in ("evict_last", "evict_first"))
 LOADS_AGAIN = tl.constexpr("ld.global.nc.L1::evict_last.v4.b32 {$0, $1, $2, $3}, [$4];")
 GLANCED = tl.constexpr("ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$4];")
-# As WAIT of norms_triton.py.
+# Four words, once none of them is 0, as WAIT of _jit.py.
 WAIT_FOUR = tl.constexpr(
     "{ .reg .pred there; .reg .b32 naps; mov.b32 naps, 0; "
     "mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7; "
@@ -32,8 +41,10 @@ WAIT_FOUR = tl.constexpr(
 
 @triton.jit
 def four_words(at, HOW: tl.constexpr, FTZ: tl.constexpr):
-    """Four neighbouring words as four tensors, one transfer a thread. HOW: of what is read a first and a last time, or
-    by many, or may have been written by another multiprocessor.
+    """The four neighbouring words at `at` and behind, as four tensors of at's shape: one transfer a thread.
+
+    HOW: LOADS_FIRST and LOADS_LAST for words that are read twice, LOADS_AGAIN for words that many programs read,
+    GLANCED for words that another multiprocessor may be writing.
     """
     if FTZ:
         words = tl.inline_asm_elementwise(
@@ -46,8 +57,9 @@ def four_words(at, HOW: tl.constexpr, FTZ: tl.constexpr):
 
 @triton.jit
 def wait_for_four(words, at, FTZ: tl.constexpr):
-    """words, which were read GLANCED at `at`, or what is there once none of the four is 0. The interpreter runs one
-    program after the other: it is there.
+    """Waits until none of the four words at `at` is 0, and returns them. words: the four as they were read GLANCED.
+
+    The interpreter runs one program after the other, so that the words are there.
     """
     if FTZ:
         a, b, c, d = words
@@ -60,7 +72,7 @@ def wait_for_four(words, at, FTZ: tl.constexpr):
 
 @triton.jit
 def halves(pair):
-    """The low and the high half of a register of two, float16."""
+    """The low and the high half of each word, float16."""
     low = pair.to(tl.int16).to(tl.float16, bitcast=True)
     high = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
     return low, high
@@ -68,13 +80,13 @@ def halves(pair):
 
 @triton.jit
 def pair_of(low, high):
-    """Two tensors of halves in one register each."""
+    """Words of two tensors of halves, the first in the low bits."""
     return (low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (high.to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
 
 @triton.jit
 def two_floats(words, dtype: tl.constexpr):
-    """Two neighbours of dtype in a word, as float32."""
+    """The two elements of dtype in each word, as float32."""
     if dtype == tl.bfloat16:
         low = (words << 16).to(tl.float32, bitcast=True)
         high = (words & -65536).to(tl.float32, bitcast=True)
@@ -87,7 +99,7 @@ def two_floats(words, dtype: tl.constexpr):
 
 @triton.jit
 def two_rounded(low, high, dtype: tl.constexpr, FTZ: tl.constexpr):
-    """The inverse of two_floats, rounded."""
+    """The inverse of two_floats: words of two float32 tensors, rounded to dtype."""
     if FTZ and dtype == tl.bfloat16:
         words = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.int32, True, 1)
     elif FTZ:
@@ -97,8 +109,8 @@ def two_rounded(low, high, dtype: tl.constexpr, FTZ: tl.constexpr):
     return words
 
 
-# Operands: two words of x, the root, the weights of first and second elements, cosines and sines, and minus the centre.
-# $0 = n1 cos - n2 sin - centre1, $1 = n2 cos + n1 sin - centre2, each of two pairs.
+# $0 = n1 cos - n2 sin - centre1, $1 = n2 cos + n1 sin - centre2, each for two pairs. Operands: $2, $3 two words of x;
+# $4 the root; $5, $6 the weights of first and second elements; $7, $8 cosines and sines; $9, $10 minus the centre.
 _OPEN_BF16 = (
     "{ .reg .f32 a, b, c, d; .reg .b32 p, q, u, v, m; "
     "shl.b32 p, $2, 16; and.b32 q, $2, 0xffff0000; shl.b32 u, $3, 16; and.b32 v, $3, 0xffff0000; "
@@ -121,7 +133,10 @@ TURN_BF16, TURN_FP16 = tl.constexpr(_OPEN_BF16 + _TURN), tl.constexpr(_OPEN_FP16
 
 @triton.jit
 def turned(a, b, root, w1, w2, cos, sin, less1, less2, dtype: tl.constexpr, FTZ: tl.constexpr):
-    """Two pairs, words a and b of x: normed, turned, and minus the centre, as (firsts, seconds) of two halves each."""
+    """Two pairs, normed, rotated and minus the centre: (firsts, seconds), words of two halves.
+
+    a, b: words of x, a pair each; root float32; w1, w2, cos, sin: words of two halves; less1, less2: minus the centre.
+    """
     if FTZ:
         TEXT: tl.constexpr = TURN_BF16 if dtype == tl.bfloat16 else TURN_FP16
         first, second = tl.inline_asm_elementwise(
@@ -148,13 +163,13 @@ def turned(a, b, root, w1, w2, cos, sin, less1, less2, dtype: tl.constexpr, FTZ:
 
 @triton.jit
 def _larger(a, b):
-    """The larger magnitudes of two times two halves; their signs are anything."""
+    """The larger magnitudes of two words of halves; the signs of the result mean nothing."""
     return tl.inline_asm_elementwise("max.xorsign.abs.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
 
 
 @triton.jit
 def _larger_plain(a, b):
-    """The same where there is no such instruction."""
+    """As _larger, for compute capability 8.0, which has no such instruction."""
     return tl.inline_asm_elementwise(
         "{ .reg .b32 u, v; and.b32 u, $1, 0x7fff7fff; and.b32 v, $2, 0x7fff7fff; max.f16x2 $0, u, v; }",
         "=r,r,r", [a, b], tl.int32, True, 1,
@@ -163,7 +178,7 @@ def _larger_plain(a, b):
 
 @triton.jit
 def raised(most, a, SIGNED: tl.constexpr, FTZ: tl.constexpr):
-    """The largest magnitudes so far and those of a."""
+    """The larger magnitudes of the words `most` and a, element by element. SIGNED: the card has _larger."""
     if FTZ and SIGNED:
         most = _larger(most, a)
     elif FTZ:
@@ -177,7 +192,7 @@ def raised(most, a, SIGNED: tl.constexpr, FTZ: tl.constexpr):
 
 @triton.jit
 def top_of(most, SIGNED: tl.constexpr, FTZ: tl.constexpr):
-    """The largest of all."""
+    """The largest magnitude of all halves in the words `most` (N,), float32."""
     if FTZ and SIGNED:
         most = tl.reduce(most, 0, _larger)
     elif FTZ:
@@ -191,7 +206,7 @@ def top_of(most, SIGNED: tl.constexpr, FTZ: tl.constexpr):
 
 @triton.jit
 def factor_of(most, FTZ: tl.constexpr):
-    """Two halves 127 / most, never more than that: a factor that brings no magnitude above 127."""
+    """A word that holds 127 / most twice, rounded down, so that no magnitude times it is above 127."""
     if FTZ:  # the reciprocal is off by 2^-23: 127.00002 rounds to 127
         pair = tl.inline_asm_elementwise(
             "{ .reg .f32 f; .reg .b16 h; max.f32 f, $1, 0f33d6bf95; rcp.approx.ftz.f32 f, f; mul.f32 f, f, 0f42fe0000; "
@@ -207,7 +222,7 @@ def factor_of(most, FTZ: tl.constexpr):
 
 @triton.jit
 def four_codes(first, second, factor, FTZ: tl.constexpr):
-    """Two pairs times the factor, as four bytes in the order of the channels."""
+    """Two pairs times the factor, rounded to integers: four bytes in the order of the channels."""
     if FTZ:
         bytes = tl.inline_asm_elementwise(
             "{ .reg .b32 u, v, m; mov.b32 m, 0x66006600; fma.rn.f16x2 u, $1, $3, m; fma.rn.f16x2 v, $2, $3, m; "
@@ -224,13 +239,13 @@ def four_codes(first, second, factor, FTZ: tl.constexpr):
 
 @triton.jit
 def code_of(x, f):
-    """The integer nearest to x f as a byte; the interpreter's halves are rounded after the product, too."""
+    """The integer nearest to x f as a byte. In float32, because the interpreter rounds a product of halves."""
     return (x.to(tl.float32) * f.to(tl.float32) + 12582912.0).to(tl.int32, bitcast=True) & 0xFF
 
 
 @triton.jit
 def sum_of_halves(a, b, MINUS: tl.constexpr, FTZ: tl.constexpr):
-    """Sums of two times two halves, or differences."""
+    """Sums of two words of halves, MINUS: differences."""
     if FTZ:
         TEXT: tl.constexpr = "sub.rn.f16x2 $0, $1, $2;" if MINUS else "add.rn.f16x2 $0, $1, $2;"
         both = tl.inline_asm_elementwise(TEXT, "=r,r,r", [a, b], tl.int32, True, 1)
@@ -243,12 +258,13 @@ def sum_of_halves(a, b, MINUS: tl.constexpr, FTZ: tl.constexpr):
 
 @triton.jit
 def eight_sums(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
+    """Eight sums a + b."""
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
 
 
 @triton.jit
 def put_four(at, a, b, c, d, real, WHOLE: tl.constexpr, FTZ: tl.constexpr):
-    """Four neighbouring words, one transfer a thread, where `real` or WHOLE."""
+    """Stores four neighbouring words, one transfer a thread, where `real`; WHOLE: everywhere."""
     if FTZ and WHOLE:
         tl.inline_asm_elementwise(
             "st.global.cs.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;", "=r,l,r,r,r,r",
@@ -269,7 +285,7 @@ def put_four(at, a, b, c, d, real, WHOLE: tl.constexpr, FTZ: tl.constexpr):
 
 @triton.jit
 def put_two(at, a, b, FTZ: tl.constexpr):
-    """Two neighbouring words, one transfer a thread."""
+    """Stores two neighbouring words, one transfer a thread."""
     if FTZ:
         tl.inline_asm_elementwise(
             "st.global.cs.v2.b32 [$1], {$2, $3}; mov.b32 $0, 0;", "=r,l,r,r",

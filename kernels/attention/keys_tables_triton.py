@@ -1,4 +1,16 @@
-"""TABLES"""
+"""The launch before the keys' kernel: a word of each sampled token, and all tables in the layout that the kernel reads.
+
+A token's `word` (int64) has the token's positions along the axes in its low half and 1 + the bits of the row's root
+1 / sqrt(mean(x^2) + eps) above them, so that a word that is written is never 0. `roots` computes words, here for the
+SAMPLES tokens of which the keys' kernel makes its centre, and in the keys' kernel for all tokens.
+
+Four neighbouring pairs of a head are a `group`. Their cosines and sines are one load of 16 bytes, at the `place` that
+the token's positions along the group's axes select. A head's weights are halves of weight / unit, where unit is the
+power of two below the head's largest weight.
+
+The sums of squares are taken by tensor cores: a quad of threads gives its own elements as both operands of a product,
+whose diagonal then has the sums.
+"""
 
 # mypy: allow-untyped-defs
 # (the arguments of a jit function have types of Triton's)
@@ -18,9 +30,11 @@ from turbocompile.kernels.attention.keys import PLACES, TOKENS
 from turbocompile.kernels.attention.keys_halves_triton import LOADS_FIRST, four_words, pair_of, two_floats
 from turbocompile.kernels.rotary.qk_norm_rope import AXES
 
-SAMPLES = 64  # tokens whose mean is the centre: off the mean of all by an eighth of k's deviation
-# A quad of threads holds rows of one operand and a column of the other; both are the quad's own words, so that the
-# diagonal of the product has the sums of their squares: of the first and third word in rows 0-7, of the others in 8-15.
+SAMPLES = 64  # tokens whose mean is the centre, which is off the mean of all tokens by an eighth of k's deviation
+
+# A quad of threads holds rows of one operand and a column of the other. Both are the quad's own words, so that the
+# diagonal of the product has the sums of their squares: rows 0-7 those of the first and third word, rows 8-15 those of
+# the second and fourth.
 _PRODUCT = "mma.sync.aligned.m16n8k8.row.col.f32.{t}.{t}.f32 {{{d}}}, {{{a}}}, {{{b}}}, {{{c}}}; "
 _PRODUCTS = (
     _PRODUCT.format(t="{t}", d="$0, $1, $2, $3", a="$16, $17", b="$16", c="$8, $9, $10, $11")
@@ -32,7 +46,8 @@ PRODUCTS_BF16, PRODUCTS_FP16 = (
     tl.constexpr(_PRODUCTS.replace("{t}", "bf16")),
     tl.constexpr(_PRODUCTS.replace("{t}", "f16")),
 )
-# The thread of a quad that holds the quad's own place of the diagonal, rows 0-7 in $1, $2 and 8-15 in $3, $4; else 0.
+# In the thread of a quad that holds the quad's own element of the diagonal, that element (rows 0-7 are in $1, $2, rows
+# 8-15 in $3, $4); in the quad's other threads 0.
 DIAGONAL = tl.constexpr(
     "{ .reg .b32 lane, quad, half, mine; .reg .pred odd, own; .reg .f32 a, b; "
     "mov.u32 lane, %laneid; shr.u32 quad, lane, 2; and.b32 mine, lane, 3; shr.u32 half, quad, 1; "
@@ -43,7 +58,9 @@ DIAGONAL = tl.constexpr(
 
 @triton.jit
 def _squares(pieces, K: tl.constexpr, dtype: tl.constexpr, FTZ: tl.constexpr):
-    """Sums whose sum over a row is that of its squares. pieces: K times four words (rows, lanes)."""
+    """(rows, lanes) float32, whose sum over the lanes is the sum of a row's squares. pieces: K times four words of that
+    shape, of elements of dtype.
+    """
     a0 = tl.zeros(pieces[0][0].shape, tl.float32)
     if FTZ:
         TEXT: tl.constexpr = PRODUCTS_BF16 if dtype == tl.bfloat16 else PRODUCTS_FP16
@@ -70,9 +87,10 @@ def roots(
     C: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr, PER: tl.constexpr, K: tl.constexpr,
     DTYPE: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """The words of PER times R rows from `first` on, of `count` that are step apart; behind the last comes the last
-    again. A row is K pieces of eight channels for each of LANES threads. A word: where the token stands along the axes,
-    and above it 1 + its root's bits.
+    """Stores the words of PER times R tokens from token `first` on, of `count` tokens that lie `step` rows apart.
+
+    Behind the last token the last is computed again. A row (C channels) is K pieces of eight channels for each of LANES
+    threads. by1, by2: 1 / n1, 1 / n2 of the grid (n0, n1, n2); shift1, shift0: where the positions stand in a word.
     """
     lane = tl.arange(0, LANES)[None, :]
     held = ()
@@ -82,10 +100,11 @@ def roots(
         for k in tl.static_range(K):
             at = x + row * x_l + (k * LANES + lane) * 4
             if (k + 1) * LANES * 8 <= C:
+                # four words (R, LANES)
                 pieces = pieces + (four_words(at, LOADS_FIRST, FTZ),)  # type: ignore[assignment]
-            else:  # what is behind the row's end is read from its start, and does not count
+            else:  # behind the end of the row its start is read in place, and counts as zeros
                 real = (k * LANES + lane) * 8 < C
-                a, b, c, d = four_words(tl.where(real, at, x + row * x_l), LOADS_FIRST, FTZ)
+                a, b, c, d = four_words(tl.where(real, at, x + row * x_l), LOADS_FIRST, FTZ)  # four words (R, LANES)
                 piece = (tl.where(real, a, 0), tl.where(real, b, 0), tl.where(real, c, 0), tl.where(real, d, 0))
                 pieces = pieces + (piece,)  # type: ignore[assignment]
         held = held + (pieces,)  # type: ignore[assignment]
@@ -104,14 +123,17 @@ def roots(
 
 @triton.jit
 def _cosine(t0, t1, t2, i0, i1, i2, p, n0, n1, n2, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    """The tables' entries of pair p at positions i0, i1, i2, of which p's axis counts; 0 where none is."""
+    """Entries of the tables t0 (n0, D0), t1 (n1, D1), t2 (n2, D2) for pairs p at positions i0, i1, i2.
+
+    A pair reads its own axis's table; the entry is 0 beyond the table's end.
+    """
     value = tl.zeros(i0.shape, tl.float32)
     if D0 > 0:
-        value += tl.load(t0 + i0 * D0 + p, mask=(p < D0) & (i0 < n0), other=0.0)
+        value += tl.load(t0 + i0 * D0 + p, mask=(p < D0) & (i0 < n0), other=0.0)  # (WIDTH,)
     if D1 > 0:
-        value += tl.load(t1 + i1 * D1 + (p - D0), mask=(p >= D0) & (p < D0 + D1) & (i1 < n1), other=0.0)
+        value += tl.load(t1 + i1 * D1 + (p - D0), mask=(p >= D0) & (p < D0 + D1) & (i1 < n1), other=0.0)  # (WIDTH,)
     if D2 > 0:
-        value += tl.load(t2 + i2 * D2 + (p - D0 - D1), mask=(p >= D0 + D1) & (i2 < n2), other=0.0)
+        value += tl.load(t2 + i2 * D2 + (p - D0 - D1), mask=(p >= D0 + D1) & (i2 < n2), other=0.0)  # (WIDTH,)
     return value
 
 
@@ -127,12 +149,15 @@ def _lay_out(
     R: tl.constexpr, LANES: tl.constexpr, PER: tl.constexpr, K: tl.constexpr,
     WIDTH: tl.constexpr, DTYPE: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """What the keys' kernel reads: of each of `items` batch items the words of `samples` tokens, step apart; of each
-    head its weights and unit; of each group of four pairs and each WIDTH of its places, of which there are at most
-    `chunks`, cosines and sines. The words of `rows` tokens and all centres are set to 0.
+    """Writes all that the keys' kernel reads beside x, and zeros where it writes words and centres.
 
-    x: as words of 32 bits. Word m of a head holds its elements 4 (m / 2) + m % 2 and the one 2 behind. room: bits of a
-    group's places.
+    The first programs write the words of `samples` tokens, `step` rows apart, of each of `items` batch items. A program
+    behind them writes the weights and the unit of one head, or the cosines and sines of WIDTH places of one group,
+    which has at most `chunks` times WIDTH places. Together all zero the words of `rows` tokens and the centres.
+
+    x: (B, L, C) as words of 32 bits, x_b and x_l in words. Word m of a head's weights holds the elements
+    4 (m / 2) + m % 2 and the element 2 behind it. bits0, bits1, bits2: bits of a position along each axis; room: bits
+    that count a group's places.
     """
     PARTS: tl.constexpr = (S + R * PER - 1) // (R * PER)
     turn = tl.program_id(0)
@@ -155,7 +180,7 @@ def _lay_out(
 
 @triton.jit
 def _cleared(at, count, first, share, WIDTH: tl.constexpr):
-    """Zeros from `first` on, of every `share` WIDTH."""
+    """Zeros WIDTH of every `share` elements at `at`, from `first` on and before `count`."""
     zero = tl.zeros([WIDTH], at.dtype.element_ty)
     for start in range(first, count, share):
         to = start + tl.arange(0, WIDTH)
@@ -168,7 +193,7 @@ def _laid_out(
     n0, n1, n2, bits0, bits1, bits2, room, part, chunk, chunks, rows, items,
     H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Part `part` of H + D / 8, a head or a group of four pairs, of whose places this is chunk `chunk`."""
+    """The tables of head `part`, where part < H, or of chunk `chunk` of the places of group part - H."""
     first = (part * chunks + chunk) * WIDTH
     share = (H + D // 8) * chunks * WIDTH
     _cleared(words, rows, first, share, WIDTH)
@@ -178,8 +203,8 @@ def _laid_out(
             m = tl.arange(0, D // 2)
             low = part * D + m // 2 * 4 + m % 2
             if weight is not None:
-                w1 = tl.load(weight + low).to(tl.float32)
-                w2 = tl.load(weight + low + 2).to(tl.float32)
+                w1 = tl.load(weight + low).to(tl.float32)  # (D / 2,)
+                w2 = tl.load(weight + low + 2).to(tl.float32)  # (D / 2,)
             else:
                 w1 = tl.full((D // 2,), 1.0, tl.float32)
                 w2 = w1
@@ -191,12 +216,14 @@ def _laid_out(
             tl.store(units + part, unit)
     else:
         g = part - H
-        front = (g * 4 >= D0).to(tl.int32) + (g * 4 >= D0 + D1).to(tl.int32)  # the axes of the group's pairs
+        front = (g * 4 >= D0).to(tl.int32) + (g * 4 >= D0 + D1).to(
+            tl.int32
+        )  # the axes of the group's first and last pair
         back = (g * 4 + 3 >= D0).to(tl.int32) + (g * 4 + 3 >= D0 + D1).to(tl.int32)
         shift = tl.where(back == 0, bits1 + bits2, tl.where(back == 1, bits2, 0))
         stop = bits2 + tl.where(front <= 1, bits1, 0) + tl.where(front == 0, bits0, 0)
         count = 1 << (stop - shift)
-        # Groups of the same axes lie side by side at each place: what a token's threads read is in few lines.
+        # Groups of the same axes lie side by side at each place, because the threads of a token then read few lines.
         stride = 0
         before = 0
         for q in tl.static_range(D // 8):
@@ -227,15 +254,18 @@ def _laid_out(
 
 @dataclass(frozen=True)
 class KeysConfig:
-    """How the kernel is launched."""
+    """How the keys' kernel is launched."""
 
     warps: int
-    words: int  # of rows a thread of a program over rows has in flight
+    words: int  # that a thread of a program over rows has in flight
     registers: int | None  # a thread may use at most
     lag: float  # programs a multiprocessor takes between a block's rows and its heads
 
     def pieces(self, width: int) -> dict[str, int]:
-        """Rows of `width` as a program takes them: PER times R, each in K pieces of eight for each of LANES threads."""
+        """How a program over rows of `width` channels takes them.
+
+        It takes PER times R rows, and each row as K pieces of eight channels for each of LANES threads.
+        """
         lanes = 32
         while triton.cdiv(width, 8 * lanes) * 4 > self.words:
             lanes *= 2
@@ -245,36 +275,38 @@ class KeysConfig:
         return {"LANES": lanes, "K": k, "R": rows, "PER": 1 << (most.bit_length() - 1)}
 
 
-# The declared set: keys alone, and with k kept
+# The declared set: without k, and where k is written, too.
 KEYS_CONFIGS = (KeysConfig(8, 48, 80, lag=5), KeysConfig(8, 48, 80, lag=4))
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What the kernel reads beside x: words of two halves each, and where they are."""
+    """What the keys' kernel reads beside x. Words of 32 bits hold two halves."""
 
-    words: torch.Tensor  # (B, L) int64, zeros, which the kernel fills: Tables serve once
-    sampled: torch.Tensor  # (B, samples) int64, the words of the tokens of which it makes the centres
+    words: torch.Tensor  # (B, L) int64, zeros, which the kernel fills: Tables serve one launch
+    sampled: torch.Tensor  # (B, samples) int64, the words of the tokens whose mean is the centre
     weights: torch.Tensor  # (H * D / 2) int32
-    centres: torch.Tensor  # (B, H * D / 2) int32, zeros, of which the kernel makes minus the means
+    centres: torch.Tensor  # (B, H * D / 2) int32, zeros, where the kernel writes minus the centres
     units: torch.Tensor  # (H) float32
     table: torch.Tensor  # (D / 8 * places, 4) int32, the groups of the same axes side by side at each place
-    groups: torch.Tensor  # (D / 8, 4) int32: shift and mask of the group's places, the first and their distance
+    groups: (
+        torch.Tensor
+    )  # (D / 8, 4) int32: shift and mask of a group's places in a word, its first place, the distance of places
     counts: tuple[int, int, int]  # positions along the axes
     bits: tuple[int, int, int]
-    step: int  # how far apart the tokens of the centres are
+    step: int  # rows between the sampled tokens
 
 
 def spread(length: int) -> tuple[int, int]:
-    """(how many tokens, how far apart) the centre is the mean of."""
+    """(count, step): the centre is the mean of `count` tokens of `length`, every `step`-th."""
     step = max(1, length // SAMPLES)
-    while gcd(step, length) > 1 and step > 1:  # no column or row of the video alone
+    while gcd(step, length) > 1 and step > 1:  # so that the tokens are not all of one row or column of the video
         step -= 1
     return min(SAMPLES, length), step
 
 
 def room_of(columns: Sequence[int], bits: Sequence[int]) -> int:
-    """Bits that count the places of four neighbouring pairs, at most. columns, bits: of the three axes."""
+    """Bits that count the places of any group. columns, bits: of each axis, its pairs and the bits of a position."""
     axes = [axis for axis, n in enumerate(columns) for _ in range(n)]
     return max(sum(bits[axes[p] : axes[p + 3] + 1]) for p in range(0, len(axes), 4))
 
@@ -288,7 +320,10 @@ def lay_out(
     sin: Sequence[torch.Tensor],
     grid: Sequence[int],
 ) -> Tables:
-    """Tables for x (B, L, H * D): a launch over a few tokens and the tables alone."""
+    """Tables for x (B, L, H * D), bf16 or fp16, by one launch over SAMPLES tokens and the rotary tables.
+
+    Raises ValueError for more tokens or places than the kernel counts (keys.py).
+    """
     batch, length, dim, dev = x.shape[0], x.shape[1], x.shape[2] // num_heads, x.device
     missing = AXES - len(cos)  # axes in front, of one position and no columns
     n0, n1, n2 = [1] * missing + list(grid)
@@ -330,6 +365,6 @@ def lay_out(
 
 
 def rows_of_16_bytes(x: torch.Tensor) -> torch.Tensor:
-    """x (B, L, C) as rows of which 16 bytes can be read at a time."""
+    """x (B, L, C), copied unless 16 bytes at a time can be read of each row."""
     v = view3(x, x.shape)
     return v.contiguous() if any(s % 8 for s in row_strides(v)) or v.data_ptr() % 16 else v

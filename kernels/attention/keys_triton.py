@@ -1,32 +1,30 @@
-"""Keys between their projection and a quantized attention in Triton: RMSNorm, rotation, INT8 blocks, one pass.
+"""The keys of a quantized attention from their projection in one pass, in Triton: RMSNorm, rotation, INT8 blocks.
 
     n = x / sqrt(mean(x^2) + eps) * weight                       over all channels of a token
     k = (n1 cos - n2 sin, n2 cos + n1 sin)                       for the pairs of each head
     k8 = rne(127 (k - centre) / amax), k_scale = amax / 127      amax over a block of tokens of a head
     pooled = mean of k - centre over a block
 
-x: (B, L, H * D), bf16 or fp16, D 64 or 128, pairs interleaved, tables as in rope.py for at most three axes. This is
-qk_norm_rope.py's op and the half of prepare_triton.py that concerns k, without k in between; where SLA's linear branch
-needs k, it is written, too. Any constant may be taken from k, for it changes no softmax: centre is the mean of a batch
-item's SAMPLES tokens here and there, so that nothing waits for a pass over all.
+x: (B, L, H * D), bf16 or fp16, D 64 or 128, pairs interleaved, tables as in rope.py for at most three axes. The kernel
+does the work of qk_norm_rope.py's op and of the half of prepare_triton.py that concerns k in one pass, and does not
+write k unless SLA's linear branch needs it. Any constant vector may be taken from k, because it changes no softmax. The
+centre is the mean of SAMPLES tokens spread over a batch item, because the mean of all tokens would take a pass of its
+own before this one.
 
 A block has one scale and a norm needs the whole row, so x is read twice, the second time from the second-level cache,
-as int8_block's norms do (norms_triton.py): programs over rows write a word a row, its root and where its token stands
-in the tables; tiles, one a block and head, come some blocks later and wait for their words. The first programs make the
-centres, one a head, for which the head's tiles wait. A small launch before (`lay_out`) writes the words of the tokens
-here and there and lays out the tables.
+as int8_block's norms do (norms_triton.py). Programs over rows write one word a token: its root and its positions in the
+tables. Programs over tiles, one a block and head, come some blocks later and wait for the words of their tokens. The
+first programs make the centres, one a head, for which all tiles of the head wait. A small launch before
+(keys_tables_triton.py) writes the words of the sampled tokens and lays out the tables.
 
-What made it fast is arithmetic on pairs of halves, for 38 instructions an element are all that a Hopper card issues in
-the time of a copy's 3 bytes. A float32 version had 27, this has 11. Two neighbouring pairs of a head are a register of
-first and a register of second elements, so that a rotation is four multiply-adds of both; a fifth rounds to integers
-(1536 added to |x| <= 127 leaves the integer in the low byte), and one permutation packs four. A weight is divided by
-the power of two below its head's largest (`unit`), so that the halves never overflow: |k| <= 2 sqrt(2 C) units. Errors
-are below those of a k rounded to bf16. Four pairs' cosines and sines are one load of 16 bytes: `tables` lays them out
-by the positions that they depend on. The sums of squares are taken by tensor cores: a quad of threads' own elements as
-both operands, whose product has them on its diagonal.
+The arithmetic is on pairs of halves (keys_halves_triton.py), because a Hopper card issues 38 instructions an element in
+the time in which a copy moves the element's 3 bytes. A version in float32 took 27 instructions an element, this one
+takes 11. A rotation of two pairs is four multiply-adds; a fifth rounds to integers (1536 added to |x| <= 127 leaves the
+integer in the low byte), and one permutation packs four bytes. Weights are divided by a power of two, `unit`, so that
+halves never overflow: |k| <= 2 sqrt(2 C) units. Errors are below those of a k that is rounded to bf16.
 
-Bytes an element: 2 read + 1 written, 2 more with k. At the 3.0 TB/s of a copy: 32,760 x 1536 in 0.050 ms, 75,600 x 5120
-in 0.387 ms.
+Bytes an element: 2 read and 1 written, and 2 more where k is written. At the 3.0 TB/s of a copy: 32,760 x 1536 in
+0.050 ms, 75,600 x 5120 in 0.387 ms.
 """
 
 # mypy: allow-untyped-defs
@@ -79,8 +77,9 @@ def _centre(
     x, sampled, weights, centres, table, groups, samples, step, head, item, x_l,
     H: tl.constexpr, D: tl.constexpr, S: tl.constexpr, CHUNK: tl.constexpr, DTYPE: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """Minus the mean of `samples` (S at most) tokens, step apart, of a head of a batch item. No word of it is 0: a pair
-    of zeros has a sign.
+    """Stores minus the mean of `samples` (S at most) tokens, `step` rows apart, of one head of a batch item.
+
+    No word of the result is 0, because a tile takes 0 for "not yet there": of a pair of zeros one is -0.
     """
     tl.static_assert(S % CHUNK == 0)
     G: tl.constexpr = D // 8
@@ -91,17 +90,18 @@ def _centre(
     held = ()
     for i in tl.static_range(S // CHUNK):
         row = tl.minimum(i * CHUNK + member, samples - 1) * step
+        # four words (CHUNK, G)
         held = held + (four_words(x + row.to(tl.int64) * x_l + g * 4, LOADS_FIRST, FTZ),)  # type: ignore[assignment]
-    w0, w1, w2, w3 = four_words(weights + (head * G + each) * 4, LOADS_AGAIN, FTZ)
-    shift, mask, base, stride = four_words(groups + each * 4, LOADS_AGAIN, FTZ)
+    w0, w1, w2, w3 = four_words(weights + (head * G + each) * 4, LOADS_AGAIN, FTZ)  # four words (CHUNK, G)
+    shift, mask, base, stride = four_words(groups + each * 4, LOADS_AGAIN, FTZ)  # four words (CHUNK, G)
     none = tl.zeros((CHUNK, G), tl.int32)
     s0 = tl.zeros((CHUNK, G), tl.float32)
     s1, s2, s3, s4, s5, s6, s7 = s0, s0, s0, s0, s0, s0, s0
     for i in tl.static_range(S // CHUNK):
-        word = tl.load(sampled + tl.minimum(i * CHUNK + member, samples - 1) + each * 0)
+        word = tl.load(sampled + tl.minimum(i * CHUNK + member, samples - 1) + each * 0)  # (CHUNK, G)
         root = ((word >> 32).to(tl.int32) - 1).to(tl.float32, bitcast=True)
         place = base + ((word.to(tl.int32) >> shift) & mask) * stride
-        t0, t1, t2, t3 = four_words(table + place * 4, LOADS_AGAIN, FTZ)
+        t0, t1, t2, t3 = four_words(table + place * 4, LOADS_AGAIN, FTZ)  # four words (CHUNK, G)
         a, b, c, d = held[i]  # type: ignore[misc, var-annotated]
         a, b = turned(a, b, root, w0, w1, t0, t1, none, none, DTYPE, FTZ)
         c, d = turned(c, d, root, w2, w3, t2, t3, none, none, DTYPE, FTZ)
@@ -124,7 +124,7 @@ def _centre(
 
 @triton.jit
 def _put_centre(at, low, high):
-    """Two numbers as a word of halves that is not 0."""
+    """Stores two numbers as a word of halves that is not 0."""
     pair = pair_of(low.to(tl.float16), high.to(tl.float16))
     tl.store(at, tl.where(pair == 0, 0x8000, pair))
 
@@ -136,8 +136,10 @@ def _tile(
     H: tl.constexpr, D: tl.constexpr, EDGE: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
     DTYPE: tl.constexpr, SIGNED: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """A block of EDGE tokens of a head of a batch item, CHUNK at a time. A thread has eight channels of a token. WHOLE:
-    all tokens of the block are there; those that are not are zeros in k8.
+    """A tile: the keys of a block of EDGE tokens of one head of a batch item, CHUNK tokens at a time.
+
+    A thread has eight channels of a token, four words of x. WHOLE: the block has EDGE tokens; tokens behind the end are
+    zeros in k8. Tensors are (CHUNK, G) where no other shape is named.
     """
     G: tl.constexpr = D // 8
     first = block * EDGE
@@ -152,17 +154,18 @@ def _tile(
         row = i * CHUNK + member
         if not WHOLE:
             row = tl.minimum(row, length - 1 - first)
+        # four words (CHUNK, G)
         held = held + (four_words(x + row * x_l + g * 4, LOADS_LAST, FTZ),)  # type: ignore[assignment]
     for i in tl.static_range(EDGE // CHUNK):
         row = i * CHUNK + member
         if not WHOLE:
             row = tl.minimum(row, length - 1 - first)
         seen = seen + (glance(words + row + each * 0, FTZ),)  # type: ignore[assignment]
-    w0, w1, w2, w3 = four_words(weights + (head * G + each) * 4, LOADS_AGAIN, FTZ)
-    shift, mask, base, stride = four_words(groups + each * 4, LOADS_AGAIN, FTZ)
+    w0, w1, w2, w3 = four_words(weights + (head * G + each) * 4, LOADS_AGAIN, FTZ)  # four words (CHUNK, G)
+    shift, mask, base, stride = four_words(groups + each * 4, LOADS_AGAIN, FTZ)  # four words (CHUNK, G)
     unit = tl.load(units + head)
     centre_at = centres + ((item * H + head) * G + each) * 4
-    centre = four_words(centre_at, GLANCED, FTZ)
+    centre = four_words(centre_at, GLANCED, FTZ)  # four words (CHUNK, G)
     waited = ()
     for i in tl.static_range(EDGE // CHUNK):
         row = i * CHUNK + member
@@ -176,7 +179,7 @@ def _tile(
         word = waited[i]  # type: ignore[misc, var-annotated]
         root = ((word >> 32).to(tl.int32) - 1).to(tl.float32, bitcast=True)  # type: ignore[attr-defined]
         place = base + ((word.to(tl.int32) >> shift) & mask) * stride
-        t0, t1, t2, t3 = four_words(table + place * 4, LOADS_AGAIN, FTZ)
+        t0, t1, t2, t3 = four_words(table + place * 4, LOADS_AGAIN, FTZ)  # four words (CHUNK, G)
         a, b, c, d = held[i]  # type: ignore[misc]
         a, b = turned(a, b, root, w0, w1, t0, t1, c0, c1, DTYPE, FTZ)
         c, d = turned(c, d, root, w2, w3, t2, t3, c2, c3, DTYPE, FTZ)
@@ -238,15 +241,14 @@ def _keys(
     R: tl.constexpr, LANES: tl.constexpr, PER: tl.constexpr, K: tl.constexpr,
     DTYPE: tl.constexpr, ALONE: tl.constexpr, SIGNED: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """A program over PER times R rows of a block, or over a head of the block that came `lag` (1 at least) before; the
-    first ones over a centre.
+    """Centres first; then programs over PER times R rows of a block, and tiles `lag` (1 at least) blocks behind them.
 
-    x, weights, centres, table, k8, pooled, k_out: as words of 32 bits; x_b and x_l in words. num_blocks: of all batch
-    items, of which there is one if ALONE. words, one a token, and centres: zeros. samples, S at most, and step: the
-    tokens of the centres, and `sampled` their words.
+    x, weights, centres, table, k8, pooled, k_out: tensors of words of 32 bits; x_b and x_l in words. words (one a
+    token) and centres: zeros before the launch. num_blocks: blocks of all batch items; ALONE: there is one item.
+    samples (S at most), step, sampled: how many tokens a centre is the mean of, how far apart, and their words.
     """
     PARTS: tl.constexpr = (EDGE + R * PER - 1) // (R * PER)
-    steps = num_blocks - lag  # that have both kinds: before them rows alone, behind them heads alone
+    steps = num_blocks - lag  # turns with rows and tiles; before them there are rows alone, behind them tiles alone
     each = tl.cdiv(length, EDGE)
     front = H
     if not ALONE:
@@ -314,7 +316,7 @@ def norm_keys(
     keep: bool = False,
     config: KeysConfig | None = None,
 ) -> Keys:
-    """Keys of x (B, L, H * D) in blocks of block_k (64 or 128) tokens. pool: block means; keep: k itself, too."""
+    """Keys of x (B, L, H * D) in blocks of block_k (64 or 128) tokens. pool: with block means; keep: with k itself."""
     batch, length, width = x.shape
     dim, n, dev = width // num_heads, triton.cdiv(length, block_k), x.device
     config = config or KEYS_CONFIGS[keep]
@@ -358,6 +360,9 @@ def quantized_keys(
     *,
     linear: bool = False,
 ) -> Keys:
-    """Keys of x (B, L, H * D) as sage_forward reads them, or, `linear`, sla_forward. The rest as in qk_norm_rope.py."""
+    """Keys of x (B, L, H * D) as sage_forward reads them; `linear`: as sla_forward does, with block means and k.
+
+    weight, eps, cos, sin, grid: as in qk_norm_rope.py.
+    """
     tables = lay_out(x, weight, eps, num_heads, cos, sin, grid)
     return norm_keys(x, eps, num_heads, tables, block_k, pool=linear, keep=linear)

@@ -81,10 +81,10 @@ def _summaries(
         real = row + r < stop
         valid = real[:, None] & (d < HEAD)[None, :]
         if MEAN or LINEAR:
-            kt = tl.load(k_at, mask=valid, other=0.0)
+            kt = tl.load(k_at, mask=valid, other=0.0)  # (ROWS, D)
             k_at += ROWS * k_l
             kf = kt.to(tl.float32)
-        vt = tl.load(v_at, mask=valid, other=0.0)
+        vt = tl.load(v_at, mask=valid, other=0.0)  # (ROWS, D)
         v_at += ROWS * v_l
         if MEAN:
             k_sum += tl.sum(tl.reshape(kf, [ROWS // 16, 16, D]), 0)
@@ -93,7 +93,7 @@ def _summaries(
             e, s = features(kf, d < HEAD, HEAD, D, MAP, FTZ)
             phi = e * tl.where(real, 1.0 / s, 0.0)[:, None]
             phi_sum += tl.sum(tl.reshape(phi, [ROWS // 16, 16, D]), 0)
-            kv = tl.dot(tl.trans(phi.to(kt.dtype)), vt, kv)
+            kv = tl.dot(tl.trans(phi.to(kt.dtype)), vt, kv)  # (D, D)
     part = (head * tl.num_programs(0) + split).to(tl.int64)
     tl.store(columns + part * 3 * D + d, tl.sum(k_sum, 0))
     tl.store(columns + part * 3 * D + D + d, tl.max(v_max, 0))
@@ -118,10 +118,10 @@ def _finish(
         phi = tl.zeros([D], tl.float32)
         for s in range(splits):
             base = columns + (head * splits + s).to(tl.int64) * 3 * D
-            total += tl.load(base + d)
-            amax = tl.maximum(amax, tl.load(base + D + d))
+            total += tl.load(base + d)  # (D,)
+            amax = tl.maximum(amax, tl.load(base + D + d))  # (D,)
             if LINEAR:
-                phi += tl.load(base + 2 * D + d)
+                phi += tl.load(base + 2 * D + d)  # (D,)
         if k_mean is not None:
             tl.store(k_mean + head * D + d, total / length)
         if FP8:
@@ -137,11 +137,11 @@ def _finish(
         phi = tl.zeros([SLICE], tl.float32)
         for s in range(splits):
             at = (head * splits + s).to(tl.int64) * D
-            kv += tl.load(state + at * D + r[:, None] * D + d[None, :])
-            phi += tl.load(columns + at * 3 + 2 * D + r)
+            kv += tl.load(state + at * D + r[:, None] * D + d[None, :])  # (SLICE, D)
+            phi += tl.load(columns + at * 3 + 2 * D + r)  # (SLICE,)
         square = (d < HEAD)[:, None] & (d < HEAD)[None, :]
-        w = tl.load(weight + d[None, :] * w_o + d[:, None] * w_i, mask=square, other=0.0).to(tl.float32)
-        g = tl.dot(kv / tl.maximum(phi, TINY)[:, None], w, input_precision="tf32x3")
+        w = tl.load(weight + d[None, :] * w_o + d[:, None] * w_i, mask=square, other=0.0).to(tl.float32)  # (D, D)
+        g = tl.dot(kv / tl.maximum(phi, TINY)[:, None], w, input_precision="tf32x3")  # (SLICE, D)
         tl.store(folded + head.to(tl.int64) * D * D + r[:, None] * D + d[None, :], g.to(folded.dtype.element_ty))
 
 
@@ -168,8 +168,9 @@ def _quantize_kv(
     valid = (token < length)[:, None] & channel[None, :]
     tile = (head * count + block).to(tl.int64)
     if k is not None:
+        # (BLOCK, D)
         kt = tl.load(k + b * k_b + h * k_h + token.to(tl.int64)[:, None] * k_l + d[None, :], mask=valid, other=0.0)
-        x = tl.where(valid, kt.to(tl.float32) - tl.load(k_mean + head * D + d)[None, :], 0.0)
+        x = tl.where(valid, kt.to(tl.float32) - tl.load(k_mean + head * D + d)[None, :], 0.0)  # (BLOCK, D)
         if POOL:
             rows = tl.minimum(length - block * BLOCK, BLOCK)
             tl.store(pooled + tile * D + d, (tl.sum(x, 0) / rows).to(pooled.dtype.element_ty))
@@ -182,8 +183,9 @@ def _quantize_kv(
     else:
         source = token
     valid = (source < length)[:, None] & channel[None, :]
+    # (BLOCK, D)
     vt = tl.load(v + b * v_b + h * v_h + source.to(tl.int64)[:, None] * v_l + d[None, :], mask=valid, other=0.0)
-    vf = vt.to(tl.float32) * (1.0 / tl.load(v_scale + head * D + d))[None, :]
+    vf = vt.to(tl.float32) * (1.0 / tl.load(v_scale + head * D + d))[None, :]  # (BLOCK, D)
     if FP8:
         tl.store(v8 + tile * BLOCK * D + d[:, None] * BLOCK + t[None, :], tl.trans(vf.to(v8.dtype.element_ty)))
     else:

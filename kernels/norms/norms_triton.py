@@ -144,15 +144,15 @@ def _norm_rows(
     DTYPE: tl.constexpr = x.dtype.element_ty
     c0 = tl.max_contiguous(tl.arange(0, W0), NEAR)
     m0 = inside(c0, C, W0)
-    x0 = hold(fetch(x_at + c0, m0))
+    x0 = hold(fetch(x_at + c0, m0))  # (W0,)
     if y is not None:
-        y0 = hold(fetch(y_at + c0, m0))
+        y0 = hold(fetch(y_at + c0, m0))  # (W0,)
     if W1 > 0:
         c1 = W0 + tl.max_contiguous(tl.arange(0, W1), NEAR)
         m1 = inside(c1, C, W0 + W1)
-        x1 = hold(fetch(x_at + c1, m1))
+        x1 = hold(fetch(x_at + c1, m1))  # (W1,)
         if y is not None:
-            y1 = hold(fetch(y_at + c1, m1))
+            y1 = hold(fetch(y_at + c1, m1))  # (W1,)
     for row in range(start, stop):
         r0 = release(x0, DTYPE)
         r1 = None
@@ -164,15 +164,15 @@ def _norm_rows(
                 r1 = _add(r1, release(y1, y.dtype.element_ty), _at(gate_at, c1), m1, DTYPE, FTZ)
         ahead0 = only_before(m0, row + 1, stop)
         x_at += x_l
-        x0 = hold(fetch(x_at + c0, ahead0))
+        x0 = hold(fetch(x_at + c0, ahead0))  # (W0,)
         if W1 > 0:
             ahead1 = only_before(m1, row + 1, stop)
-            x1 = hold(fetch(x_at + c1, ahead1))
+            x1 = hold(fetch(x_at + c1, ahead1))  # (W1,)
         if y is not None:
             y_at += y_l
-            y0 = hold(fetch(y_at + c0, ahead0))
+            y0 = hold(fetch(y_at + c0, ahead0))  # (W0,)
             if W1 > 0:
-                y1 = hold(fetch(y_at + c1, ahead1))
+                y1 = hold(fetch(y_at + c1, ahead1))  # (W1,)
         if residual is not None:
             tl.store(residual + to + c0, r0.to(DTYPE), mask=m0)
             if W1 > 0:
@@ -259,7 +259,7 @@ def _pieces(at, c, C: tl.constexpr, K: tl.constexpr):
     SPAN: tl.constexpr = c.shape[1]
     pieces = ()
     for k in tl.static_range(K):
-        piece = tl.load(at + k * SPAN, mask=inside(c + k * SPAN, C, (k + 1) * SPAN), other=0.0)
+        piece = tl.load(at + k * SPAN, mask=inside(c + k * SPAN, C, (k + 1) * SPAN), other=0.0)  # (ROWS, SPAN)
         pieces = pieces + (hold(piece.reshape(piece.shape[0] * SPAN)),)  # type: ignore[assignment]
     return pieces
 
@@ -335,11 +335,13 @@ def _norm_tile(
         real = (member < rows - first)[:, None]
     c = tl.max_contiguous(tile * EDGE + tl.arange(0, EDGE), NEAR)[None, :]
     m = inside(c, C, C if C % EDGE == 0 else C + 1)
+    # (EDGE, EDGE)
     held = hold(fetch(_rows(x, first, row, length, x_b, x_l, C, FLAT, DENSE) + c, m).reshape(EDGE * EDGE))
     at = words + first + row
     word = glance(at, FTZ)
     to = first.to(tl.int64) * C + (member * C)[:, None] + c
     if y is not None:
+        # (EDGE, EDGE)
         v = hold(fetch(_rows(y, first, row, length, y_b, y_l, C, FLAT, DENSE) + c, m).reshape(EDGE * EDGE))
         r = _summed(
             release(held, DTYPE).reshape(EDGE, EDGE), release(v, y.dtype.element_ty).reshape(EDGE, EDGE),

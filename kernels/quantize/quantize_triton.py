@@ -91,26 +91,26 @@ def _quantize_rows(
     DTYPE: tl.constexpr = x.dtype.element_ty
     c0 = tl.max_contiguous(tl.arange(0, W0), NEAR)
     m0 = inside(c0, C, W0)
-    x0 = hold(fetch(at + c0, m0))
+    x0 = hold(fetch(at + c0, m0))  # (W0,)
     if W1 > 0:
         c1 = W0 + tl.max_contiguous(tl.arange(0, W1), NEAR)
         m1 = inside(c1, C, W0 + W1)
-        x1 = hold(fetch(at + c1, m1))
+        x1 = hold(fetch(at + c1, m1))  # (W1,)
     if W2 > 0:
         c2 = W0 + W1 + tl.max_contiguous(tl.arange(0, W2), NEAR)
         m2 = inside(c2, C, W0 + W1 + W2)
-        x2 = hold(fetch(at + c2, m2))
+        x2 = hold(fetch(at + c2, m2))  # (W2,)
     for row in range(first, stop):
         at += x_l
-        next0 = hold(fetch(at + c0, only_before(m0, row + 1, stop)))
+        next0 = hold(fetch(at + c0, only_before(m0, row + 1, stop)))  # (W0,)
         y0 = _activate(release(x0, DTYPE), ACT, DTYPE, FTZ)
         y1 = None
         y2 = None
         if W1 > 0:
-            next1 = hold(fetch(at + c1, only_before(m1, row + 1, stop)))
+            next1 = hold(fetch(at + c1, only_before(m1, row + 1, stop)))  # (W1,)
             y1 = _activate(release(x1, DTYPE), ACT, DTYPE, FTZ)
         if W2 > 0:
-            next2 = hold(fetch(at + c2, only_before(m2, row + 1, stop)))
+            next2 = hold(fetch(at + c2, only_before(m2, row + 1, stop)))  # (W2,)
             y2 = _activate(release(x2, DTYPE), ACT, DTYPE, FTZ)
         amax = tl.maximum(tl.max(largest(largest(y0, y1), y2), 0), FLOOR)
         factor = tl.div_rn(LIMIT, amax)
@@ -142,7 +142,7 @@ def _quantize_tiles(
     # Behind the last row comes the last again: it leaves the largest as it is, and no row has to be masked.
     at = place(tl.minimum(row, rows - 1), length, x_b, x_l, FLAT)[:, None] + c
     DTYPE: tl.constexpr = x.dtype.element_ty
-    held = hold(fetch(x + at, real).reshape(EDGE * EDGE))
+    held = hold(fetch(x + at, real).reshape(EDGE * EDGE))  # (EDGE, EDGE)
     if ACT != "identity":
         held = packed(_activate(release(held, DTYPE), ACT, DTYPE, FTZ), DTYPE, FTZ)
     amax = tl.maximum(largest_held(held, DTYPE, FTZ), FLOOR)
