@@ -7,14 +7,13 @@ import pickle
 import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 import turbocompile
-from turbocompile.build.compile import calibration_inputs
+from turbocompile.build.inputs import calibration_inputs
 from turbocompile.capture.export import capture
 from turbocompile.errors import CaptureError, EngineError, RecipeError, UnsupportedError, VerificationError
 from turbocompile.ir.weights import ModuleTensors
@@ -396,87 +395,6 @@ def test_a_model_that_does_not_take_random_inputs_says_so():
         turbocompile.optimize(Looked(), (torch.zeros(2, 3),))
     engine = turbocompile.optimize(Looked(), (torch.zeros(2, 3),), recipe={"verify": "off"})
     assert engine(torch.zeros(2, 3)).shape == (2, 3, 8)
-
-
-def test_torch_compile_reaches_the_same_blocks(tiny):
-    from turbocompile.build.torch_compile import backend
-
-    seen = []
-
-    def spy(graph, inputs):
-        run = backend(graph, inputs)
-
-        def call(*args):
-            out = run(*args)
-            seen.extend(c.cell_contents for c in run.__closure__ if isinstance(c.cell_contents, dict))
-            return out
-
-        return call
-
-    x, t = torch.randn(1, 8, 64), torch.rand(1)
-    found = torch.compile(tiny, backend=spy)(x, t)
-    assert torch.allclose(found, tiny(x, t), rtol=0, atol=1e-5 * float(tiny(x, t).abs().max()))
-    (made,) = next(d for d in seen if d).values()
-    engine = made.engine
-    assert next(iter(engine.engine.programs.values())).count("blocks") == 2
-
-
-def test_torch_compile_knows_the_backend_by_name_and_takes_other_lengths(tiny):
-    compiled = torch.compile(tiny, backend="turbocompile")
-    for n in (8, 12, 16):
-        x, t = torch.randn(1, n, 64), torch.rand(1)
-        assert torch.allclose(compiled(x, t), tiny(x, t), rtol=0, atol=1e-5 * float(tiny(x, t).abs().max()))
-
-
-def test_torch_compile_of_each_block_has_each_blocks_weights(tiny):
-    """Regional compilation: Dynamo compiles one block, and calls what it got with the parameters of the others."""
-    model, call = tiny, (torch.randn(2, 6, 64), torch.rand(2))
-    expected = model(*call)
-    torch._dynamo.reset()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", RuntimeWarning)
-            for block in model.blocks:
-                block.compile(backend="turbocompile")
-            found = model(*call)
-        assert torch.allclose(found, expected, atol=1e-5)
-        with torch.no_grad():  # other data in the same parameter
-            for p in model.blocks[1].parameters():
-                p.data = p.data * 1.5
-        changed = model(*call)
-        for block in model.blocks:
-            block._compiled_call_impl = None
-        assert torch.allclose(changed, model(*call), atol=1e-5)
-        assert not torch.allclose(changed, expected, atol=1e-3)
-    finally:
-        torch._dynamo.reset()
-
-
-def test_torch_compile_runs_what_cannot_be_captured_as_it_is_and_says_so():
-    class Cached(torch.nn.Module):
-        """Python reads a value in the middle; the part after it writes into a tensor of the part before."""
-
-        def forward(self, x):
-            cache = x * 3
-            torch._dynamo.graph_break()
-            cache.scatter_add_(0, torch.ones(2, 8, dtype=torch.int64), x)
-            y = cache + 1
-            torch._dynamo.graph_break()
-            return y * cache
-
-    torch._dynamo.reset()
-    x = torch.randn(2, 8)
-    with pytest.warns(RuntimeWarning, match=r"runs as it is, not compiled: the model writes to its input"):
-        found = torch.compile(Cached(), backend="turbocompile")(x)
-    assert torch.equal(found, Cached()(x))
-    torch._dynamo.reset()
-
-
-def test_torch_compile_under_autograd_is_refused(tiny):
-    tiny.requires_grad_(True)
-    with pytest.raises(Exception, match="compiles for inference") as caught:
-        torch.compile(tiny, backend="turbocompile")(torch.randn(1, 4, 64), torch.rand(1))
-    assert isinstance(caught.value.__cause__ or getattr(caught.value, "inner_exception", None), UnsupportedError)
 
 
 def test_a_report_says_what_each_pass_did(tiny):

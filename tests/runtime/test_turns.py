@@ -132,34 +132,38 @@ def test_a_shape_may_be_added_while_others_call_and_shares_the_weights():
     engine, further = built(SHAPES[0]), built(SHAPES[1])
     x = example(SHAPES[1], 5)
     expected = further(x)
-    weights = dict(engine.weights)
     checked = Checked(built(*SHAPES), [CPU])
     checked.engine, checked.inputs = engine, [example(SHAPES[0], i) for i in range(THREADS)]
     checked.expected = {"cpu": [engine(given) for given in checked.inputs]}
+    compiled = engine.compiled("call")
     with callers(checked) as errors:
         checked.wait(2)
-        engine.add({"further": further.programs["call"]}, {})
-        assert torch.equal(engine(x), expected)
+        both = engine.extended({"further": further.programs["call"]}, {})
+        assert torch.equal(both(x), expected)
+        checked.engine = both
+        checked.wait(2)
+        engine.to(OTHER_CPU)
         checked.wait(2)
     assert not errors
-    assert [list(s.values()) for s in engine.shapes] == [[list(SHAPES[0])], [list(SHAPES[1])]]
-    assert engine.weights.keys() == weights.keys()
-    assert all(engine.weights[name] is t for name, t in weights.items())
+    assert both.compiled("call") is compiled
+    assert [list(s.values()) for s in both.shapes] == [[list(SHAPES[0])], [list(SHAPES[1])]]
+    assert [list(s.values()) for s in engine.shapes] == [[list(SHAPES[0])]]
+    assert both.weights.keys() == engine.weights.keys()
+    assert (both.device, engine.device) == (CPU, OTHER_CPU)
 
 
-def test_a_shape_that_does_not_fit_the_engine_is_refused_and_leaves_it_as_it_was(tmp_path):
+def test_a_shape_that_does_not_fit_the_engine_is_refused(tmp_path):
     engine, further, stranger = built(SHAPES[0]), built(SHAPES[1]), built(SHAPES[1], seed=1)
-    before = (dict(engine.programs), dict(engine.weights))
     program = {"further": further.programs["call"]}
     with pytest.raises(EngineError, match="a program 'call' already"):
-        engine.add(further.programs, {})
+        engine.extended(further.programs, {})
     with pytest.raises(EngineError, match=r"different values of 'blocks\.0\.linear\.bias'"):
-        engine.add(program, stranger.weights)
+        engine.extended(program, stranger.weights)
     with pytest.raises(EngineError, match="which was not given"):
-        Engine({}, {}).add(program, {})
+        Engine({}, {}).extended(program, {})
     with pytest.raises(EngineError, match="stays as it was built"):
-        turbocompile.load(engine.save(tmp_path / "engine")).add(program, {})
-    assert (engine.programs, engine.weights) == before
+        turbocompile.load(engine.save(tmp_path / "engine")).extended(program, {})
+    assert list(engine.programs) == ["call"]
 
 
 class TestTurns:

@@ -170,36 +170,47 @@ class Engine(FixedWeights, nn.Module):
                 return True
         return False
 
-    def add(
-        self, programs: Mapping[str, Program], weights: Mapping[str, torch.Tensor], *, tuning: Tuning = NO_TUNING
-    ) -> None:
-        """Adds Programs of the same model, at other shapes. Other threads may call the engine meanwhile.
+    def extended(
+        self,
+        programs: Mapping[str, Program],
+        weights: Mapping[str, torch.Tensor],
+        report: Report | None = None,
+        write: Callable[[Engine, Path], None] | None = None,
+        tuning: Tuning = NO_TUNING,
+    ) -> Engine:
+        """This engine with Programs of the same model at further shapes. Other threads may call this one meanwhile.
 
         programs: shape name -> Program, under names that the engine does not have. weights: stored name -> tensor; only
-        the tensors that the engine lacks are needed, and the engine keeps its own tensor where it has one. tuning: more
-        choices, which come before the engine's own.
+        the tensors that this engine lacks are needed, and its own tensor stays where it has one. report, write: of the
+        engine with all shapes. tuning: more choices, which come before the engine's own.
 
-        Raises EngineError where a name is taken, a weight is missing, two shapes need different values of a weight, or
-        the engine was opened from a folder; the engine is then as it was.
+        The returned engine shares weights, compiled code and graphs with this one, which stays as it is; a move of one
+        of them leaves the other where it is. Raises EngineError where a name is taken, a weight is missing, two shapes
+        need different values of a weight, or this engine was opened from a folder.
         """
         if self.folder is not None:
             raise EngineError(f"the engine of {self.folder} stays as it was built; build one with all shapes")
         taken = sorted(programs.keys() & self.programs.keys())
         if taken:
             raise EngineError(f"{self.model_name} has a program {taken[0]!r} already; add it under another name")
-        with self._turns.change():
-            together = {**self.programs, **{shape: _without_constants(p) for shape, p in programs.items()}}
-            held = {**weights, **self.weights}
-            for name in weight_plan(together):
-                if name not in held:
-                    raise EngineError(f"the programs read the weight {name!r}, which was not given; build them again")
-                if name in weights and name in self.weights and not _equal(weights[name], self.weights[name]):
-                    raise EngineError(
-                        f"two shapes of the engine need different values of {name!r}; build an engine for each shape"
-                    )
-            self.weights = {name: t.to(self._device) for name, t in held.items()}
-            self.programs = together
-            self.tuning = merge(self.tuning, tuning)
+        made = copy.copy(self)
+        with self._turns.call(), self._making:  # the engine stays where it is, and nothing is compiled
+            device, own = self._device, self.weights
+            made.__dict__.update(_device=device, weights=own, _pool=self._pool)
+            made.keep(self._runners)
+            made._graphs.update(self._graphs)
+        made.programs = {**self.programs, **{shape: _without_constants(p) for shape, p in programs.items()}}
+        for name in weight_plan(made.programs):
+            if name not in own and name not in weights:
+                raise EngineError(f"the programs read the weight {name!r}, which was not given; build them again")
+            if name in weights and name in own and not _equal(weights[name], own[name]):
+                raise EngineError(
+                    f"two shapes of the engine need different values of {name!r}; build an engine for each shape"
+                )
+        made.weights = {**{name: t.to(device) for name, t in weights.items() if name not in own}, **own}
+        made.report, made.write, made.tuning = report, write, merge(self.tuning, tuning)
+        object.__setattr__(made, "experts", {"transformer": made})
+        return made
 
     def keep(self, runners: Mapping[str, Any]) -> None:
         """Takes callables (shape name -> callable) that the backend made at the build for the engine's device."""
@@ -338,6 +349,8 @@ def _without_constants(program: Program) -> Program:
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors have the same shape, dtype and bytes."""
+    if a is b:
+        return True
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     first, second = (t.detach().to(b.device).contiguous().reshape(-1).view(torch.uint8) for t in (a, b))

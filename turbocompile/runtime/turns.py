@@ -10,7 +10,7 @@ from collections.abc import Iterator
 class Turns:
     """Lets any number of calls in at once, or one change.
 
-    A change (a move to another device, a further Program) waits until the calls that are under way have returned. Calls
+    A change (a move to another device) waits until the calls that are under way have returned. Calls
     that arrive meanwhile wait for the change, so that steady callers cannot keep it waiting. A call must not start a
     change of the same engine: it would wait for itself.
     """
