@@ -23,7 +23,8 @@ from turbocompile.ir.execute import foldable
 from turbocompile.ir.program import SHELL, Program, Subgraph, call, is_op, walk_tensors
 from turbocompile.ir.weights import Constant, emitted_name, full_name
 from turbocompile.rewrite.normalize import normalize
-from turbocompile.rewrite.pipeline import load_pass, run_pass
+from turbocompile.rewrite.pipeline import load_pass
+from turbocompile.rewrite.run_pass import run_pass
 
 aten = torch.ops.aten
 

@@ -20,7 +20,7 @@ import click
 MEASURED = """
 import json, resource, sys, time
 from pathlib import Path
-from turbocompile.build.compile import optimize_recipe
+from turbocompile.build.from_recipe import optimize_recipe
 from turbocompile.runtime.engine import load
 from turbocompile.recipe.schema import Recipe, load_recipe
 kind, argument, settings, out = json.loads(sys.stdin.read())

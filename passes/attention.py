@@ -10,56 +10,39 @@ by its size and the target (turbocompile/hardware.py). In an SLA model, what can
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import fx
 from turbocompile.kernels import ops
 from turbocompile.passes import sla
 
-from turbocompile.hardware import AttentionChoice, AttentionShape, choose_attention, choose_pv, has_sage
+from turbocompile.hardware import AttentionChoice, AttentionShape, choose_attention
+from turbocompile.ir.attention_ops import BHLD, BLHD
 from turbocompile.ir.program import Subgraph, is_op, shape
-from turbocompile.report.attentions import WHY, because
-from turbocompile.rewrite.attention_sites import BHLD, BLHD, Operands, operands, permuted, reshaped, softmax_attentions
+from turbocompile.recipe.options import AttentionOptions
+from turbocompile.rewrite.attention_sites import Operands, operands, permuted, reshaped, softmax_attentions
+from turbocompile.rewrite.facts import decided, facts
 from turbocompile.rewrite.match import Match, Pass, rewrite
 
 aten = torch.ops.aten
 MAX_HEAD_DIM = 128  # of the 8-bit kernels
 
 
-def product_format(options: Mapping[str, Any], kind: str) -> str:
-    """The format of the product with V: "fp8", "fp16", or "none" (an SLA in floating point)."""
-    pv = options.get("pv", "auto")
-    return choose_pv(options.get("target", "cpu"), kind) if pv in (None, "auto") else pv
-
-
-def kind_of(options: Mapping[str, Any]) -> str:
+def kind_of(options: AttentionOptions) -> str:
     """What the pass does to numbers under these options. (That an SLA is another function is the sla pass's.)"""
-    kind = options.get("kind", "auto")
-    if sla.wants_sla(options):
-        quantizes = product_format(options, "sla") != "none"
-    elif kind == "auto":
-        quantizes = product_format(options, "sage") != "none" and has_sage(options.get("target", "cpu"))
-    else:
-        quantizes = kind == "sage"
-    return "quantizing" if quantizes else "exact"
+    return "quantizing" if options.quantizes else "exact"
 
 
 def choose(m: Match, found: Operands) -> AttentionChoice:
     """native or sage: for an attention that is no SLA."""
-    kind, target = m.options.get("kind", "auto"), m.options.get("target", "cpu")
-    if kind in ("native", "sage"):
-        return AttentionChoice(kind, "the recipe asks for it")
-    if sla.wants_sla(m.options) and product_format(m.options, "sla") == "none":
-        return AttentionChoice("native", "an SLA would be in floating point here, and so is this attention")
-    pv = product_format(m.options, "sage")
-    if pv == "none":
-        return AttentionChoice("native", "the recipe says pv: none, and Sage has no such product")
+    options: AttentionOptions = m.options
+    if options.others is not None:
+        return options.others
     (batch, heads, length, head_dim), keys = shape(found.q), shape(found.k)[-2]
-    chosen = choose_attention(target, AttentionShape(length, keys, batch * heads, head_dim), pv)
+    chosen = choose_attention(options.target, AttentionShape(length, keys, batch * heads, head_dim), options.pv)
     # A twin at a small shape is to be what the engine's shapes are, whatever would pay at its own.
-    return m.options.get("choices", {}).get(m.site, chosen)
+    return options.choices.get(m.site, chosen)
 
 
 def refusal(found: Operands) -> str | None:
@@ -86,14 +69,13 @@ def native(m: Match, found: Operands, why: str) -> fx.Node:
     }
     given = {name: value for name, value in options.items() if value is not None}
     attended = m.op(aten.scaled_dot_product_attention.default, found.q, found.k, found.v, **given)
-    return reshaped(m, because(m, attended, why), shape(m.root))
+    return reshaped(m, decided(attended, m.site, why), shape(m.root))
 
 
 def sage(m: Match, found: Operands, why: str) -> fx.Node:
     q, k, v = (permuted(m, n, BHLD, BLHD) for n in (found.q, found.k, found.v))
-    pv = product_format(m.options, "sage")
-    attended = m.op(ops.sage_attention, q, k, v, float(found.scale_value), found.is_causal, pv)
-    return reshaped(m, permuted(m, because(m, attended, why), BLHD, BHLD), shape(m.root))
+    attended = m.op(ops.sage_attention, q, k, v, float(found.scale_value), found.is_causal, m.options.pv)
+    return reshaped(m, permuted(m, decided(attended, m.site, why), BLHD, BHLD), shape(m.root))
 
 
 def all_attentions(sub: Subgraph) -> Iterator[fx.Node]:
@@ -104,12 +86,12 @@ def all_attentions(sub: Subgraph) -> Iterator[fx.Node]:
 @rewrite(candidates=all_attentions)
 def attention(m: Match) -> fx.Node | str:
     if is_op(m.root, ops.sla_attention):
-        made = m.op(m.root.target, *m.root.args[:-1], product_format(m.options, "sla"))
-        return because(m, made, m.root.meta.get(WHY, ""))
+        made = m.op(m.root.target, *m.root.args[:-1], m.options.sla.pv)
+        return decided(made, m.site, facts(m.root).reason)
     found = operands(m)
     if isinstance(found, str):
         return found
-    if m.options.get("kind") == "sla" and sla.refusal(m, found) == sla.UNTUNED:
+    if m.options.sla is not None and m.options.sla.named and sla.refusal(m, found) == sla.UNTUNED:
         warnings.warn(f"{m.site}: no SLA, since {sla.UNTUNED}", stacklevel=2)
         return sla.UNTUNED
     choice = choose(m, found)
@@ -118,7 +100,7 @@ def attention(m: Match) -> fx.Node | str:
     reason = refusal(found)
     if reason is None:
         return sage(m, found, choice.why)
-    asked = m.options.get("kind") == "sage" and is_op(m.root, aten.scaled_dot_product_attention)
+    asked = m.options.others is not None and is_op(m.root, aten.scaled_dot_product_attention)
     return reason if asked else native(m, found, reason)  # products around a softmax are worse than SDPA in any case
 
 

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from turbocompile.ir.attention_ops import attentions
 from turbocompile.ir.program import Subgraph, is_op, shape
 from turbocompile.ir.weights import Cat, Expr, Zeros, is_adapted
-from turbocompile.rewrite.attention_sites import HOLDS, attentions, feeding_linears, first_weight, widened
+from turbocompile.rewrite.attention_sites import feeding_linears
+from turbocompile.rewrite.facts import note
+from turbocompile.rewrite.linears import first_weight, widened
 from turbocompile.rewrite.match import Match, Pass, rewrite
 
 aten = torch.ops.aten
@@ -78,8 +81,7 @@ def fuse_qkv(m: Match) -> dict[fx.Node, fx.Node] | str:
         zeros = [Zeros(e.shape[:1], e.dtype) for e in known]
         parts: list[Expr] = [z if b is None else m.expr(b) or z for b, z in zip(biases, zeros, strict=True)]
         arguments.append(m.weight(fused_name(names).removesuffix("weight") + "bias", Cat(tuple(parts), 0)))
-    wide = m.op(aten.linear.default, *arguments)
-    wide.meta[HOLDS] = len(group)
+    wide = note(m.op(aten.linear.default, *arguments), linears=len(group))
     return dict(zip(group, _slices(m, wide, [e.shape[0] for e in known]), strict=True))
 
 

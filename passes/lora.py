@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from turbocompile.passes.w8a8 import dequantized
 
 from turbocompile.ir.program import Subgraph, dtype, is_op, shape
 from turbocompile.ir.weights import AddLora, Expr
-from turbocompile.rewrite.attention_sites import first_weight, widened
+from turbocompile.rewrite.linears import dequantized, first_weight, widened
 from turbocompile.rewrite.match import Match, Pass, linear, rewrite, uncast, variables
 
 aten = torch.ops.aten

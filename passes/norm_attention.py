@@ -15,7 +15,6 @@ from turbocompile.kernels import ops
 from turbocompile.kernels.attention.norm_attention import HEAD_DIMS
 
 from turbocompile.ir.program import Subgraph, is_op, shape
-from turbocompile.report.attentions import SITE, WHY
 from turbocompile.rewrite.match import Match, Pass, rewrite
 
 WITH_NORM = {
@@ -46,9 +45,7 @@ def norm_attention(m: Match) -> fx.Node | str:
         return "the rotary of k turns the halves of a head, and not neighbouring channels"
     if shape(k)[-1] not in HEAD_DIMS:
         return f"the heads have {shape(k)[-1]} channels, and the kernel takes {' or '.join(map(str, HEAD_DIMS))}"
-    made = m.op(WITH_NORM[m.root.target], q, x, v, weight, eps, cos, sin, grid, *options)  # type: ignore[index]
-    made.meta |= {key: m.root.meta[key] for key in (SITE, WHY) if key in m.root.meta}  # the site that attention named
-    return made
+    return m.op(WITH_NORM[m.root.target], q, x, v, weight, eps, cos, sin, grid, *options)  # type: ignore[index]
 
 
 PASS = Pass("norm_attention", "exact", [norm_attention], needs=("attention", "qk_norm_rope"))

@@ -15,18 +15,9 @@ import torch
 from torch import fx
 from turbocompile.kernels import ops
 
+from turbocompile.ir.attention_ops import BLHD, attention_layout, attentions
 from turbocompile.ir.program import Subgraph, is_op, shape
-from turbocompile.rewrite.attention_sites import (
-    BLHD,
-    Place,
-    as_norm,
-    attention_layout,
-    attentions,
-    below_layout,
-    in_result_dtype,
-    permuted,
-    reshaped,
-)
+from turbocompile.rewrite.attention_sites import Place, as_norm, below_layout, in_result_dtype, permuted, reshaped
 from turbocompile.rewrite.match import Match, Pass, rewrite
 
 aten = torch.ops.aten
@@ -45,7 +36,7 @@ class Rotary:
 NO_ROTARY = Rotary((), (), (), True)
 
 
-def operands(attention: fx.Node) -> list[Place]:
+def sources_of_q_and_k(attention: fx.Node) -> list[Place]:
     """Where q and k are made: at a rope, a concatenation, a norm or something else."""
     order = attention_layout(attention)
     return [below_layout(Place(node, order, shape(node))) for node in attention.args[:2]]  # type: ignore[arg-type]
@@ -72,7 +63,9 @@ def kinds(place: Place) -> set[str]:
 
 def normed(sub: Subgraph) -> Iterator[fx.Node]:
     """Attentions whose q or k is normed or rotated."""
-    yield from (n for n in attentions(sub) if len(shape(n)) == 4 and any(kinds(place) for place in operands(n)))
+    yield from (
+        n for n in attentions(sub) if len(shape(n)) == 4 and any(kinds(place) for place in sources_of_q_and_k(n))
+    )
 
 
 def rebuilt(m: Match, top: fx.Node, place: Place, rotary: Rotary | None) -> fx.Node | None:
@@ -124,13 +117,13 @@ def concatenated(m: Match, top: fx.Node, streams: list[Place], rotary: Rotary | 
 @rewrite(candidates=normed)
 def qk_norm_rope(m: Match) -> dict[fx.Node, fx.Node] | str:
     replaced: dict[fx.Node, fx.Node] = {}
-    for place in operands(m.root):
+    for place in sources_of_q_and_k(m.root):
         new = rebuilt(m, place.node, place, None)
         if new is not None:
             replaced[place.node] = reshaped(m, permuted(m, new, BLHD, place.order), shape(place.node))
     if replaced:
         return replaced
-    found = {k for place in operands(m.root) for k in kinds(place)}
+    found = {k for place in sources_of_q_and_k(m.root) for k in kinds(place)}
     if "rms" not in found:
         return "q and k have no RMSNorm" + (
             ", but a LayerNorm" if "layer" in found else "; the rotary is one op already"

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
-from typing import Any
 
 from torch import fx
 from turbocompile.kernels import ops
 
+from turbocompile.ir.attention_ops import BHLD, BLHD
 from turbocompile.ir.program import SHELL, dtype, module_path, shape
 from turbocompile.ir.weights import RELATIVE, Expr, Load, Zeros
-from turbocompile.report.attentions import because
+from turbocompile.recipe.options import PROJECTION, SlaOptions
 from turbocompile.rewrite.attention_sites import (
-    BHLD,
-    BLHD,
     Operands,
     are_of_same_tokens,
     operands,
@@ -28,29 +25,18 @@ from turbocompile.rewrite.attention_sites import (
     reshaped,
     softmax_attentions,
 )
+from turbocompile.rewrite.facts import decided
 from turbocompile.rewrite.match import Match, Pass, rewrite
 
-PROJECTION = "proj_l"  # the name that the checkpoints of SLA models share
 UNTUNED = (
     "the checkpoint was not trained with SLA (it has no proj_l); "
     "allow_untuned: true does it all the same, and the picture suffers"
 )
 
 
-def checkpoint_keys(options: Mapping[str, Any]) -> frozenset[str]:
-    return options.get("checkpoint_keys", frozenset())
-
-
-def wants_sla(options: Mapping[str, Any]) -> bool:
-    """Whether the recipe asks for SLA: by name, or by `auto` on a checkpoint that was trained with it."""
-    kind = options.get("kind", "auto")
-    trained = any(key.endswith(f".{PROJECTION}.weight") for key in checkpoint_keys(options))
-    return kind == "sla" or (kind == "auto" and trained)
-
-
 def projection_path(m: Match) -> str | None:
     """The local path of the site's projection in the checkpoint: under the attention's module, or one around it."""
-    keys, prefixes = checkpoint_keys(m.options), m.program.prefixes(m.graph)
+    keys, prefixes = m.options.sla.projections, m.program.prefixes(m.graph)
     parts = module_path(m.root).split(".") if module_path(m.root) else []
     for depth in range(len(parts), -1, -1):
         path = ".".join([*parts[:depth], PROJECTION])
@@ -70,7 +56,7 @@ def refusal(m: Match, found: Operands) -> str | None:
         return "SLA needs as many heads and channels of k and v as of q"
     if not math.isclose(found.scale_value, head_dim**-0.5, rel_tol=1e-6):
         return f"SLA has the scale head_dim**-0.5, and this attention {found.scale_value:g}"
-    if projection_path(m) is None and not m.options.get("allow_untuned", False):
+    if projection_path(m) is None and not m.options.sla.allow_untuned:
         return UNTUNED
     return None
 
@@ -89,7 +75,7 @@ def projection(m: Match, name: str, sizes: tuple[int, ...], like: fx.Node) -> fx
 
 @rewrite(candidates=softmax_attentions)
 def sparse(m: Match) -> fx.Node | str:
-    if not wants_sla(m.options):
+    if m.options.sla is None:
         return "the recipe does not ask for SLA"
     found = operands(m)
     reason = found if isinstance(found, str) else refusal(m, found)
@@ -102,10 +88,10 @@ def sparse(m: Match) -> fx.Node | str:
     head_dim = shape(found.q)[-1]
     q, k, v = (permuted(m, n, BHLD, BLHD) for n in (found.q, found.k, found.v))
     weight, bias = projection(m, "weight", (head_dim, head_dim), q), projection(m, "bias", (head_dim,), q)
-    o = m.options
-    blocks = (float(o.get("topk", 0.1)), int(o.get("block_q", 128)), int(o.get("block_k", 64)))
+    options: SlaOptions = m.options.sla
+    blocks = (options.topk, options.block_q, options.block_k)
     attended = m.op(ops.sla_attention, q, k, v, weight, bias, *blocks, "softmax", "none")
-    return reshaped(m, permuted(m, because(m, attended, why), BLHD, BHLD), shape(m.root))
+    return reshaped(m, permuted(m, decided(attended, m.site, why), BLHD, BHLD), shape(m.root))
 
 
-PASS = Pass("sla", "semantic", [sparse], section="attention")
+PASS = Pass("sla", "semantic", [sparse], section="attention", quiet=True)

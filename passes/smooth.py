@@ -13,24 +13,26 @@ from typing import Any
 
 import torch
 from torch import fx
-from turbocompile.passes.w8a8 import all_linears, held
 
 from turbocompile.ir.program import dtype, is_op, shape
 from turbocompile.ir.weights import Cast, Cat, Expr, Mul, Reshape, Slice
-from turbocompile.report.attentions import SITE, WHY
-from turbocompile.rewrite.attention_sites import HOLDS, as_norm, first_weight
+from turbocompile.recipe.options import W8A8Options
+from turbocompile.rewrite.attention_sites import as_norm
+from turbocompile.rewrite.facts import give_place, hand_on
+from turbocompile.rewrite.linears import all_linears, first_weight, given_weights, held
 from turbocompile.rewrite.match import Match, Pass, arguments, is_cast, rewrite, uncast
-from turbocompile.rewrite.scale_folding import Fold, between, fold_of, given_weights, has_norm, path_of_v
+from turbocompile.rewrite.scale_folding import Fold, between, fold_of, has_norm, path_of_v
 
 aten = torch.ops.aten
-OF_A_NODE = ("nn_module_stack", "stack_trace", SITE, WHY, HOLDS)  # keys of meta that a copy with other inputs keeps
 NOT_ASKED = "calibration did not ask for it"
 
 
 @rewrite(candidates=all_linears, count=held)
 def smooth(m: Match) -> dict[fx.Node, fx.Node] | str:
-    if m.site not in m.options.get("smoothed", ()):
-        return str(m.options.get("unsmoothed", {}).get(m.site, NOT_ASKED))
+    options: W8A8Options = m.options
+    if m.site not in options.smoothed:
+        wide = f"the linear stays wide: {options.off_reason}" if options.format == "off" else NOT_ASKED
+        return options.unsmoothed.get(m.site, wide)
     fold = fold_of(m.root, m.sub)
     if isinstance(fold, str):
         return fold
@@ -52,9 +54,10 @@ def local(weight: Any) -> str:
 
 
 def remade(m: Match, old: fx.Node, *args: Any) -> fx.Node:
-    """The node with other arguments, at its place in the model."""
+    """The node with other arguments, with its place in the model and its facts."""
     made = m.op(old.target, *args, **old.kwargs)
-    made.meta |= {key: old.meta[key] for key in OF_A_NODE if key in old.meta}
+    give_place(made, old)
+    hand_on(old, made)
     return made
 
 
@@ -151,4 +154,4 @@ def rows_scaled(expr: Expr, start: int, stop: int, by: Expr) -> Expr:
     return Cat(tuple(pieces), 0)
 
 
-PASS = Pass("smooth", "exact", [smooth], section="w8a8")
+PASS = Pass("smooth", "exact", [smooth], section="w8a8", quiet=True)

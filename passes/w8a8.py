@@ -7,59 +7,30 @@ a norm or GELU can take it in. Linears outside the blocks, and those that do not
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import fx
 from turbocompile.kernels import ops
 from turbocompile.kernels.linear.w8a8_linear import ALIGNED
 
-from turbocompile.hardware import choose_linear_format
-from turbocompile.ir.program import SHELL, Subgraph, dtype, is_op, shape
-from turbocompile.ir.weights import BLOCK, Cast, Cat, Dequantize, Expr, Quantize
-from turbocompile.rewrite.attention_sites import HOLDS, first_weight, is_of_heads, rows
+from turbocompile.ir.program import SHELL, dtype, shape
+from turbocompile.ir.weights import BLOCK, Cat, Expr, Quantize
+from turbocompile.recipe.options import W8A8Options
+from turbocompile.rewrite.attention_sites import is_of_heads
+from turbocompile.rewrite.linears import all_linears, dequantized, first_weight, held, rows
 from turbocompile.rewrite.match import Match, Pass, rewrite
 
-aten = torch.ops.aten
 
-
-def all_linears(sub: Subgraph) -> Iterator[fx.Node]:
-    yield from (n for n in sub.graph.nodes if is_op(n, aten.linear.default))
-
-
-def held(node: fx.Node) -> int:
-    """How many linears of the model a linear stands for."""
-    return node.meta.get(HOLDS, 1)
-
-
-def dequantized(expr: Expr | None) -> list[Dequantize]:
-    """The quantized tensors of a checkpoint that a weight is made of, where it is made of nothing else."""
-    if isinstance(expr, Cast):
-        return dequantized(expr.of)
-    if isinstance(expr, Cat) and expr.dim == 0:
-        parts = [dequantized(part) for part in expr.of]
-        return [d for part in parts for d in part] if all(parts) else []
-    return [expr] if isinstance(expr, Dequantize) else []
-
-
-def chosen_format(options: Mapping[str, Any], expr: Expr | None) -> str:
-    """The recipe's format; auto is the checkpoint's own, else the target's."""
-    format = options.get("format", "auto")
-    if format != "auto":
-        return format
-    target = options.get("target", "cpu")
-    own = {d.format for d in dequantized(expr)}
-    return own.pop() if len(own) == 1 and target != "cpu" else choose_linear_format(target)
+def format_of(options: W8A8Options, expr: Expr | None) -> str:
+    """The format of a linear with this weight: the checkpoint's own where that is kept, else that of the options."""
+    own = {d.format for d in dequantized(expr)} if options.keeps_own else set()
+    return own.pop() if len(own) == 1 else options.format
 
 
 def refusal(m: Match, x: fx.Node, weight: fx.Node, expr: Expr | None, format: str) -> str | None:
     """Why the linear stays; None where it need not."""
     if format == "off":
-        named = m.options.get("format", "auto") == "off"
-        return (
-            "switched off in the recipe" if named else f"8-bit linears do not pay on {m.options.get('target', 'cpu')}"
-        )
+        return m.options.off_reason
     if m.graph == SHELL:
         return (
             "it is outside the blocks" if m.program.calls() else "no repeated blocks were found, and only they change"
@@ -68,12 +39,12 @@ def refusal(m: Match, x: fx.Node, weight: fx.Node, expr: Expr | None, format: st
         return f"it does not act on tokens (its input is {list(shape(x))})"
     if expr is None:
         return "its weight is computed in the graph"
-    if m.site in m.options.get("keep", {}):  # what calibration found
-        return str(m.options["keep"][m.site])
+    if m.site in m.options.keep:
+        return m.options.keep[m.site]
     channels_out, channels_in = shape(weight)
     if format == "int8_block" and (channels_in % BLOCK or channels_out % 8):
         return f"int8_block needs K % {BLOCK} == 0 and N % 8 == 0, and this weight is {list(shape(weight))}"
-    if m.options.get("target", "cpu") != "cpu" and channels_in % ALIGNED:
+    if m.options.target != "cpu" and channels_in % ALIGNED:
         return f"the kernels need K % {ALIGNED} == 0, and this weight is {list(shape(weight))}"
     return None
 
@@ -102,7 +73,7 @@ def w8a8(m: Match) -> fx.Node | str:
     given: Any = (*m.root.args, None)
     x, weight, bias = given[:3]
     expr = m.expr(weight)
-    format = chosen_format(m.options, expr)
+    format = format_of(m.options, expr)
     reason = refusal(m, x, weight, expr, format)
     if reason is not None or expr is None:
         return str(reason)
@@ -111,9 +82,7 @@ def w8a8(m: Match) -> fx.Node | str:
     data, scale = m.weight(f"{name}{format}_weight", data_expr), m.weight(f"{name}{format}_scale", scale_expr)
     activation = m.op(ops.quantize, x, format)
     parts = [m.op(operator.getitem, activation, i) for i in range(2)]
-    made = m.op(ops.w8a8_linear, *parts, data, scale, bias, format, dtype(m.root))
-    made.meta[HOLDS] = held(m.root)
-    return made
+    return m.op(ops.w8a8_linear, *parts, data, scale, bias, format, dtype(m.root))
 
 
 PASS = Pass("w8a8", "quantizing", [w8a8])

@@ -28,15 +28,16 @@ WAN = {
 }
 
 
-def _load_zoo():
-    """tests/zoo.py as the module `zoo`, which tests import."""
-    spec = importlib.util.spec_from_file_location("zoo", Path(__file__).parent / "zoo.py")
-    module = sys.modules["zoo"] = importlib.util.module_from_spec(spec)
+def _load(name):
+    """tests/<name>.py as the module `name`, which tests import."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
 
-if "zoo" not in sys.modules:
-    _load_zoo()
+for shared in ("zoo", "asked"):
+    if shared not in sys.modules:
+        _load(shared)
 
 
 @pytest.fixture(autouse=True)

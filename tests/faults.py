@@ -29,8 +29,10 @@ from turbocompile.capture.export import capture
 from turbocompile.ir.program import Program, Subgraph, is_op
 from turbocompile.ir.weights import RELATIVE, Cat, Evaluator, Expr, Load, ModuleTensors, Permute
 from turbocompile.numerics.verifier import Evaluation, Weights, compare, random_inputs
+from turbocompile.recipe.options import resolve
+from turbocompile.recipe.schema import Settings
 from turbocompile.rewrite import normalize as normal_form
-from turbocompile.rewrite import pipeline
+from turbocompile.rewrite import pipeline, run_pass
 from turbocompile.rewrite.match import arguments
 
 aten = torch.ops.aten
@@ -162,16 +164,16 @@ def planted(fault: Fault, layers: int) -> Iterator[None]:
         with _in_normal_form(fault, layers):
             yield
         return
-    run = pipeline._run_on_graph
+    run = run_pass.run_on_graph
 
-    def wrong(program: Program, graph: str, pass_: Any, options: Any, veto: Any, result: Any) -> Any:
+    def wrong(program: Program, graph: str, pass_: Any, options: Any, veto: Any) -> Any:
         before = {n.name for n in program.graphs[graph].graph.nodes}
-        rewrites = run(program, graph, pass_, options, veto, result)
-        if pass_.name == fault.pass_name and rewrites and fault.graph in ("", graph):
-            _plant(fault, program.graphs[graph], graph, rewrites, before, layers)
-        return rewrites
+        found = run(program, graph, pass_, options, veto)
+        if pass_.name == fault.pass_name and found.rewrites and fault.graph in ("", graph):
+            _plant(fault, program.graphs[graph], graph, found.rewrites, before, layers)
+        return found
 
-    with mock.patch.object(pipeline, "_run_on_graph", wrong):
+    with mock.patch.object(run_pass, "run_on_graph", wrong):
         yield
 
 
@@ -203,7 +205,7 @@ def _change(fault: Fault, sub: Subgraph, nodes: list[fx.Node], layers: int) -> N
     if by_kind:
         fault.what, do = rng.choice(by_kind[rng.choice(sorted(by_kind))])
         do()
-        pipeline.sort(sub.graph)
+        run_pass.sort(sub.graph)
 
 
 @contextlib.contextmanager
@@ -294,7 +296,7 @@ class Case:
             wrong = self.program.copy()
             normal_form.normalize(wrong)
             with contextlib.suppress(Exception):
-                pipeline.run_passes(wrong, {}, "cpu")
+                pipeline.run_passes(wrong, resolve(Settings.from_dict({"target": "cpu"})))
         unverified = error_of(wrong, self.model, self.inputs, self.truth)
         if not fault.what or unverified <= SEEN:
             return None

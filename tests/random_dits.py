@@ -27,11 +27,13 @@ if "zoo" not in sys.modules:  # as in tests/conftest.py, for a script
     spec.loader.exec_module(sys.modules["zoo"])
 import zoo
 
+from turbocompile.build.captured import Twin
 from turbocompile.build.compile import Compiled, compile_programs
 from turbocompile.capture.export import capture
 from turbocompile.ir.program import Program
 from turbocompile.ir.weights import Evaluator, ModuleTensors
-from turbocompile.recipe.schema import Recipe
+from turbocompile.recipe.options import resolve
+from turbocompile.recipe.schema import Settings
 from turbocompile.runtime.engine import Engine
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -435,9 +437,9 @@ def compiled(seed: int, dtype: torch.dtype, **fixed: Any) -> Outcome:
 
 def compile_program(program: Program, model: nn.Module, passes: dict[str, Any] | None = None) -> Compiled:
     """The Program as `optimize` compiles it for a CPU, measured on itself. passes: as in a recipe."""
-    options = Recipe.from_dict({"model": {"preset": "wan-tiny"}, "target": "cpu", "passes": passes or {}})
+    options = resolve(Settings.from_dict({"target": "cpu", "passes": passes or {}}))
     source = ModuleTensors(model)
-    return compile_programs("dit", {"call": program.copy}, source, options.pass_options(), "cpu", twin=program.copy)
+    return compile_programs("dit", {"call": program}, source, options, twin=Twin(program, "call"))
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import turbocompile
-from turbocompile.build.compile import calibration_inputs
+from turbocompile.build.inputs import calibration_inputs
 from turbocompile.capture.export import capture
 from turbocompile.errors import CaptureError, EngineError, RecipeError, UnsupportedError, VerificationError
 from turbocompile.ir.weights import ModuleTensors

@@ -19,7 +19,7 @@ from turbocompile.build import compile as build
 from turbocompile.capture.export import capture
 from turbocompile.errors import RecipeError, VerificationError
 from turbocompile.ir.program import is_op
-from turbocompile.rewrite import normalize, pipeline, simplify
+from turbocompile.rewrite import normalize, pipeline, run_pass, simplify
 
 sys.path.insert(0, str(Path(__file__).parent))
 import faults
@@ -224,11 +224,11 @@ def test_a_pass_that_fails_costs_its_sites_and_not_the_build(small, monkeypatch,
 
     changed = {"rule": {"function": fails}, "candidates": {"candidates": fails}, "clean-up": {}}[where]
     broken = build.replace(norms, rules=[build.replace(rule, **changed), *norms.rules[1:]])
-    load, clean = pipeline.load_pass, pipeline.clean
+    load, clean = pipeline.load_pass, run_pass.clean
     monkeypatch.setattr(pipeline, "load_pass", lambda name: broken if name == "norms" else load(name))
     if where == "clean-up":
         has_norm = lambda sub: any(is_op(n, aten.rms_norm.default) for n in sub.graph.nodes)  # noqa: E731
-        monkeypatch.setattr(pipeline, "clean", lambda sub, mode: fails() if has_norm(sub) else clean(sub, mode))
+        monkeypatch.setattr(run_pass, "clean", lambda sub, mode: fails() if has_norm(sub) else clean(sub, mode))
     engine = turbocompile.optimize(small, X)
     assert engine.report.passes["norms"].rewritten == 0
     assert engine.report.passes["adaln"].rewritten == 3

@@ -8,11 +8,12 @@ import subprocess
 from pathlib import Path
 
 import torch
+from asked import asked
 from torch import nn
 from turbocompile.backends.triton import compile_program
 
 from turbocompile.capture.export import capture
-from turbocompile.recipe.schema import Recipe, reference
+from turbocompile.recipe import Recipe, reference
 from turbocompile.rewrite.normalize import normalize
 from turbocompile.rewrite.pipeline import run_passes
 
@@ -106,7 +107,7 @@ def test_the_pass_of_the_contributing_page_works():
     exec(code, names)
     program = capture(Gate(), (torch.randn(2, 3, 8),), {})
     normalize(program)
-    result = run_passes(program, {}, "cpu", passes=[names["PASS"]])[0]
+    result = run_passes(program, asked(), passes=[names["PASS"]])[0]
     assert (result.sites, result.rewritten, len(result.skipped)) == (2, 1, 1)
     x = torch.randn(2, 3, 8)
     (found,) = compile_program(program, {}, torch.device("cpu"))(x)

@@ -18,7 +18,7 @@ from turbocompile.errors import (
 from turbocompile.version import __version__
 
 if TYPE_CHECKING:
-    from turbocompile.build.compile import optimize
+    from turbocompile.build.from_module import optimize
     from turbocompile.numerics.recording import record
     from turbocompile.recipe.schema import Recipe, load_recipe
     from turbocompile.report.report import Report
@@ -41,7 +41,7 @@ __all__ = [
     "record",
 ]
 _HOMES = {
-    "optimize": "turbocompile.build.compile",
+    "optimize": "turbocompile.build.from_module",
     "Engine": "turbocompile.runtime.engine",
     "load": "turbocompile.runtime.engine",
     "Recipe": "turbocompile.recipe.schema",

@@ -31,8 +31,8 @@ from turbocompile.version import __version__
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from turbocompile.ir.graph_view import GraphView
     from turbocompile.report.report import Report
-    from turbocompile.rewrite.lineage import GraphView
     from turbocompile.tools.bench import Bench
 
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # what torchao says when it is imported under another torch
@@ -119,7 +119,7 @@ def optimize(recipe: Path, out: Path | None, overrides: tuple[str, ...], dry_run
     if out is None and not dry_run:
         raise click.UsageError("name the engine's folder with -o DIR, or add --dry-run")
     _quiet()
-    from turbocompile.build.compile import optimize_recipe
+    from turbocompile.build.from_recipe import optimize_recipe
     from turbocompile.recipe.schema import load_recipe
 
     with _progress() as progress:
@@ -400,7 +400,7 @@ def _records(folder: Path) -> dict[str, Bench]:
 def _graph_views(folder: Path) -> dict[str, dict[str, GraphView]]:
     """By module the graphs of an engine before and after the passes; none of an engine that has none."""
     from turbocompile.files import inside
-    from turbocompile.rewrite.lineage import read_views
+    from turbocompile.ir.graph_view import read_views
     from turbocompile.runtime.folder import check_files, read_json, read_manifest
 
     manifest = read_manifest(folder)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from asked import asked
 from torch import nn
 
 from turbocompile.capture.export import capture
@@ -67,7 +68,7 @@ def _case(
     program = capture(model, tuple(args), kwargs)
     if passes is not None:
         normalize(program)
-        run_passes(program, passes, "cpu")
+        run_passes(program, asked(passes))
     evaluate = Evaluator(ModuleTensors(model), program.constants)
     weights = {name: evaluate(e.expr, e.prefix) for name, e in weight_plan({"call": program}).items()}
     tensors, _ = sig.bind(program.signature, tuple(args), dict(kwargs or {}))

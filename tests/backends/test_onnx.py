@@ -18,7 +18,7 @@ from turbocompile.backends import trial, triton
 from turbocompile.backends.flatten import flatten
 
 import turbocompile
-from turbocompile.build.compile import optimize_recipe
+from turbocompile.build.from_recipe import optimize_recipe
 from turbocompile.errors import EngineError, UnsupportedError, VerificationError
 from turbocompile.recipe.schema import Recipe
 

@@ -12,7 +12,7 @@ import torch
 
 from turbocompile import hardware
 from turbocompile.build import compile as build
-from turbocompile.build.compile import optimize_recipe
+from turbocompile.build.from_recipe import optimize_recipe
 from turbocompile.errors import EngineError
 from turbocompile.recipe.schema import Recipe, load_recipe
 from turbocompile.report import attentions
@@ -377,7 +377,7 @@ import json, resource
 from turbocompile import hardware
 from turbocompile.report import attentions
 from turbocompile.build import compile as build
-from turbocompile.build.compile import optimize_recipe
+from turbocompile.build.from_recipe import optimize_recipe
 from turbocompile.recipe.schema import Recipe
 report = optimize_recipe(Recipe.from_dict(json.loads(input())), None, dry_run=True)
 usage = resource.getrusage(resource.RUSAGE_SELF)

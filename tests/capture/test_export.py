@@ -257,7 +257,7 @@ def test_a_model_that_cannot_be_captured_names_the_module_and_the_line(model):
     message = str(caught.value)
     assert "\n" not in message
     assert "Branching" in message
-    assert "test_capture.py:" in message
+    assert "test_export.py:" in message
     assert "value" in message
 
 

@@ -207,7 +207,7 @@ def test_what_does_not_fit_is_refused_by_reference_and_fake(k, v, pv):
         ("triton", "assert torch.ops.turbocompile.sage_attention(x, x, x, 1.0, False, 'fp8').shape == x.shape"),
         (
             "triton.experimental.gluon",
-            "from turbocompile.kernels import attend_triton; assert attend_triton.attend_gluon is None",
+            "from turbocompile.kernels.attention import attend_triton; assert attend_triton.attend_gluon is None",
         ),
     ],
 )

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import zoo
+from asked import asked
 from hypothesis import given
 from hypothesis import strategies as st
 from turbocompile.kernels import ops
@@ -14,6 +15,7 @@ from turbocompile.kernels import ops
 import turbocompile
 from turbocompile.capture.export import capture
 from turbocompile.ir.program import SHELL, is_op
+from turbocompile.ir.site_errors import LayerError, SiteError, ranges
 from turbocompile.ir.weights import ModuleTensors
 from turbocompile.numerics.calibrate import (
     MAX_KINDS,
@@ -25,7 +27,6 @@ from turbocompile.numerics.calibrate import (
     decide,
     each_layer,
 )
-from turbocompile.numerics.layers import LayerError, SiteError, ranges
 from turbocompile.numerics.verifier import Error, compare, random_inputs
 from turbocompile.rewrite.normalize import normalize
 
@@ -63,7 +64,7 @@ def programmed(model):
     return program
 
 
-OPTIONS = {"w8a8": {"format": "int8"}}
+OPTIONS = asked({"w8a8": {"format": "int8"}})
 
 
 def ran(program, graph):
@@ -80,7 +81,7 @@ def count(program, graph, op):
 def test_a_sites_error_in_a_layer_is_that_of_the_linear_on_the_input_it_has_there(model):
     program = programmed(model)
     inputs = Inputs([random_inputs(program, seed) for seed in (0, 1)])
-    plan = calibrate(program, ModuleTensors(model), OPTIONS, "cpu", inputs)
+    plan = calibrate(program, ModuleTensors(model), OPTIONS, inputs)
     (row,) = [s for s in plan.sites if s.site == DOWN]
     for i, block in enumerate(model.blocks):
         expected = []
@@ -127,7 +128,7 @@ def test_the_weights_of_one_layer_are_read_at_a_time(model):
 
     program = programmed(model)
     source = Source(model)
-    calibrate(program, source, OPTIONS, "cpu", Inputs([random_inputs(program, seed) for seed in range(3)]))
+    calibrate(program, source, OPTIONS, Inputs([random_inputs(program, seed) for seed in range(3)]))
     blocks = [name.split(".")[1] for name in source.read if name.startswith("blocks.")]
     assert blocks == sorted(blocks)  # a layer is done before the next one begins
     names = [name for name in source.read if name.startswith("blocks.")]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import turbocompile
-from turbocompile.build.compile import optimize_recipe, recorded_of
+from turbocompile.build.from_recipe import optimize_recipe, recorded_of
 from turbocompile.cli import main
 from turbocompile.errors import RecipeError
 from turbocompile.numerics.recording import Recording, given_inputs, read_inputs, record

@@ -7,13 +7,14 @@ import json
 import pytest
 import torch
 import zoo
+from asked import asked
 from hypothesis import given
 from hypothesis import strategies as st
 
 import turbocompile
 from turbocompile.errors import RecipeError
-from turbocompile.numerics.layers import LayerError, SiteError
-from turbocompile.numerics.smoothing import LEAST, MARGIN, OCTAVES, alphas_of, best_scale, scale_of
+from turbocompile.ir.site_errors import LayerError, SiteError
+from turbocompile.numerics.smoothing import LEAST, MARGIN, OCTAVES, best_scale, scale_of
 from turbocompile.numerics.verifier import compare
 from turbocompile.recipe.schema import Recipe
 
@@ -75,9 +76,9 @@ def test_several_linears_are_judged_by_the_worst():
 
 
 def test_the_recipe_says_what_is_tried():
-    assert alphas_of("off") == ()
-    assert alphas_of("auto") == (0.3, 0.5, 0.7)
-    assert alphas_of("0.5") == (0.5,)
+    assert asked({"w8a8": {"smooth": "off"}}).w8a8.alphas == ()
+    assert asked().w8a8.alphas == (0.3, 0.5, 0.7)
+    assert asked({"w8a8": {"smooth": "0.5"}}).w8a8.alphas == (0.5,)
     for text in ("1.5", "-0.1", "some", "nan"):
         with pytest.raises(RecipeError, match="smooth must be auto, off or a number from 0 to 1"):
             recipe(text)

@@ -6,12 +6,14 @@ import math
 
 import pytest
 import torch
+from asked import asked
 from torch import nn
 
 from turbocompile.capture.export import capture
 from turbocompile.ir.program import is_op
 from turbocompile.ir.weights import Evaluator, Load, ModuleTensors
-from turbocompile.numerics.verifier import BUDGETS, Evaluation, Verifier, budget_of, compare, random_inputs, wrong_forms
+from turbocompile.numerics.verifier import Evaluation, Verifier, compare, random_inputs, wrong_forms
+from turbocompile.recipe.options import BUDGETS
 from turbocompile.rewrite.match import Pass, rewrite, variables
 from turbocompile.rewrite.normalize import normalize
 from turbocompile.rewrite.pipeline import run_passes
@@ -149,7 +151,7 @@ def run_raw(raw, verifier):
 def test_a_right_exact_rewrite_has_an_error_of_rounding(case):
     _, program, _, verifier = case
     (result,) = run_passes(
-        program, {}, "cpu", verifier, passes=[product_pass("exact", lambda m: m.op(aten.mul.Tensor, m.y, m.x))]
+        program, asked(), verifier, passes=[product_pass("exact", lambda m: m.op(aten.mul.Tensor, m.y, m.x))]
     )
     assert result.rewritten == 2
     assert result.error["rel_l1"] < 1e-6
@@ -172,7 +174,7 @@ def test_a_wrong_exact_rewrite_with_right_shapes_is_left_alone(change, dtype):
     """However small the fault is beside the dtype's own rounding."""
     _, program, _, verifier = made(dtype)
     before = {g: str(sub.graph) for g, sub in program.graphs.items()}
-    (result,) = run_passes(program, {}, "cpu", verifier, passes=[product_pass("exact", change)])
+    (result,) = run_passes(program, asked(), verifier, passes=[product_pass("exact", change)])
     assert result.rewritten == 0
     ((site, reason),) = result.vetoed.items()
     assert site.startswith("blocks:")
@@ -192,7 +194,7 @@ def test_of_two_sites_the_wrong_one_alone_is_left():
         first.append(m.site)
         return m.op(aten.mul.Tensor, m.y, m.y if m.site == first[0] else m.x)
 
-    (result,) = run_passes(program, {}, "cpu", verifier, passes=[product_pass("exact", change)])
+    (result,) = run_passes(program, asked(), verifier, passes=[product_pass("exact", change)])
     assert (result.sites, result.rewritten) == (4, 2)
     assert list(result.vetoed) == [first[0]]
 
@@ -205,7 +207,7 @@ def test_a_rewrite_that_rounds_to_a_narrower_type_is_left_alone():
         return m.op(aten.to.dtype, m.op(aten.mul.Tensor, x, y), torch.float32)
 
     _, program, _, verifier = made(torch.float32)
-    (result,) = run_passes(program, {}, "cpu", verifier, passes=[product_pass("exact", narrow)])
+    (result,) = run_passes(program, asked(), verifier, passes=[product_pass("exact", narrow)])
     ((_, reason),) = result.vetoed.items()
     assert "rounds more than what it replaces: in float32" in reason
 
@@ -220,7 +222,7 @@ def test_a_rewrite_that_reads_one_layer_by_name_is_left_alone():
         return m.op(aten.mul.Tensor, m.op(aten.linear.default, linear.args[0], weight, linear.args[2]), other)
 
     _, program, _, verifier = made(torch.float32)
-    (result,) = run_passes(program, {}, "cpu", verifier, passes=[product_pass("exact", first_layer)])
+    (result,) = run_passes(program, asked(), verifier, passes=[product_pass("exact", first_layer)])
     assert result.rewritten == 0
 
 
@@ -231,7 +233,7 @@ def test_a_pass_that_changes_what_it_did_not_match_is_undone():
         return m.op(aten.mul.Tensor, m.y, m.x)
 
     _, program, _, verifier = made(torch.float32)
-    (result,) = run_passes(program, {}, "cpu", verifier, passes=[product_pass("exact", change)])
+    (result,) = run_passes(program, asked(), verifier, passes=[product_pass("exact", change)])
     assert result.rewritten == 0
     assert next(n for n in program.graphs["blocks"].graph.nodes if is_op(n, aten.layer_norm)).args[4] == 1e-5
 
@@ -242,7 +244,7 @@ def test_a_rewritten_site_that_cannot_be_computed_is_left_alone(kind):
         return m.op(aten.index_select.default, m.op(aten.mul.Tensor, m.x, m.y), 0, m.op(aten.full.default, [2], 7))
 
     _, program, _, verifier = made(torch.float32)
-    (result,) = run_passes(program, {}, "cpu", verifier, passes=[product_pass(kind, out_of_range)])
+    (result,) = run_passes(program, asked(), verifier, passes=[product_pass(kind, out_of_range)])
     ((_, reason),) = result.vetoed.items()
     assert "cannot be computed (IndexError" in reason
 
@@ -286,7 +288,7 @@ def test_a_quantizing_rewrite_within_its_budget_is_measured_at_the_site_and_at_t
     model, program, _, verifier = case
     verifier.options = {"product": {"budget": 0.05}}
     step = 0.01
-    (result,) = run_passes(program, {}, "cpu", verifier, passes=[product_pass("quantizing", coarse(step))])
+    (result,) = run_passes(program, asked(), verifier, passes=[product_pass("quantizing", coarse(step))])
     assert result.rewritten == 2
     # A uniform rounding error of +-step/2 has a mean magnitude of step/4, and a maximum of step/2.
     assert 0 < result.error["max_abs"] <= step / 2 * 1.001
@@ -304,7 +306,7 @@ def test_a_site_over_its_budget_is_left_alone_and_says_so(case):
     _, program, _, verifier = case
     verifier.options = {"product": {"budget": 1e-4}}
     before = [str(n.target) for n in program.graphs["blocks"].graph.nodes]
-    (result,) = run_passes(program, {}, "cpu", verifier, passes=[product_pass("quantizing", coarse(0.1))])
+    (result,) = run_passes(program, asked(), verifier, passes=[product_pass("quantizing", coarse(0.1))])
     assert (result.sites, result.rewritten) == (2, 0)
     ((_, reason, count),) = result.skipped
     assert count == 2
@@ -325,7 +327,7 @@ def test_after_a_quantizing_rewrite_the_next_pass_is_judged_on_exact_inputs(case
         return m.op(aten.clamp_min.default, m.root.args[0], 0)
 
     passes = [product_pass("quantizing", coarse(0.2)), Pass("relu", "exact", [relu])]
-    first, second = run_passes(program, {}, "cpu", verifier, passes=passes)
+    first, second = run_passes(program, asked(), verifier, passes=passes)
     assert first.error["rel_l1"] > 0.05
     assert second.error["rel_l1"] < 1e-6
     assert second.error_output["rel_l1"] > 1e-3  # the output still carries the first pass's error
@@ -339,7 +341,7 @@ def test_a_semantic_rewrite_sets_the_truth_anew(case):
     def relu(m):
         return m.op(aten.clamp_min.default, m.root.args[0], 0)
 
-    first, second = run_passes(program, {}, "cpu", verifier, passes=[semantic, Pass("relu", "exact", [relu])])
+    first, second = run_passes(program, asked(), verifier, passes=[semantic, Pass("relu", "exact", [relu])])
     assert first.error is None
     assert "another function" in first.error_reason
     assert second.error_output["rel_l1"] < 1e-6
@@ -349,7 +351,7 @@ def test_bf16_models_are_judged_in_float64_for_exact_rewrites():
     model, program, raw, verifier = made(torch.bfloat16)
     assert wrong(model, raw, program, verifier) == {}
     (result,) = run_passes(
-        program, {}, "cpu", verifier, passes=[product_pass("exact", lambda m: m.op(aten.mul.Tensor, m.y, m.x))]
+        program, asked(), verifier, passes=[product_pass("exact", lambda m: m.op(aten.mul.Tensor, m.y, m.x))]
     )
     assert result.error["rel_l1"] < 1e-6
     assert 1e-4 < result.error_output["rel_l1"] < 0.02  # the block as it runs, in bf16, with its own rounding
@@ -387,7 +389,7 @@ def test_random_inputs_follow_the_signature(case):
 
 
 def test_a_budget_is_the_recipes_else_that_of_the_format_found_at_the_site():
-    assert budget_of({"budget": 0.5}, {"int8"}) == 0.5
-    assert budget_of({"format": "auto"}, {"fp8"}) == BUDGETS["fp8"] == 0.05
-    assert budget_of({"pv": None}, {"sage_fp16"}) == BUDGETS["sage_fp16"] == 0.02
-    assert budget_of({}, {"another"}) == max(BUDGETS.values())
+    assert asked({"w8a8": {"budget": 0.5}}).w8a8.budget({"int8"}) == 0.5
+    assert asked().w8a8.budget({"fp8"}) == BUDGETS["fp8"] == 0.05
+    assert asked().attention.budget({"sage_fp16"}) == BUDGETS["sage_fp16"] == 0.02
+    assert asked().of("p").budget({"another"}) == max(BUDGETS.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,26 @@ from torch import fx, nn
 from turbocompile.backends.triton import compile_program
 
 from turbocompile.capture.export import capture
+from turbocompile.hardware import AttentionChoice
 from turbocompile.ir.printer import print_program
 from turbocompile.ir.program import SHELL, Program
 from turbocompile.ir.weights import Evaluator, ModuleTensors, emitted_name
+from turbocompile.recipe.options import CompileOptions, resolve
+from turbocompile.recipe.schema import Settings
 from turbocompile.rewrite.normalize import normalize
-from turbocompile.rewrite.pipeline import PASSES, PassResult, load_pass, run_passes
+from turbocompile.rewrite.pipeline import PASSES, load_pass, run_passes
+from turbocompile.rewrite.results import PassResult
 
 HERE = Path(__file__).parent
+
+
+def options_of(
+    passes: Mapping[str, Any], target: str = "cpu", checkpoint: Iterable[str] = (), smoothed: Iterable[str] = (),
+    choices: Mapping[str, AttentionChoice] | None = None,
+) -> CompileOptions:  # fmt: skip
+    """The options of `passes` in a recipe. smoothed: of w8a8's sites; choices: of attentions, as at other shapes."""
+    asked = resolve(Settings.from_dict({"target": target, "passes": passes}), checkpoint)
+    return asked.with_choices(choices or {}).with_calibration({}, frozenset(smoothed), {})
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -62,21 +75,26 @@ class Rewritten:
 
 @pytest.fixture
 def rewrite():
-    """rewrite(model, args, until="adaln", options={...}, target="cpu"): all passes up to one, on a model."""
+    """rewrite(model, args, until="adaln", options={...}, target="cpu"): all passes up to one, on a model.
+
+    options: `passes` of a recipe. Further arguments: `checkpoint`, `smoothed` and `choices` of `options_of`.
+    """
 
     def make(
         model: nn.Module,
         args: tuple[torch.Tensor, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
         until: str = PASSES[-1],
-        options: Mapping[str, Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
         target: str = "cpu",
+        **found: Any,
     ) -> Rewritten:
         program = capture(model, args, kwargs)
         normalize(program)
         given = {"attention": {"kind": "native"}, "w8a8": {"format": "off"}, **(options or {})}
+        resolved = options_of(given, target, **found)
         passes = [load_pass(n) for n in PASSES[: PASSES.index(until) + 1]]
-        results = run_passes(program, given, target, passes=passes)
+        results = run_passes(program, resolved, passes=passes)
         return Rewritten(model, program, {r.name: r for r in results})
 
     return make
@@ -86,9 +104,11 @@ def rewrite():
 def shown(request, rewrite):
     """shown(name, model, args, until, options): compares the graph before and after a pass with <name>.txt."""
 
-    def check(name: str, model: nn.Module, args: tuple[torch.Tensor, ...], until: str, options=None) -> None:
-        before = rewrite(model, args, until=PASSES[PASSES.index(until) - 1], options=options)
-        after = rewrite(model, args, until=until, options=options)
+    def check(
+        name: str, model: nn.Module, args: tuple[torch.Tensor, ...], until: str, options=None, **found: Any
+    ) -> None:
+        before = rewrite(model, args, until=PASSES[PASSES.index(until) - 1], options=options, **found)
+        after = rewrite(model, args, until=until, options=options, **found)
         texts = [print_program(r.program) for r in (before, after)]
         text = f"# before {until}\n{texts[0]}\n# after {until}\n{texts[1]}"
         file = HERE / f"{name}.txt"

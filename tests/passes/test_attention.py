@@ -11,8 +11,9 @@ from turbocompile.passes import attention, sla
 
 from turbocompile import hardware
 from turbocompile.ir.weights import Load, Zeros
+from turbocompile.recipe.options import resolve
+from turbocompile.recipe.schema import Settings
 from turbocompile.report.attentions import Sparsity, attention_sites, untuned
-from turbocompile.rewrite.pipeline import run_pass
 
 B, H, L, D = 2, 4, 16, 16  # as many tokens as channels: a wrong axis then has the right shape
 SCALE = D**-0.5
@@ -220,7 +221,7 @@ def test_auto_chooses_for_each_site(rewrite, pays):
     assert rows["cross"].kind == "native"
     assert "smaller than all that Sage (fp8) was measured at on sm90" in rows["cross"].why
     assert done.results["attention"].rewritten == 2 * style.depth
-    assert done.results["attention"].skipped == []
+    assert done.results["attention"].skipped == ()
 
 
 def test_auto_is_native_where_sage_cannot_be_and_says_why(form, rewrite, pays):
@@ -247,8 +248,8 @@ def test_a_choice_that_is_given_overrules_the_size(form, rewrite, pays):
     """What a small twin of an engine's shapes needs, to be rewritten as they are."""
     pays(10 * L)
     given = {"shell:": hardware.AttentionChoice("sage", "so it is at the engine's shape")}
-    options = {"attention": {"kind": "auto", "choices": given}}
-    done = rewrite(form(FORMS["scaled scores"]), qkv(), until="attention", options=options, target="sm90")
+    auto = {"attention": {"kind": "auto"}}
+    done = rewrite(form(FORMS["scaled scores"]), qkv(), until="attention", options=auto, target="sm90", choices=given)
     (row,) = attention_sites(done.program)
     assert (row.kind, row.why) == ("sage", "so it is at the engine's shape")
 
@@ -263,13 +264,14 @@ def keys(tuned: bool) -> frozenset[str]:
     return frozenset(names if tuned else [])
 
 
-def sla_options(tuned=True, **more):
-    return {"attention": {"kind": "sla", "checkpoint_keys": keys(tuned), "topk": 0.5, "block_q": 16, **more}}
+def sla_options(**more):
+    return {"attention": {"kind": "sla", "topk": 0.5, "block_q": 16, **more}}
 
 
 def test_sla_takes_self_attention_and_its_projection_from_the_checkpoint(rewrite, pays):
     pays(1)
-    done = rewrite(zoo.build(STYLE), zoo.example(STYLE), options=sla_options(block_k=16), target="sm90")
+    options = sla_options(block_k=16)
+    done = rewrite(zoo.build(STYLE), zoo.example(STYLE), options=options, target="sm90", checkpoint=keys(True))
     assert (done.results["sla"].kind, done.results["sla"].rewritten) == ("semantic", STYLE.depth)
     assert (done.results["attention"].kind, done.results["attention"].rewritten) == ("quantizing", 2 * STYLE.depth)
     (node,) = done.nodes("sla_attention", "blocks")
@@ -285,8 +287,8 @@ def test_sla_takes_self_attention_and_its_projection_from_the_checkpoint(rewrite
 
 
 def test_auto_is_sla_where_the_checkpoint_is(rewrite):
-    options = {"attention": {"kind": "auto", "checkpoint_keys": keys(True)}}
-    done = rewrite(zoo.build(STYLE), zoo.example(STYLE), until="attention", options=options)
+    options = {"attention": {"kind": "auto"}}
+    done = rewrite(zoo.build(STYLE), zoo.example(STYLE), until="attention", options=options, checkpoint=keys(True))
     assert done.results["attention"].kind == "exact"  # on a CPU the SLA stays in floating point
     assert done.nodes("sla_attention", "blocks")[0].args[-1] == "none"
     assert len(done.nodes("scaled_dot_product_attention", "blocks")) == 1
@@ -294,11 +296,11 @@ def test_auto_is_sla_where_the_checkpoint_is(rewrite):
 
 def test_an_untuned_sla_is_refused_unless_allowed_and_then_warned_of(rewrite):
     with pytest.warns(UserWarning, match="blocks:attn: no SLA, since the checkpoint was not trained with SLA"):
-        done = rewrite(zoo.build(STYLE), zoo.example(STYLE), until="attention", options=sla_options(tuned=False))
+        done = rewrite(zoo.build(STYLE), zoo.example(STYLE), until="attention", options=sla_options())
     assert done.results["attention"].skipped[0][1:] == (sla.UNTUNED, STYLE.depth)
     assert sla.UNTUNED in [row.why for row in attention_sites(done.program, list(done.results.values()))]
     assert "sla_attention" not in done.ops("blocks")
-    allowed = sla_options(tuned=False, allow_untuned=True)
+    allowed = sla_options(allow_untuned=True)
     with pytest.warns(UserWarning, match="not trained with SLA"):
         done = rewrite(zoo.build(STYLE), zoo.example(STYLE), until="attention", options=allowed)
     assert done.program.graphs["blocks"].weights["attn.proj_l.weight"] == Zeros((16, 16), torch.float32)
@@ -331,14 +333,12 @@ class Plain(nn.Module):
 )
 def test_sla_is_for_plain_self_attention(model, reason, rewrite):
     args = (torch.randn(1, 8, 16), torch.randn(1, 8, 16))
-    options = {"kind": "sla", "allow_untuned": True, "checkpoint_keys": frozenset(), "target": "cpu"}
-    before = rewrite(model, args, until="rope")
-    result = run_pass(before.program, sla.PASS, options)
-    assert result.rewritten == 0
-    assert reason in result.skipped[0][1]
-    done = rewrite(model, args, until="attention", options={"attention": options})
+    options = {"attention": {"kind": "sla", "allow_untuned": True}}
+    done = rewrite(model, args, until="attention", options=options)
     assert done.results["attention"].rewritten == 1
-    assert "sla" not in done.results
+    result = done.results["sla"]  # in the report with its reason, though it rewrote nothing
+    assert (result.sites, result.rewritten) == (1, 0)
+    assert reason in result.skipped[0][1]
 
 
 def test_the_kind_of_the_pass_follows_its_options():
@@ -355,9 +355,13 @@ def test_the_kind_of_the_pass_follows_its_options():
         ({"kind": "auto", "pv": "none"}, "sm90", "exact"),
     ]
     for options, target, kind in kinds:
-        assert attention.kind_of({**options, "target": target}) == kind
-    assert attention.product_format({"target": "sm86"}, "sage") == "fp16"
-    assert attention.product_format({"target": "sm120"}, "sage") == "fp8"
+        assert attention.kind_of(attention_options(options, target)) == kind
+    assert attention_options({}, "sm86").pv == "fp16"
+    assert attention_options({}, "sm120").pv == "fp8"
+
+
+def attention_options(options, target):
+    return resolve(Settings.from_dict({"target": target, "passes": {"attention": options}})).attention
 
 
 def test_the_graph_before_and_after(form, shown):

@@ -9,6 +9,7 @@ import zoo
 from torch import nn
 
 from turbocompile.ir.weights import Cat, Load, Zeros
+from turbocompile.rewrite.facts import facts
 
 C = 32
 
@@ -26,7 +27,7 @@ def test_q_k_and_v_become_one_linear_over_the_concatenated_weights(rewrite, asse
     assert weights["attn.qkv.to_q_to_k_to_v.weight"] == Cat((q, k, v), 0)
     assert "attn.qkv.to_q.weight" not in weights
     wide = done.nodes("linear", "blocks")[0]
-    assert wide.meta["linears"] == 3
+    assert facts(wide).linears == 3
     assert [n.args[1:] for n in wide.users] == [(2, 0, 32), (2, 32, 48), (2, 48, 64)]
     assert_same(done.run(*args), model(*args))
 

@@ -15,11 +15,13 @@ from turbocompile.ir.cost import node_cost
 from turbocompile.ir.program import is_op
 from turbocompile.ir.weights import Evaluator, ModuleTensors
 from turbocompile.numerics.verifier import Verifier
+from turbocompile.recipe.options import resolve
+from turbocompile.recipe.schema import Settings
 from turbocompile.report.attentions import attention_sites, chosen, untuned
 from turbocompile.rewrite import match
-from turbocompile.rewrite.lineage import ORIGINS, PASSES
+from turbocompile.rewrite.facts import facts
 from turbocompile.rewrite.normalize import normalize
-from turbocompile.rewrite.pipeline import run_passes
+from turbocompile.rewrite.pipeline import run_passes, story
 from turbocompile.runtime import tuning
 
 F = nn.functional
@@ -42,7 +44,7 @@ def test_wan_makes_the_k_of_self_attention_alone_to_the_bit(kind, dtype, head_di
     options = KINDS[kind] | {"w8a8": {"format": "int8"}}
     before, done = (rewrite(model, (), call, until=u, options=options, target="sm90") for u in (BEFORE, AFTER))
     result = done.results[AFTER]
-    assert (result.kind, result.sites, result.rewritten, result.skipped) == ("exact", 2, 2, [])
+    assert (result.kind, result.sites, result.rewritten, result.skipped) == ("exact", 2, 2, ())
     (graph,) = [name for name in done.program.graphs if name != "shell"]
     (node,) = done.nodes(f"norm_{kind}_attention", graph)
     turned = done.nodes("qk_norm_rope", graph)
@@ -74,9 +76,9 @@ def test_all_that_is_said_of_an_attention_stays_said(kind, wan, wan_call, rewrit
     apart, whole = [node_cost(key), node_cost(old)], node_cost(new)
     assert sum(whole[0].values()) == sum(sum(work.values()) for work, _ in apart)
     assert whole[1] == sum(moved for _, moved in apart) - 2 * key.meta["val"].numel() * 4  # k is not written and read
-    assert new.meta[ORIGINS] == key.meta[ORIGINS] | old.meta[ORIGINS]
-    assert new.meta[PASSES][-1] == AFTER
-    assert set(new.meta[PASSES]) > {"attention", "qk_norm_rope"}
+    assert facts(new).origins == facts(key).origins | facts(old).origins
+    assert facts(new).passes[-1] == AFTER
+    assert set(facts(new).passes) > {"attention", "qk_norm_rope"}
 
 
 class Attend(nn.Module):
@@ -201,8 +203,9 @@ def verified(model, kind, dtype, extra=()):
     options = {"attention": {**KINDS[kind]["attention"], "budget": 1.0}, "w8a8": {"format": "off"}}
     program = capture(model, (x,), {})
     normalize(program)
-    verifier = Verifier(program, Evaluator(ModuleTensors(model), program.constants), options)
-    return {r.name: r for r in run_passes(program, options, "sm90", verifier, extra=extra)}
+    resolved = resolve(Settings.from_dict({"target": "sm90", "passes": options}))
+    verifier = Verifier(program, Evaluator(ModuleTensors(model), program.constants), resolved)
+    return {r.name: r for r in run_passes(program, resolved, verifier, passes=[*story(), *extra])}
 
 
 @UNTUNED

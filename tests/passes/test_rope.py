@@ -13,8 +13,9 @@ from turbocompile.capture.export import capture
 from turbocompile.ir.program import is_op
 from turbocompile.ir.weights import Evaluator, ModuleTensors
 from turbocompile.numerics.verifier import Evaluation
+from turbocompile.recipe.options import PassOptions
 from turbocompile.rewrite.normalize import normalize
-from turbocompile.rewrite.pipeline import run_pass
+from turbocompile.rewrite.run_pass import run_pass
 
 B, L, H, D = 2, 12, 3, 16
 GRID, COLUMNS = (2, 3, 2), (4, 2, 2)  # frames, height, width; L tokens, D / 2 columns
@@ -169,7 +170,7 @@ def rewritten(model, *inputs):
     """(value of the rewritten program, its nodes, the pass's result)."""
     program = capture(model, inputs)
     normalize(program)
-    result = run_pass(program, PASS, {"target": "cpu"})
+    result = run_pass(program, PASS, PassOptions(True))
     sub = program.shell
     evaluate = Evaluator(ModuleTensors(model), program.constants)
     given = {n.name: x for n, x in zip(sub.inputs(), inputs, strict=True)}
@@ -189,7 +190,7 @@ def sample(*shape, dtype=torch.float32):
 def test_each_style_becomes_the_op_and_keeps_its_numbers(form):
     x = sample()
     found, nodes, result = rewritten(Rotary(form), x)
-    assert (result.sites, result.rewritten, result.skipped) == (1, 1, [])
+    assert (result.sites, result.rewritten, result.skipped) == (1, 1, ())
     (rope,) = ropes(nodes)
     assert rope.args[3:] == ([L], form in PAIRS)
     assert not any(n.meta["val"].is_complex() for n in nodes if n.op != "output")
@@ -449,7 +450,7 @@ def test_wan_has_two_sites_a_block_with_three_axes(wan, wan_call):
     model, call = wan(), wan_call(frames=3, height=8, width=4)
     program = capture(model, (), call)
     normalize(program)
-    result = run_pass(program, PASS, {"target": "cpu"})
+    result = run_pass(program, PASS, PassOptions(True))
     assert (result.sites, result.rewritten) == (4, 4)
     assert [r.site for r in result.rewrites] == ["blocks:attn1", "blocks:attn1#2"]
     (block,) = [sub for name, sub in program.graphs.items() if name != "shell"]

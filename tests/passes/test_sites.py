@@ -56,7 +56,9 @@ def check_wan(done) -> None:
     assert linears.sites - linears.rewritten == expected["shell linears"]
     assert {site.split(":")[0] for site, _, _ in linears.skipped} == {"shell"}
     for name, result in done.results.items():
-        if name != "w8a8":
+        if name in ("sla", "smooth"):  # nobody asked for them, which they say of each attention and each linear
+            assert result.sites == sum(count for _, _, count in result.skipped) > 0
+        elif name != "w8a8":
             assert result.sites == result.rewritten, (name, result.skipped)
     check_sums(done.results)
 

@@ -15,19 +15,23 @@ from turbocompile.ir.emit import weight_plan
 from turbocompile.ir.program import is_op
 from turbocompile.ir.weights import Cat, Evaluator, Load, ModuleTensors, Mul, Quantize, Reshape, Slice, WithVectors
 from turbocompile.numerics.calibrate import find_groups, find_linears
+from turbocompile.recipe.options import resolve
+from turbocompile.recipe.schema import Settings
 from turbocompile.rewrite.normalize import normalize
-from turbocompile.rewrite.pipeline import PASSES, load_pass, run_pass, run_passes
+from turbocompile.rewrite.pipeline import load_pass, run_passes, story
+from turbocompile.rewrite.run_pass import run_pass
 from turbocompile.rewrite.scale_folding import NO_PRODUCER, fold_of
 
 aten = torch.ops.aten
 INT8 = {"format": "int8"}
 NATIVE = {"attention": {"kind": "native"}}
+OPTIONS = resolve(Settings.from_dict({"target": "cpu", "passes": {**NATIVE, "w8a8": INT8}}))
 
 
 def prepared(model, args, kwargs=None):
     program = capture(model, args, kwargs)
     normalize(program)
-    run_passes(program, NATIVE, "cpu", passes=[load_pass(n) for n in PASSES[: PASSES.index("smooth")]])
+    run_passes(program, OPTIONS, passes=story("smooth")[:-1])
     return program
 
 
@@ -46,10 +50,10 @@ def random_vectors(program, groups, seed=0, octaves=6):
 def smoothed(model, args, kwargs=None):
     """The Program with every group smoothed by random scales, its vectors, the groups, and what the pass did."""
     program = prepared(model, args, kwargs)
-    groups, reasons = find_groups(program, find_linears(program, INT8, "cpu"))
+    groups, reasons = find_groups(program, find_linears(program, OPTIONS.w8a8))
     vectors = random_vectors(program, groups)
-    given_ = {"smoothed": {g.site for g in groups}, "unsmoothed": reasons}
-    result = run_pass(program, load_pass("smooth"), given_)
+    found = OPTIONS.with_calibration({}, frozenset(g.site for g in groups), reasons)
+    result = run_pass(program, load_pass("smooth"), found.w8a8)
     return program, vectors, groups, result
 
 
@@ -87,17 +91,17 @@ def test_later_passes_find_as_many_sites_as_without(style):
     for sites in (set(), {g.site for g in smoothed(model, args)[2]}):
         program = capture(model, args)
         normalize(program)
-        results = run_passes(program, {**NATIVE, "w8a8": {**INT8, "smoothed": sites}}, "cpu")
+        results = run_passes(program, OPTIONS.with_calibration({}, frozenset(sites), {}))
         found = {r.name: (r.rewritten, sorted(x.site for x in r.rewrites)) for r in results}
-        assert ("smooth" in found) == bool(sites)
+        assert bool(found["smooth"][0]) == bool(sites)
         counts.append({name: count for name, count in found.items() if name != "smooth"})
     assert counts[0] == counts[1]
 
 
 def test_before_and_after(shown):
     style = zoo.Style(cross=True)
-    options = {"w8a8": {"smoothed": {"blocks:attn.qkv.to_q", "blocks:attn.to_out"}}}
-    shown("smooth", zoo.build(style), zoo.example(style), "smooth", options)
+    sites = {"blocks:attn.qkv.to_q", "blocks:attn.to_out"}
+    shown("smooth", zoo.build(style), zoo.example(style), "smooth", smoothed=sites)
 
 
 def test_in_bf16_no_weight_loses_a_bit(wan, wan_call):
@@ -210,9 +214,12 @@ def test_what_else_reads_or_makes_the_input_stops_it(where, reason):
 def test_unasked_sites_say_why(rewrite):
     style = zoo.Style()
     done = rewrite(zoo.build(style), zoo.example(style), until="smooth")
-    assert "smooth" not in done.results  # nothing was rewritten, so there is nothing to show
+    shown = done.results["smooth"]  # with its reasons, though nothing was rewritten
+    assert shown.sites == sum(count for _, _, count in shown.skipped) > 0
+    assert {reason for _, reason, _ in shown.skipped} == {"the linear stays wide: switched off in the recipe"}
     program = prepared(zoo.build(style), zoo.example(style))
-    result = run_pass(program, load_pass("smooth"), {"unsmoothed": {"blocks:attn.to_out": "it does not help"}})
+    given = OPTIONS.with_calibration({}, frozenset(), {"blocks:attn.to_out": "it does not help"}).w8a8
+    result = run_pass(program, load_pass("smooth"), given)
     assert ("blocks:attn.to_out", "it does not help", 2) in result.skipped
     assert {r for _, r, _ in result.skipped} == {"it does not help", "calibration did not ask for it"}
 
@@ -220,7 +227,7 @@ def test_unasked_sites_say_why(rewrite):
 def test_what_is_smoothed_is_quantized_from_the_scaled_weight():
     style = zoo.Style()
     program, _, _, _ = smoothed(zoo.build(style), zoo.example(style))
-    run_pass(program, load_pass("w8a8"), INT8)
+    run_pass(program, load_pass("w8a8"), OPTIONS.w8a8)
     weights = program.graphs["blocks"].weights
     data = weights["stream.mlp.up.smooth_int8_weight"]
     assert isinstance(data, Quantize)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
+from asked import asked
 from torch import nn
 from turbocompile.passes import w8a8
 
@@ -117,9 +118,9 @@ def test_what_a_checkpoint_has_quantized_is_taken_as_it_is():
     assert w8a8.quantized(q, "int8") == (Quantize(q, "int8", "data"), Quantize(q, "int8", "scale"))
     straddling = Cat((stored("short", 64), q), 0)
     assert isinstance(w8a8.quantized(straddling, "int8_block")[0], Quantize)
-    assert w8a8.chosen_format({"format": "auto", "target": "sm90"}, both) == "int8_block"
-    assert w8a8.chosen_format({"format": "auto", "target": "cpu"}, both) == "off"
-    assert w8a8.chosen_format({"format": "fp8", "target": "sm90"}, both) == "fp8"
+    assert w8a8.format_of(asked(target="sm90").w8a8, both) == "int8_block"
+    assert w8a8.format_of(asked().w8a8, both) == "off"
+    assert w8a8.format_of(asked({"w8a8": "fp8"}, "sm90").w8a8, both) == "fp8"
 
 
 def test_without_blocks_nothing_is_quantized(rewrite):

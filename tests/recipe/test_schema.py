@@ -12,6 +12,7 @@ import torch
 
 from turbocompile.errors import RecipeError
 from turbocompile.recipe import schema as recipes
+from turbocompile.recipe.options import resolve
 from turbocompile.recipe.schema import PASS_NAMES, ModelSpec, Recipe, SamplerSpec, Shape, load_recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -53,7 +54,7 @@ def test_defaults_are_a_whole_recipe():
     assert recipe.model.weights == "synthetic"
     assert recipe.shapes == (Shape(480, 832, 81, 1),)
     assert (recipe.sampler.kind, recipe.sampler.steps, recipe.sampler.guidance) == ("rcm", 4, 1.0)
-    assert list(recipe.pass_options()) == list(PASS_NAMES)
+    assert {f.name for f in dataclasses.fields(resolve(recipe))} > set(PASS_NAMES)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("wan*.yaml")), ids=lambda p: p.name)
@@ -85,15 +86,17 @@ def test_off_is_a_word_where_a_word_is_wanted(load):
     assert recipe.components.source == "none"
     assert recipe.passes.w8a8.format == "off"
     assert recipe.passes.attention.enabled is False
-    options = recipe.pass_options()
-    assert not options["w8a8"]["enabled"]
-    assert not options["attention"]["enabled"]
+    options = resolve(recipe)
+    assert options.w8a8.format == "off"
+    assert not options.attention.enabled
 
 
 def test_passes_off_turns_all_of_them_off(load):
     recipe = load(TINY + "passes: off\n")
     assert recipe.passes.enabled is False
-    assert not any(o["enabled"] for o in recipe.pass_options().values())
+    options = resolve(recipe)
+    assert not options.rewrite
+    assert not any(options.of(name).enabled for name in PASS_NAMES)
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(load):
@@ -247,9 +250,11 @@ def test_a_card_without_a_target_is_refused_in_one_sentence(load, monkeypatch):
 
 
 def test_backends_without_quantizing_ops_turn_auto_off(load):
-    options = load(TINY + "backend: onnx\n").pass_options()
-    assert options["attention"]["kind"] == "native"
-    assert options["w8a8"] == {"format": "off", "enabled": False, "budget": None, "layers": "all", "smooth": "auto"}
+    options = resolve(load(TINY + "backend: onnx\n"))
+    assert options.attention.others.kind == "native"
+    assert not options.attention.quantizes
+    assert options.w8a8.format == "off"
+    assert options.w8a8.off_reason == "the backend onnx has standard operators alone"
 
 
 def test_rcm_depends_on_the_task_only_where_nothing_is_given():

@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from turbocompile.ir.graph_view import GraphView, NodeView
 from turbocompile.report.graph_svg import draw
-from turbocompile.rewrite.lineage import GraphView, NodeView
 
 SVG = "{http://www.w3.org/2000/svg}"
 

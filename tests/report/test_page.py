@@ -17,11 +17,11 @@ from click.testing import CliRunner
 
 from turbocompile.cli import main
 from turbocompile.ir.cost import OpCost
-from turbocompile.numerics.layers import SiteError
+from turbocompile.ir.graph_view import GraphView, NodeView
+from turbocompile.ir.site_errors import SiteError
 from turbocompile.report.attentions import AttentionSite, Sparsity
 from turbocompile.report.page import page
 from turbocompile.report.report import PassReport, Report, Skip, duration, size
-from turbocompile.rewrite.lineage import GraphView, NodeView
 from turbocompile.tools.bench import Bench, OpTime
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -16,7 +16,7 @@ from turbocompile.hardware import GPUS
 from turbocompile.ir.cost import OpCost
 from turbocompile.report.attentions import AttentionSite, Sparsity
 from turbocompile.report.report import PassReport, Report, Skip, duration, size
-from turbocompile.rewrite.pipeline import PassResult
+from turbocompile.rewrite.results import PassResult, Verdict
 
 ERROR = {"cosine": 0.9999, "rel_l1": 0.0115, "max_abs": 0.04}
 
@@ -36,11 +36,12 @@ def program():
 
 
 def results() -> list[PassResult]:
-    norms = PassResult("norms", "exact", 4, 4, seconds=0.25, error=ERROR, error_output=ERROR)
+    norms = PassResult("norms", "exact", 4, 4, seconds=0.25, verdict=Verdict(ERROR, ERROR))
     w8a8 = PassResult(
-        "w8a8", "quantizing", 26, 20, [("shell:proj_out", "outside a block", 1), ("block:ffn", "over its budget", 5)],
-        error=ERROR, error_output=ERROR,
-        site_errors={"block:to_q": (ERROR, 0.05), "block:ffn": ({**ERROR, "rel_l1": 0.0634}, 0.05)},
+        "w8a8", "quantizing", 26, 20, (("shell:proj_out", "outside a block", 1), ("block:ffn", "over its budget", 5)),
+        verdict=Verdict(
+            ERROR, ERROR, site_errors={"block:to_q": (ERROR, 0.05), "block:ffn": ({**ERROR, "rel_l1": 0.0634}, 0.05)}
+        ),
     )  # fmt: skip
     return [norms, w8a8, PassResult("rope", "exact")]
 
@@ -101,7 +102,8 @@ def test_each_quantized_site_has_its_error_and_its_budget(report):
     text = terminal(report)
     (line,) = [line for line in text.splitlines() if "block:ffn " in line and "0.0634" in line]
     assert line.split() == ["w8a8", "block:ffn", "0.0634", "the", "first", "layer", "0.05", "0.999900", "bfloat16"]
-    lost = PassResult("w8a8", "quantizing", 1, 1, site_errors={"a": ({**ERROR, "cosine": float("nan")}, 0.05)})
+    unmeasurable = Verdict(site_errors={"a": ({**ERROR, "cosine": float("nan")}, 0.05)})
+    lost = PassResult("w8a8", "quantizing", 1, 1, verdict=unmeasurable)
     assert PassReport.from_result(lost).site_errors == ()
     before = {k: v for k, v in report.passes["w8a8"].to_dict().items() if k != "site_errors"}
     assert PassReport.from_dict(before).site_errors == ()  # written before there were such rows
@@ -143,7 +145,8 @@ class Measured:
 
 def test_an_error_is_a_measured_number_or_null_with_the_reason():
     def of(**fields) -> PassReport:
-        return PassReport.from_result(PassResult("w8a8", "quantizing", 3, 3, **fields), unmeasured="verify: off")
+        result = PassResult("w8a8", "quantizing", 3, 3, verdict=Verdict(**fields))
+        return PassReport.from_result(result, unmeasured="verify: off")
 
     measured = of(error=Measured(), error_output=ERROR)
     assert (measured.error, measured.error_output, measured.error_reason) == (ERROR, ERROR, None)

@@ -12,9 +12,12 @@ from torch import nn
 from turbocompile.build.compile import compile_programs
 from turbocompile.capture.export import capture
 from turbocompile.errors import EngineError
+from turbocompile.ir.graph_view import CALL, INPUT, GraphView, read_views
 from turbocompile.ir.weights import ModuleTensors
-from turbocompile.recipe.schema import Recipe
-from turbocompile.rewrite.lineage import CALL, INPUT, GraphView, begin, follow, graph_views, read_views
+from turbocompile.recipe.options import resolve
+from turbocompile.recipe.schema import Recipe, Settings
+from turbocompile.rewrite.facts import facts
+from turbocompile.rewrite.lineage import begin, follow, graph_views
 from turbocompile.rewrite.match import Pass, op, rewrite, variables
 from turbocompile.rewrite.normalize import normalize
 from turbocompile.rewrite.pipeline import run_passes
@@ -52,8 +55,8 @@ class Model(nn.Module):
 
 def views_of(model: nn.Module, args=(), kwargs=None, target="cpu", passes=None) -> dict[str, GraphView]:
     recipe = Recipe.from_dict({"model": {"preset": "wan-tiny"}, "target": target, "passes": passes or {}})
-    captured = {"call": lambda: capture(model, args, kwargs or {})}
-    return compile_programs("m", captured, ModuleTensors(model), recipe.pass_options(), target).views
+    programs = {"call": capture(model, args, kwargs or {})}
+    return compile_programs("m", programs, ModuleTensors(model), resolve(recipe)).views
 
 
 def merges(view: GraphView) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -130,8 +133,8 @@ def test_calls_of_a_block_in_a_row_are_one_node(views):
 def test_without_passes_every_node_stays_itself():
     recipe = Recipe.from_dict({"model": {"preset": "wan-tiny"}, "target": "cpu", "passes": "off"})
     model = Model().eval()
-    captured = {"call": lambda: capture(model, (torch.randn(2, 6, 32), torch.randn(2, 8)), {})}
-    made = compile_programs("m", captured, ModuleTensors(model), recipe.pass_options(), "cpu", rewrite=False)
+    programs = {"call": capture(model, (torch.randn(2, 6, 32), torch.randn(2, 8)), {})}
+    made = compile_programs("m", programs, ModuleTensors(model), resolve(recipe))
     for view in made.views.values():
         assert [n.name for n in view.before] == [n.name for n in view.after]
         assert [n.origins for n in view.after] == [(i,) for i in range(len(view.after))]
@@ -149,7 +152,7 @@ def test_a_rewrite_to_a_node_that_is_there_hands_its_work_on():
     program = capture(Twice(), (torch.randn(4),))
     normalize(program)
     before = program.copy()
-    run_passes(program, {}, "cpu", passes=[Pass("once", "exact", [once])])
+    run_passes(program, resolve(Settings.from_dict({"target": "cpu"})), passes=[Pass("once", "exact", [once])])
     view = graph_views(before, program)["shell"]
     kept = next(n for n in view.after if n.op == "aten.abs")
     assert [view.before[o].name for o in kept.origins] == ["abs_1", "abs_2"]
@@ -160,7 +163,7 @@ def test_following_asks_nothing_of_nodes_that_were_never_marked():
     nodes = [n for n in program.shell.graph.nodes if n.op == "call_function"]
     follow("p", nodes[:1], [(nodes[0], nodes[0])])
     begin(program)
-    assert all(n.meta["origins"] == {n.name} for n in nodes)
+    assert all(facts(n).origins == {n.name} for n in nodes)
 
 
 # ---------------------------------------------------------------------------------------------------------------- data

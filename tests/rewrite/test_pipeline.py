@@ -11,13 +11,24 @@ from turbocompile.capture.export import capture
 from turbocompile.errors import TurbocompileError
 from turbocompile.ir.program import is_op
 from turbocompile.ir.weights import Load
+from turbocompile.recipe.options import PassOptions, resolve
+from turbocompile.recipe.schema import Settings
 from turbocompile.rewrite.match import Pass, op, rewrite, variables
 from turbocompile.rewrite.normalize import normalize
-from turbocompile.rewrite.pipeline import PASSES, load_pass, ordered, run_pass, run_passes, sort
+from turbocompile.rewrite.pipeline import PASSES, load_pass, ordered, run_passes
+from turbocompile.rewrite.results import Judgement, Verdict
+from turbocompile.rewrite.run_pass import run_pass, sort
 
 aten = torch.ops.aten
 x, y = variables("x y")
 gelu = op(aten.gelu.default)
+
+
+ON = PassOptions(True)
+
+
+def options(passes=None, target="cpu"):
+    return resolve(Settings.from_dict({"target": target, "passes": passes or {}}))
 
 
 class Block(nn.Module):
@@ -66,7 +77,7 @@ def names(sub):
 
 def test_every_site_is_rewritten_and_counted_over_the_model():
     made = program()
-    result = run_pass(made, Pass("p", "exact", [to_tanh]), {})
+    result = run_pass(made, Pass("p", "exact", [to_tanh]), ON)
     assert (result.sites, result.rewritten, result.skipped) == (9, 9, [])
     assert {(r.graph, r.site) for r in result.rewrites} == {
         ("shell", "shell:act"),
@@ -86,7 +97,7 @@ def test_what_does_not_match_is_skipped_with_its_reason_and_count():
     def picky(m):
         return m.op(aten.tanh.default, m.root.args[0]) if m.y == 2 else "is not doubled"
 
-    result = run_pass(made, Pass("p", "exact", [picky]), {})
+    result = run_pass(made, Pass("p", "exact", [picky]), ON)
     assert result.sites == result.rewritten + sum(count for _, _, count in result.skipped) == 9
     assert result.rewritten == 4
     assert sorted(result.skipped) == [
@@ -105,7 +116,7 @@ def test_a_refusal_is_the_reason_and_leaves_nothing_behind():
         m.weight("extra", Load("extra", (3,), torch.float32))
         return "changed its mind"
 
-    result = run_pass(made, Pass("p", "exact", [undecided]), {})
+    result = run_pass(made, Pass("p", "exact", [undecided]), ON)
     assert {reason for _, reason, _ in result.skipped} == {"changed its mind"}
     assert {g: str(sub.graph) for g, sub in made.graphs.items()} == before
     assert all("extra" not in sub.weights for sub in made.graphs.values())
@@ -118,19 +129,19 @@ def test_a_site_of_two_rules_is_one_site():
     def never(m):
         return "never"
 
-    result = run_pass(made, Pass("p", "exact", [never, of_products]), {})
+    result = run_pass(made, Pass("p", "exact", [never, of_products]), ON)
     assert (result.sites, result.rewritten) == (9, 4)
     reasons = {reason for _, reason, _ in result.skipped}
     assert reasons == {"never; does not have the form gelu((x * y))"}
 
 
 def test_sites_count_as_many_as_the_rule_says():
-    result = run_pass(program(), Pass("p", "exact", [rewrite(gelu(x), count=lambda node: 3)(to_tanh.function)]), {})
+    result = run_pass(program(), Pass("p", "exact", [rewrite(gelu(x), count=lambda node: 3)(to_tanh.function)]), ON)
     assert (result.sites, result.rewritten) == (27, 27)
 
 
 def test_sites_have_the_same_names_at_another_shape():
-    found = [run_pass(program(tokens), Pass("p", "exact", [to_tanh]), {}) for tokens in (6, 10)]
+    found = [run_pass(program(tokens), Pass("p", "exact", [to_tanh]), ON) for tokens in (6, 10)]
     assert [(r.graph, r.site, r.replaced) for r in found[0].rewrites] == [
         (r.graph, r.site, r.replaced) for r in found[1].rewrites
     ]
@@ -139,7 +150,7 @@ def test_sites_have_the_same_names_at_another_shape():
 def test_old_and_new_nodes_are_told_by_name():
     made = program()
     before = {n.name for n in made.graphs["blocks"].graph.nodes if is_op(n, aten.gelu)}
-    result = run_pass(made, Pass("p", "exact", [to_tanh]), {})
+    result = run_pass(made, Pass("p", "exact", [to_tanh]), ON)
     after = {n.name for n in made.graphs["blocks"].graph.nodes if is_op(n, aten.tanh)}
     pairs = dict(pair for r in result.rewrites if r.graph == "blocks" for pair in r.replaced)
     assert set(pairs) == before
@@ -155,7 +166,7 @@ def test_equal_new_nodes_are_merged_and_both_sites_point_to_the_one():
     def input_only(m):
         return m.op(aten.tanh.default, m.sub.inputs()[0])
 
-    result = run_pass(made, Pass("p", "exact", [input_only]), {})
+    result = run_pass(made, Pass("p", "exact", [input_only]), ON)
     block = made.graphs["blocks"]
     assert names(block).count("tanh") == 1
     new = {new for r in result.rewrites if r.graph == "blocks" for _, new in r.replaced}
@@ -165,8 +176,8 @@ def test_equal_new_nodes_are_merged_and_both_sites_point_to_the_one():
 
 def test_a_vetoed_site_keeps_its_name_and_tells_why():
     made = program()
-    result = run_pass(made, Pass("p", "exact", [to_tanh]), {}, {"blocks:#2": "over its budget"})
-    assert result.skipped == [("blocks:#2", "over its budget", 4)]
+    result = run_pass(made, Pass("p", "exact", [to_tanh]), ON, {"blocks:#2": "over its budget"})
+    assert result.skipped == (("blocks:#2", "over its budget", 4),)
     assert result.rewritten == 5
     assert names(made.graphs["blocks"]).count("gelu") == 1
 
@@ -174,22 +185,31 @@ def test_a_vetoed_site_keeps_its_name_and_tells_why():
 def test_a_pass_that_is_switched_off_lists_its_sites():
     made = program()
     before = {g: str(sub.graph) for g, sub in made.graphs.items()}
-    (result,) = run_passes(made, {"p": {"enabled": False}}, "cpu", passes=[Pass("p", "exact", [to_tanh])])
+    off = options({"adaln": {"enabled": False}})
+    (result,) = run_passes(made, off, passes=[Pass("adaln", "exact", [to_tanh])])
     assert (result.sites, result.rewritten) == (9, 0)
     assert {reason for _, reason, _ in result.skipped} == {"switched off in the recipe (enabled: false)"}
     assert {g: str(sub.graph) for g, sub in made.graphs.items()} == before
 
 
-def test_a_pass_sees_its_options_and_the_target():
+def test_a_pass_sees_its_options():
+    """By its name, or by the section that it names; a pass of another package has none but that it runs."""
     seen = []
 
     @rewrite(gelu(x))
     def look(m):
-        seen.append(dict(m.options))
+        seen.append(m.options)
         return "looked"
 
-    run_passes(program(), {"p": {"topk": 0.1}, "q": {"topk": 1}}, "sm90", passes=[Pass("p", "exact", [look])])
-    assert seen[0] == {"topk": 0.1, "target": "sm90"}
+    asked = options({"w8a8": {"format": "int8"}}, "sm90")
+    passes = [
+        Pass("w8a8", "exact", [look]),
+        Pass("p", "exact", [look], section="attention"),
+        Pass("q", "exact", [look]),
+    ]
+    run_passes(program(), asked, passes=passes)
+    assert list(dict.fromkeys(map(id, seen)))[:2] == [id(asked.w8a8), id(asked.attention)]
+    assert seen[-1] == ON
 
 
 def test_several_roots_are_replaced_at_once_wherever_they_stand():
@@ -208,7 +228,7 @@ def test_several_roots_are_replaced_at_once_wherever_they_stand():
         wide = m.op(aten.linear.default, block_input, both, bias)
         return {n: m.op(aten.slice.Tensor, wide, 2, 8 * i, 8 * i + 8) for i, n in enumerate(linears)}
 
-    result = run_pass(made, Pass("p", "exact", [together]), {})
+    result = run_pass(made, Pass("p", "exact", [together]), ON)
     block = made.graphs["blocks"]
     assert [len(r.replaced) for r in result.rewrites] == [2]
     assert names(block).count("linear") == 2  # the wide one, and the one after the GELUs
@@ -227,7 +247,7 @@ def test_a_narrower_result_takes_the_place_of_the_casts_that_follow():
     def narrow(m):
         return m.op(aten.tanh.default, m.narrow(m.x))
 
-    result = run_pass(made, Pass("p", "exact", [narrow]), {})
+    result = run_pass(made, Pass("p", "exact", [narrow]), ON)
     assert names(made.shell) == ["tanh"]
     assert made.shell.outputs()[0].meta["val"].dtype == torch.bfloat16
     assert [new for _, new in result.rewrites[0].replaced] == [made.shell.outputs()[0].name]
@@ -245,7 +265,7 @@ def test_a_narrower_result_that_is_read_wide_is_cast_back():
     def narrow(m):
         return m.op(aten.tanh.default, m.x.args[0])
 
-    run_pass(made, Pass("p", "exact", [narrow]), {})
+    run_pass(made, Pass("p", "exact", [narrow]), ON)
     assert names(made.shell) == ["tanh", "to", "mul"]
 
 
@@ -255,7 +275,7 @@ def test_a_rewrite_of_another_shape_is_an_error_that_names_the_site():
         return m.op(aten.sum.dim_IntList, m.x, [0])
 
     with pytest.raises(TurbocompileError, match=r"shell:act: the rewrite of gelu .* has shape \(6, 8\)"):
-        run_pass(program(), Pass("p", "exact", [wrong]), {})
+        run_pass(program(), Pass("p", "exact", [wrong]), ON)
 
 
 def test_what_an_earlier_rewrite_took_in_is_no_site():
@@ -273,7 +293,7 @@ def test_what_an_earlier_rewrite_took_in_is_no_site():
     def both(m):
         return m.op(aten.tanh.default, m.x)
 
-    result = run_pass(made, Pass("p", "exact", [both]), {})
+    result = run_pass(made, Pass("p", "exact", [both]), ON)
     assert (result.sites, result.rewritten) == (1, 1)
 
 
@@ -283,20 +303,20 @@ class Recorder:
     def __init__(self, bad):
         self.bad, self.calls = bad, []
 
-    def before(self, program, pass_):
-        self.calls.append(pass_.name)
-
     def after(self, program, before, result):
+        self.calls.append(result.name)
         assert sum("gelu" in names(sub) for sub in before.graphs.values()) == 2
-        result.error = {"rel_l1": 0.0}
-        return {r.site: "relative L1 0.5" for r in result.rewrites if r.site in self.bad}
+        refused = {r.site: "relative L1 0.5" for r in result.rewrites if r.site in self.bad}
+        return Judgement(Verdict(error={"rel_l1": 0.0}, site_errors=dict.fromkeys(refused, (0.5, 0.1))), refused)
 
 
 def test_a_site_that_the_verifier_refuses_is_left_alone():
     made = program()
     verifier = Recorder({"blocks:"})
-    (result,) = run_passes(made, {}, "cpu", verifier, passes=[Pass("p", "quantizing", [to_tanh])])
-    assert result.skipped == [("blocks:", "relative L1 0.5", 4)]
+    (result,) = run_passes(made, options(), verifier, passes=[Pass("p", "quantizing", [to_tanh])])
+    assert result.skipped == (("blocks:", "relative L1 0.5", 4),)
+    assert result.site_errors == {"blocks:": (0.5, 0.1)}
+    assert result.vetoed == {"blocks:": "relative L1 0.5"}
     assert (result.sites, result.rewritten) == (9, 5)
     assert names(made.graphs["blocks"]).count("gelu") == 1
     assert names(made.shell) == ["tanh"]
@@ -307,10 +327,10 @@ def test_a_site_that_the_verifier_refuses_is_left_alone():
 def test_a_verifier_that_refuses_what_was_left_alone_is_an_error():
     class Stubborn(Recorder):
         def after(self, program, before, result):
-            return {"shell:act": "no"}
+            return Judgement(refused={"shell:act": "no"})
 
     with pytest.raises(TurbocompileError, match="vetoed and rewritten again"):
-        run_passes(program(), {}, "cpu", Stubborn(set()), passes=[Pass("p", "quantizing", [to_tanh])])
+        run_passes(program(), options(), Stubborn(set()), passes=[Pass("p", "quantizing", [to_tanh])])
 
 
 # ------------------------------------------------------------------------------------------------------------ order

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import turbocompile
-from turbocompile.build.compile import optimize_recipe
+from turbocompile.build.from_recipe import optimize_recipe
 from turbocompile.recipe.schema import load_recipe
 from turbocompile.runtime.engine import load
 

@@ -15,7 +15,7 @@ from turbocompile.kernels.attention import attend_triton
 from turbocompile.kernels.linear import linear_choice, linear_triton
 from turbocompile.kernels.linear.linear_triton import CONFIGS, LinearConfig
 
-from turbocompile.build.compile import optimize_recipe
+from turbocompile.build.from_recipe import optimize_recipe
 from turbocompile.cache import cache_path
 from turbocompile.cli import main
 from turbocompile.errors import EngineError, UnsupportedError

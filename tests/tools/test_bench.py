@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from turbocompile.build.compile import optimize_recipe
+from turbocompile.build.from_recipe import optimize_recipe
 from turbocompile.capture.export import capture
 from turbocompile.cli import main
 from turbocompile.errors import RecipeError, UnsupportedError

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import turbocompile
-from turbocompile.build.compile import optimize_recipe
+from turbocompile.build.from_recipe import optimize_recipe
 from turbocompile.errors import EngineError, TurbocompileError, UnsupportedError
 from turbocompile.recipe.schema import Recipe, Shape
 from turbocompile.sampling import SamplingWarning, rcm

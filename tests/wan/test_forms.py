@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from turbocompile.build.compile import optimize_recipe
+from turbocompile.build.from_recipe import optimize_recipe
 from turbocompile.capture.guards import check_parameters
 from turbocompile.errors import EngineError, TurbocompileError, UnsupportedError
 from turbocompile.recipe.schema import Recipe, load_recipe

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from turbocompile.build.compile import optimize_recipe
+from turbocompile.build.from_recipe import optimize_recipe
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.recipe.schema import Recipe
 from turbocompile.tools.verify_folder import verify_folder

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLWan, DiffusionPipeline, WanTransformer3DModel
 from PIL import Image
 
 import turbocompile
-from turbocompile.build.compile import optimize_recipe, recorded_shape
+from turbocompile.build.from_recipe import optimize_recipe, recorded_shape
 from turbocompile.errors import EngineError, RecipeError, TurbocompileError, UnsupportedError
 from turbocompile.numerics.recording import read_inputs
 from turbocompile.recipe.presets import Geometry, published_vae, vae_strides

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import nn
 
 import turbocompile.wan_mini.evaluate as evaluation
-from turbocompile.build.compile import optimize_recipe
+from turbocompile.build.from_recipe import optimize_recipe
 from turbocompile.cli import main
 from turbocompile.errors import TurbocompileError, UnsupportedError
 from turbocompile.recipe.schema import Recipe

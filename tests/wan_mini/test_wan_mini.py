@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from turbocompile.build.compile import optimize_recipe
+from turbocompile.build.from_recipe import optimize_recipe
 from turbocompile.recipe.schema import load_recipe
 from turbocompile.video.file import read_video
 from turbocompile.video.session import generate

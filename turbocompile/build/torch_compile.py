@@ -50,7 +50,7 @@ def backend(graph: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[st
     engines = Engines()
 
     def run(*given: Any) -> Any:
-        from turbocompile.build.compile import optimize
+        from turbocompile.build.from_module import optimize
 
         tensors = [a for i, a in enumerate(given) if i not in fixed and isinstance(a, torch.Tensor)]
         if not tensors:  # the graph makes tensors out of nothing, so that there is no call to capture

@@ -16,22 +16,23 @@ import torch
 from torch import fx
 
 from turbocompile.ir.program import SHELL, Program, Subgraph, is_op
+from turbocompile.ir.site_errors import LayerError, SiteError, finite, ranges
 from turbocompile.ir.weights import Evaluator, Quantize, TensorSource, WithVectors
 from turbocompile.kernels import ops
-from turbocompile.numerics.layers import LayerError, SiteError, finite, ranges
-from turbocompile.numerics.smoothing import NO_HELP, Scale, alphas_of, best_scale
+from turbocompile.numerics.smoothing import NO_HELP, Scale, best_scale
 from turbocompile.numerics.verifier import (
     CPU,
     Error,
     Evaluation,
     Values,
     as_engine,
-    budget_of,
     compare,
     is_float64,
     worst,
 )
-from turbocompile.rewrite.pipeline import PASSES, load_pass, run_pass, run_passes
+from turbocompile.recipe.options import CompileOptions, W8A8Options
+from turbocompile.rewrite.pipeline import load_pass, run_passes, story
+from turbocompile.rewrite.run_pass import run_pass
 from turbocompile.rewrite.scale_folding import Fold, fold_of
 
 MAX_KINDS = 4  # graphs that one kind of block may become: each is compiled, tuned and read by a person
@@ -67,11 +68,6 @@ class Plan:
     unsmoothed: Mapping[str, str] = field(default_factory=dict)
     vectors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     sites: tuple[SiteError, ...] = ()
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the passes smooth and w8a8 are told."""
-        return {"keep": self.keep, "smoothed": self.smoothed, "unsmoothed": self.unsmoothed}
 
     def worst_quantized(self) -> dict[str, float] | None:
         """The largest error that 8 bits cause somewhere in the model."""
@@ -131,22 +127,21 @@ class Linear:
 def calibrate(
     program: Program,
     source: TensorSource,
-    options: Mapping[str, Mapping[str, Any]],
-    target: str,
+    options: CompileOptions,
     inputs: Inputs,
     device: torch.device = CPU,
 ) -> Plan:
     """Measures a normalized Program, which is left as it was.
 
-    options: as for `run_passes`. inputs: tensors that the Program takes. device: where to compute.
+    options: as they were resolved. inputs: tensors that the Program takes. device: where to compute.
     """
-    prepared = before_smooth(program, options, target)
-    w8a8 = options.get("w8a8", {})
-    linears = find_linears(prepared, w8a8, target)
+    prepared = before_smooth(program, options)
+    w8a8 = options.w8a8
+    linears = find_linears(prepared, w8a8)
     if not linears:
         return Plan(str(inputs))
-    budgets = {s.site: budget_of(w8a8, {s.format}) for s in linears}
-    alphas = alphas_of(w8a8.get("smooth", "off")) if inputs.recorded else ()
+    budgets = {s.site: w8a8.budget({s.format}) for s in linears}
+    alphas = w8a8.alphas if inputs.recorded else ()
     groups, reasons = find_groups(prepared, linears) if alphas else ([], {})
     plain, scales = measure(prepared, source, linears, inputs, device, Smoothing(groups, alphas, budgets))
     smoothed = [g for g in groups if any(s.alpha is not None for s in scales[g.site].values())]
@@ -159,8 +154,8 @@ def calibrate(
                 vectors |= group.vectors(prefix, scale.s)
                 found.alphas |= {(s.site, prefix): scale.alpha for s in group.linears if scale.alpha is not None}
         sites = frozenset(g.site for g in smoothed)
-        run_pass(prepared, load_pass("smooth"), {**w8a8, "target": target, "smoothed": sites})
-        after = find_linears(prepared, w8a8, target)
+        run_pass(prepared, load_pass("smooth"), replace(w8a8, smoothed=sites))
+        after = find_linears(prepared, w8a8)
         found.errors, _ = measure(prepared, WithVectors(source, vectors), after, inputs, device)
     plan = decide(prepared, linears, found, str(inputs))
     return with_smoothing(plan, prepared, [g.site for g in smoothed], reasons, vectors)
@@ -187,19 +182,16 @@ def with_smoothing(
     )
 
 
-def before_smooth(program: Program, options: Mapping[str, Mapping[str, Any]], target: str) -> Program:
+def before_smooth(program: Program, options: CompileOptions) -> Program:
     """The Program as smooth finds it, but with attention in floating point: its quantization is judged by itself."""
     made = program.copy()
-    attention = dict(options.get("attention", {}))
-    attention |= {"pv": "none", "kind": "native" if attention.get("kind") == "sage" else attention.get("kind", "auto")}
-    passes = [load_pass(name) for name in PASSES[: PASSES.index("smooth")]]
-    run_passes(made, {**options, "attention": attention}, target, passes=passes)
+    run_passes(made, options.in_floating_point(), passes=story("smooth")[:-1])
     return made
 
 
-def find_linears(program: Program, w8a8: Mapping[str, Any], target: str) -> list[Linear]:
+def find_linears(program: Program, w8a8: W8A8Options) -> list[Linear]:
     """The linears that w8a8 would rewrite under its options."""
-    result = run_pass(program.copy(), load_pass("w8a8"), {**w8a8, "target": target})
+    result = run_pass(program.copy(), load_pass("w8a8"), w8a8)
     found = []
     for graph, (sub, rewrites) in result.raw.items():
         nodes = {n.name: n for n in sub.graph.nodes}

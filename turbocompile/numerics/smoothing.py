@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 
-ALPHAS = (0.3, 0.5, 0.7)
 MARGIN = 0.1  # of the error: below that an error moves with the inputs that happened to be recorded
 LEAST = 0.02
 OCTAVES = 12  # s is within 2^-12 and 2^12: 16-bit types hold what it divides
@@ -28,13 +27,6 @@ class Scale:
 
     s: torch.Tensor
     alpha: float | None = None
-
-
-def alphas_of(smooth: str) -> tuple[float, ...]:
-    """What `passes.w8a8.smooth` asks to try."""
-    if smooth == "off":
-        return ()
-    return ALPHAS if smooth == "auto" else (float(smooth),)
 
 
 def scale_of(x: torch.Tensor, weight: torch.Tensor, alpha: float) -> torch.Tensor:

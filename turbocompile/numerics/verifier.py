@@ -25,6 +25,7 @@ import torch
 from torch import fx
 
 from turbocompile.errors import VerificationError, brief
+from turbocompile.ir.attention_ops import SAGE, SLA
 from turbocompile.ir.execute import with_device
 from turbocompile.ir.program import SHELL, Program, Subgraph, call, is_op
 from turbocompile.ir.weights import (
@@ -41,8 +42,9 @@ from turbocompile.ir.weights import (
     is_relative,
 )
 from turbocompile.kernels import ops
-from turbocompile.rewrite.attention_sites import SAGE, SLA
+from turbocompile.recipe.options import CompileOptions, PassOptions
 from turbocompile.rewrite.match import arguments, default_eps
+from turbocompile.rewrite.results import Judgement, PassResult, Verdict
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -57,10 +59,7 @@ EXACT = 1e-5  # the floor in float32, of the largest true value: a few dozen rou
 STEP = 1 / 12  # one step of an 8-bit value, of the largest: 1 of 127, or e4m3's 32 of 448
 HALF_STEP = 1 / 64  # the mean magnitude of a quarter of the largest value, and a half of 1 / 127 of it: relative L1
 JITTERS = 3  # more inputs, a rounding apart, on which the rounding of a whole graph is measured
-# Relative L1 at the worst site; the measured values of these formats on N(0,1) inputs are 0.012 (int8, int8_block),
-# 0.037 (fp8), 0.013 (sage, FP16 PV) and 0.038 (sage, FP8 PV).
 NATIVE = "native"
-BUDGETS = {"int8": 0.02, "int8_block": 0.02, "fp8": 0.05, "sage_fp16": 0.02, "sage_fp8": 0.04}
 
 
 @dataclass(frozen=True)
@@ -145,16 +144,6 @@ def rounds_more(after: Error, before: Sequence[Error], dtype: torch.dtype) -> st
 def worst(errors: list[Error]) -> Error | None:
     """The error of the worst site, by relative L1."""
     return max(errors, key=lambda e: (e.rel_l1, e.max_rel), default=None)
-
-
-def budget_of(options: Mapping[str, Any], formats: set[str]) -> float:
-    """The relative L1 that a quantizing pass may reach at a site: the recipe's, else that of the formats used there.
-
-    What `auto` resolved to stands in the graph, not in the options; an unknown format of another's pass has the widest.
-    """
-    if options.get("budget") is not None:
-        return float(options["budget"])
-    return max((BUDGETS[f] for f in formats if f in BUDGETS), default=max(BUDGETS.values()))
 
 
 Values = dict[str, Any]
@@ -782,6 +771,11 @@ class _Uncomputed(Exception):
         self.node, self.reason = node, f"the rewritten site cannot be computed ({brief(error)})"
 
 
+def refused(sites: list[str], reason: str) -> Judgement:
+    """The judgement that refuses all sites for one reason."""
+    return Judgement(refused=dict.fromkeys(sites, reason))
+
+
 class Verifier:
     """Judges passes on a Program (the twin at a small shape); the hook of `pipeline.run_passes`.
 
@@ -793,47 +787,41 @@ class Verifier:
         self,
         program: Program,
         evaluate: Evaluator,
-        options: Mapping[str, Mapping[str, Any]] | None = None,
+        options: CompileOptions | None = None,
         inputs: list[torch.Tensor] | None = None,
         seed: int = 0,
     ) -> None:
-        self.options = options or {}
+        self.options = options
         self.inputs = inputs or random_inputs(program, seed)
         self.weights = Weights(evaluate)
         self.learned: dict[str, Values] = {}
         self._rebase(program)
 
-    def before(self, program: Program, pass_: Any) -> None:
-        """Nothing: the truth is known from the start."""
-
-    def after(self, program: Program, before: Program, result: Any) -> dict[str, str]:
-        """Measures a pass and returns the sites to leave alone, with the reasons."""
+    def after(self, program: Program, before: Program, result: PassResult) -> Judgement:
+        """Measures a pass; returns its verdict, and the sites to leave alone with the reasons."""
         everything = [r.site for _, rewrites in result.raw.values() for r in rewrites]
         if result.kind == "semantic":
             try:
                 self._rebase(program)
             except Exception as error:
-                return dict.fromkeys(everything, f"the rewritten graph cannot be computed ({brief(explained(error))})")
-            result.error_reason = "another function by intent; later passes are measured against it"
-            return {}
+                return refused(everything, f"the rewritten graph cannot be computed ({brief(explained(error))})")
+            return Judgement(Verdict(error_reason="another function by intent; later passes are measured against it"))
         self.learned = {}
-        judge = self._exact if result.kind == "exact" else self._quantized
-        errors, bad = judge(program, before, result)
+        if result.kind == "exact":
+            errors, bad = self._exact(program, before, result)
+            site_errors: dict[str, tuple[Error, float]] = {}
+        else:
+            errors, bad, site_errors = self._quantized(program, before, result)
         if bad:
-            return bad
+            return Judgement(Verdict(site_errors=site_errors), bad)
         try:
             output = self._output_error(program, result)
         except Exception as error:
-            return dict.fromkeys(everything, f"the rewritten graph cannot be computed ({brief(explained(error))})")
-        self._record(result, worst(errors), output)
+            return refused(everything, f"the rewritten graph cannot be computed ({brief(explained(error))})")
         self._adopt(program)
-        return {}
-
-    def _record(self, result: Any, error: Error | None, output: Error) -> None:
-        result.error = error.to_dict() if error else None
-        result.error_output = output.to_dict()
-        if error is None:
-            result.error_reason = "no site left to measure"
+        error = worst(errors)
+        figures = (error.to_dict(), output.to_dict()) if error else (None, output.to_dict(), "no site left to measure")
+        return Judgement(Verdict(*figures, site_errors=site_errors))
 
     # ------------------------------------------------------------------------------------------------ values
 
@@ -896,11 +884,14 @@ class Verifier:
                     self._learn(graph, node, self.truth[graph][old])
         return errors, bad
 
-    def _quantized(self, program: Program, before: Program, result: Any) -> tuple[list[Error], dict[str, str]]:
-        """The errors of a quantizing pass's sites, and those that are over their budget -> by how much."""
-        options = self.options.get(result.name, {})
+    def _quantized(
+        self, program: Program, before: Program, result: PassResult
+    ) -> tuple[list[Error], dict[str, str], dict[str, tuple[Error, float]]]:
+        """The errors of a quantizing pass's sites; those over their budget -> by how much; each (error, budget)."""
+        options = PassOptions(True) if self.options is None else self.options.of(result.name)
         errors: list[Error] = []
         bad: dict[str, str] = {}
+        site_errors: dict[str, tuple[Error, float]] = {}
         for graph, (sub, rewrites) in result.raw.items():
             if graph not in self.truth:
                 continue
@@ -916,12 +907,12 @@ class Verifier:
                     continue
                 errors.append(error)
                 formats = _formats(sub, rewrite)
-                budget = budget_of(options, formats)
+                budget = options.budget(formats)
                 if formats != {NATIVE}:  # an attention that stayed in floating point is no quantized site
-                    result.site_errors[rewrite.site] = (error, budget)
+                    site_errors[rewrite.site] = (error, budget)
                 if not error.rel_l1 <= budget:
                     bad[rewrite.site] = f"relative L1 {error.rel_l1:.4f} is over its budget of {budget:g}"
-        return errors, bad
+        return errors, bad, site_errors
 
     def _graph_sites(self, program: Program, graph: str, sub: Subgraph, rewrites: list[Any]) -> dict[str, Error]:
         """Runs the new nodes on true inputs, in order; a measured node hands on the truth, not what it computed."""

@@ -1,6 +1,6 @@
 """The attentions of an engine, one row a site: what each became and why, how sparse it is, what it costs.
 
-The passes leave the reason and the site's name in the meta of the attention nodes that they make (`because`); the rest
+The passes leave the reason and the site's name in the facts of the attention nodes that they make; the rest
 is read off the rewritten graph, so that a row says what runs.
 """
 
@@ -13,24 +13,18 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from turbocompile.hardware import AttentionChoice
+from turbocompile.ir.attention_ops import BHLD, SAGE, SLA, attention_layout, attentions
 from turbocompile.ir.cost import OpCost, arguments, describe, natural, node_cost, op_name
 from turbocompile.ir.program import Program, Subgraph, is_op, module_path
 from turbocompile.ir.weights import Zeros
 from turbocompile.kernels.attention.sla_attention import count_blocks, kept_blocks
-from turbocompile.rewrite.attention_sites import BHLD, SAGE, SLA, are_of_same_tokens, attention_layout, attentions
+from turbocompile.rewrite.attention_sites import are_of_same_tokens
+from turbocompile.rewrite.facts import facts
 
 if TYPE_CHECKING:
-    from turbocompile.rewrite.match import Match
-    from turbocompile.rewrite.pipeline import PassResult
+    from turbocompile.rewrite.results import PassResult
 
-SITE, WHY = "site", "why"  # in a node's meta
 PASSES = ("sla", "attention")  # the ones that decide, the last word last
-
-
-def because(m: Match, node: fx.Node, why: str) -> fx.Node:
-    """The attention node that a pass made at a site, with the reason why."""
-    node.meta[SITE], node.meta[WHY] = m.site, why
-    return node
 
 
 @dataclass(frozen=True)
@@ -110,7 +104,7 @@ def attention_sites(program: Program, results: Sequence[PassResult] = ()) -> tup
     for graph, sub in program.graphs.items():
         if count := program.count(graph):
             for site, node in named_attentions(graph, sub):
-                why = node.meta.get(WHY) or left.get(site) or "no pass looked at it"
+                why = facts(node).reason or left.get(site) or "no pass looked at it"
                 found.append(_row(graph, sub, node, site, why, count))
     return tuple(found)
 
@@ -118,7 +112,7 @@ def attention_sites(program: Program, results: Sequence[PassResult] = ()) -> tup
 def named_attentions(graph: str, sub: Subgraph) -> Iterator[tuple[str, fx.Node]]:
     """The attention nodes of a graph with the names of their sites."""
     for node in attentions(sub):
-        yield str(node.meta.get(SITE) or f"{graph}:{module_path(node)}"), node
+        yield facts(node).site or f"{graph}:{module_path(node)}", node
 
 
 def _row(graph: str, sub: Subgraph, node: fx.Node, site: str, why: str, count: int) -> AttentionSite:
@@ -153,7 +147,7 @@ def chosen(programs: Iterable[Program]) -> dict[str, AttentionChoice]:
     for program in programs:
         for graph, sub in program.graphs.items():
             for site, node in named_attentions(graph, sub):
-                choice = AttentionChoice(_kind(node), str(node.meta.get(WHY, "")))
+                choice = AttentionChoice(_kind(node), facts(node).reason)
                 if choice.kind == "sage" or (choice.kind == "native" and site not in found):
                     found[site] = choice
     return found

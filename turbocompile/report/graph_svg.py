@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from turbocompile.rewrite.lineage import CALL, INPUT, OUTPUT, GraphView, NodeView
+from turbocompile.ir.graph_view import CALL, INPUT, OUTPUT, GraphView, NodeView
 
 MOST = 1500  # nodes of a graph that are drawn; more are no picture
 BOX, DOT, LANE = 30.0, 8.0, 4.0  # heights of an operator and of what is free; the room of a line that passes by

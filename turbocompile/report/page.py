@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from turbocompile.errors import UnsupportedError
 from turbocompile.hardware import GPUS, Gpu
 from turbocompile.ir.cost import OpCost
+from turbocompile.ir.graph_view import GraphView, NodeView
 from turbocompile.report import graph_svg as drawing
 from turbocompile.report.report import PassReport, Report, Skip, duration, sensitivity_title, size
-from turbocompile.rewrite.lineage import GraphView, NodeView
 
 if TYPE_CHECKING:
     from turbocompile.tools.bench import Bench, OpTime

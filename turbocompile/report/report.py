@@ -24,9 +24,9 @@ from turbocompile.hardware import DEFAULT_GPU, GPUS, TARGETS, Gpu, find_gpu, gpu
 from turbocompile.ir import reading
 from turbocompile.ir.cost import OpCost, activation_bytes, cost, natural, parameters_by_dtype
 from turbocompile.ir.program import Program
-from turbocompile.numerics.layers import SiteError, finite
+from turbocompile.ir.site_errors import SiteError, finite
 from turbocompile.report.attentions import AttentionSite, attention_sites, with_times
-from turbocompile.rewrite.pipeline import PassResult
+from turbocompile.rewrite.results import PassResult
 
 SHOWN_OPS = 15  # rows of the table of ops; the rest is summed up in one
 SHOWN_SITES = 3

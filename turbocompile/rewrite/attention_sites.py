@@ -11,32 +11,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from turbocompile.ir.attention_ops import SAGE, SLA
+from turbocompile.ir.attention_ops import BHLD, BLHD, is_attention
 from turbocompile.ir.program import Subgraph, dtype, is_op, shape
-from turbocompile.ir.weights import Cast, Expr, is_adapted
 from turbocompile.kernels import ops as ours
+from turbocompile.rewrite.linears import rows
 from turbocompile.rewrite.match import Match, arguments, default_eps, is_cast, uncast, unwiden
 
 aten = torch.ops.aten
-
-# (batch, heads, tokens, head_dim) is the layout of SDPA, (batch, tokens, heads, head_dim) the one of our operators.
-BHLD, BLHD = "bhld", "blhd"
-
-
-def is_attention(node: Any) -> bool:
-    """Whether node is one of the attention operators."""
-    return is_op(node, aten.scaled_dot_product_attention, *SAGE, *SLA)
-
-
-def attentions(sub: Subgraph) -> Iterator[fx.Node]:
-    """The attention operators of a graph, in order."""
-    yield from (n for n in sub.graph.nodes if is_attention(n))
-
-
-def attention_layout(node: fx.Node) -> str:
-    """The layout of an attention's q and v, and of its k where it reads one."""
-    return BHLD if is_op(node, aten.scaled_dot_product_attention) else BLHD
-
 
 # ------------------------------------------------------------------------------------- attention in any writing
 
@@ -418,27 +399,3 @@ def as_norm(node: Any) -> Norm | None:
         return Norm("layer", x, weight, rest[0], float(rest[1]))
     eps = default_eps(dtype(x)) if rest[0] is None else rest[0]
     return Norm("rms", x, weight, None, float(eps))
-
-
-# --------------------------------------------------------------------------------------------------------- linears
-
-HOLDS = "linears"  # meta key of a linear: how many linears of the model it stands for; absent is one
-
-
-def first_weight(node: fx.Node) -> fx.Node:
-    """The first stored weight under casts and layout."""
-    while node.op != "get_attr":
-        node = node.all_input_nodes[0]
-    return node
-
-
-def widened(expr: Expr) -> Expr:
-    """A weight in float32 at least; of one that adapters were added to, the sum before it is rounded."""
-    if isinstance(expr, Cast) and is_adapted(expr.of):
-        return expr.of
-    return Cast(expr, torch.float32) if expr.dtype.itemsize < 4 else expr
-
-
-def rows(node: fx.Node) -> int:
-    """The number of vectors along the last axis."""
-    return math.prod(shape(node)[:-1])

@@ -23,6 +23,7 @@ from torch import fx
 from turbocompile.errors import TurbocompileError
 from turbocompile.ir.program import Program, Subgraph, infer, is_op
 from turbocompile.ir.weights import Cast, Cat, Expr, Permute, Reshape, Slice
+from turbocompile.rewrite.facts import give_place
 
 aten = torch.ops.aten
 COMMUTATIVE = (aten.add.Tensor, aten.mul.Tensor)
@@ -269,7 +270,7 @@ class Match:
     graph: str
     site: str
     program: Program
-    options: Mapping[str, Any]
+    options: Any
     bound: Bound
     made: list[fx.Node] = field(default_factory=list)
 
@@ -289,9 +290,7 @@ class Match:
         with self.sub.graph.inserting_before(self.root):
             name = getattr(target, "_opname", target.__name__).strip("_")
             node = self.sub.graph.create_node("call_function", target, args, kwargs, name=name)
-        for key in ("nn_module_stack", "stack_trace"):
-            if key in self.root.meta:
-                node.meta[key] = self.root.meta[key]
+        give_place(node, self.root)
         node.meta["val"] = infer(target, node.args, node.kwargs, self.program.fake_mode)
         self.made.append(node)
         return node
@@ -451,7 +450,7 @@ class Pass:
     """
 
     name: str
-    kind: str | Callable[[Mapping[str, Any]], str]
+    kind: str | Callable[[Any], str]
     rules: Sequence[Rule]
     needs: tuple[str, ...] = ()
     provides: tuple[str, ...] = ()
@@ -462,7 +461,7 @@ class Pass:
         if not callable(self.kind):
             self._check(self.kind)
 
-    def kind_of(self, options: Mapping[str, Any]) -> str:
+    def kind_of(self, options: Any) -> str:
         """The kind under the options."""
         return self._check(self.kind(options)) if callable(self.kind) else self.kind
 

@@ -22,6 +22,7 @@ from turbocompile.errors import TurbocompileError, brief
 from turbocompile.ir.program import Program, Subgraph, call, infer, is_op, walk_tensors
 from turbocompile.ir.weights import Constant
 from turbocompile.rewrite import simplify
+from turbocompile.rewrite.facts import PLACE
 
 aten = torch.ops.aten
 
@@ -209,7 +210,7 @@ def _rebuild(traced: fx.Graph, sub: Subgraph, given: list[fx.Node]) -> fx.Graph:
             args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
             kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "layout")}
             made = env[node] = new.call_function(_SHOWN.get(node.target, node.target), args, kwargs)
-            made.meta = {k: node.meta[k] for k in ("val", "nn_module_stack", "stack_trace") if k in node.meta}
+            made.meta = {k: node.meta[k] for k in ("val", *PLACE) if k in node.meta}
             emit_calls()
         elif node.op == "get_attr":
             raise TurbocompileError(f"the normal form would hold the value of {node.target!r}, which is no weight")

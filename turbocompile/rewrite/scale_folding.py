@@ -8,21 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from turbocompile.ir.attention_ops import BHLD, BLHD, SLA, attention_layout, is_attention
 from turbocompile.ir.program import Subgraph, is_op, shape
 from turbocompile.ir.weights import RELATIVE, Load
-from turbocompile.passes.w8a8 import dequantized
-from turbocompile.rewrite.attention_sites import (
-    BHLD,
-    BLHD,
-    SLA,
-    Place,
-    as_norm,
-    attention_layout,
-    below_layout,
-    first_weight,
-    is_attention,
-    readers,
-)
+from turbocompile.rewrite.attention_sites import Place, as_norm, below_layout, readers
+from turbocompile.rewrite.linears import dequantized, first_weight, given_weights
 from turbocompile.rewrite.match import arguments, is_cast, uncast, weight_expr
 
 aten = torch.ops.aten
@@ -110,7 +100,7 @@ def unfoldable(attention: fx.Node, x: fx.Node, sub: Subgraph) -> str | None:
     """Why x, the heads of an attention side by side, cannot be scaled through v; None where it can."""
     if is_op(attention, *SLA):
         return "SLA's linear branch mixes the channels of v"
-    layout, q, v = attention_layout(attention), *operands(attention)
+    layout, q, v = attention_layout(attention), *q_and_v(attention)
     if shape(q)[layout.index("h")] != shape(v)[layout.index("h")]:
         return "a head of v serves several heads of q"
     place, path = below_layout(Place(v, layout, shape(v))), path_of_v(attention)
@@ -144,19 +134,14 @@ def between(node: fx.Node, attention: fx.Node) -> list[fx.Node]:
     return path
 
 
-def operands(attention: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """q and v."""
+def q_and_v(attention: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The operands q and v of an attention."""
     return attention.args[0], attention.args[2]  # type: ignore[return-value]
-
-
-def given_weights(linear: fx.Node) -> list[fx.Node]:
-    """A linear's weight, and its bias where it has one."""
-    return [n for n in linear.args[1:] if n is not None]  # type: ignore[misc]
 
 
 def path_of_v(attention: fx.Node) -> list[fx.Node]:
     """The attention, the layout changes and casts behind its v, and what makes v: a linear or a slice of one."""
-    path, node = [attention], operands(attention)[1]
+    path, node = [attention], q_and_v(attention)[1]
     while is_cast(node) or is_op(node, aten.reshape.default, aten.permute.default):
         path.append(node)
         node = node.args[0]  # type: ignore[assignment]

@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from turbocompile.errors import TurbocompileError
 from turbocompile.ir.program import dtype, infer, is_op, shape
 from turbocompile.rewrite import lineage
+from turbocompile.rewrite.facts import FACTS, PLACE
 from turbocompile.rewrite.match import arguments, default_eps, exact
 
 aten = torch.ops.aten
@@ -46,9 +47,7 @@ class Maker:
     def __call__(self, target: Any, *args: Any) -> Node:
         with self.graph.inserting_before(self.at):
             node = self.graph.create_node("call_function", target, args, name=target._opname.strip("_"))
-        for key in ("nn_module_stack", "stack_trace", lineage.ORIGINS, lineage.PASSES):
-            if key in self.at.meta:
-                node.meta[key] = self.at.meta[key]
+        node.meta |= {key: self.at.meta[key] for key in (*PLACE, FACTS) if key in self.at.meta}
         node.meta["val"] = infer(target, node.args, {}, self.mode)
         return node
 

@@ -358,7 +358,7 @@ def bench_path(
 
     The second value is where the record is, None of a recipe and where it could not be kept. Raises TurbocompileError.
     """
-    from turbocompile.build.compile import optimize_recipe
+    from turbocompile.build.from_recipe import optimize_recipe
     from turbocompile.recipe.schema import load_recipe
     from turbocompile.runtime.engine import load
     from turbocompile.video.session import default_device

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from turbocompile.errors import EngineError
+from turbocompile.ir.attention_ops import SAGE, SLA
 from turbocompile.ir.program import Program, is_op
 from turbocompile.kernels import ops
 from turbocompile.numerics.verifier import Error, compare, random_inputs
 from turbocompile.recipe.schema import Recipe
-from turbocompile.rewrite.attention_sites import SAGE, SLA
 from turbocompile.runtime.engine import Engine, load
 from turbocompile.runtime.folder import check_files, check_strangers, read_manifest
 from turbocompile.wan.source import open_source

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from turbocompile.errors import RecipeError
-from turbocompile.recipe.schema import Section
+from turbocompile.recipe.fields import Section
 from turbocompile.training.ema import power_gamma
 
 # What a resumed run may change: how long, how often and how fast, not what is learned until then. The decay belongs to

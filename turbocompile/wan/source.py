@@ -20,6 +20,7 @@ from torch import nn
 
 from turbocompile.errors import EngineError, RecipeError, UnsupportedError
 from turbocompile.ir.weights import TensorSource
+from turbocompile.recipe.parse import HUB_ID
 from turbocompile.recipe.presets import (
     HUB_PRESETS,
     PRESETS,
@@ -35,7 +36,7 @@ from turbocompile.recipe.presets import (
     wrong_field,
     wrong_latents,
 )
-from turbocompile.recipe.schema import HUB_ID, Recipe, Shape
+from turbocompile.recipe.schema import Recipe, Shape
 from turbocompile.wan.checkpoints import CheckpointTensors, infer_config
 from turbocompile.wan.components import (
     Components,
