@@ -90,7 +90,7 @@ def test_an_engine_is_never_written_over_nor_left_half_written(engine, saved, tm
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("turbocompile.build.compile.finish", fail)
+    monkeypatch.setattr("turbocompile.build.write.finish", fail)
     with pytest.raises(KeyboardInterrupt):
         engine.save(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -142,12 +142,12 @@ def test_what_no_kernel_takes_does_not_compete(folder, picks, monkeypatch):
 
 
 def test_a_build_keeps_them_in_the_folder_and_a_load_takes_them(tmp_path, picks, monkeypatch):
-    """As on a machine that has the card: build.py asks for it before it measures."""
+    """As on a machine that has the card, for which a build asks before it measures."""
 
-    def measure(item, recipe, stages):
-        item.tuning = tuning.tune(item.programs, torch.device("cpu"))
+    def measured(item, settings, stages):
+        return replace(item, tuning=tuning.tune(item.programs, torch.device("cpu")))
 
-    monkeypatch.setattr("turbocompile.build.compile.measure", measure)
+    monkeypatch.setattr("turbocompile.build.from_recipe.measured", measured)
     overrides = ["target=sm90", "components=none", "passes.attention=native", "verify=off"]
     optimize_recipe(load_recipe(EXAMPLES / "wan-mini.yaml", overrides), tmp_path / "engine")
     kept = json.loads((tmp_path / "engine" / tuning.FILE).read_text())
