@@ -26,8 +26,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import random_dits
 
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import Program, Subgraph, is_op
-from turbocompile.ir.weights import RELATIVE, Cat, Evaluator, Expr, Load, ModuleTensors, Permute
+from turbocompile.ir.weights import RELATIVE, Cat, Expr, Load, Permute
 from turbocompile.numerics.verifier import Evaluation, Weights, compare, random_inputs
 from turbocompile.recipe.options import resolve
 from turbocompile.recipe.schema import Settings

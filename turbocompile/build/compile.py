@@ -12,11 +12,11 @@ from turbocompile.build.inputs import calibration_inputs, measuring
 from turbocompile.build.rounds import Rewritten, rewrite_all
 from turbocompile.build.stages import Stages, warnings_collected
 from turbocompile.errors import EngineError, VerificationError
-from turbocompile.ir.emit import weight_plan
+from turbocompile.ir.emit import Emission, weight_plan
+from turbocompile.ir.evaluate import Evaluator, TensorSource, WithVectors
 from turbocompile.ir.graph_view import GraphView
 from turbocompile.ir.printer import print_program
 from turbocompile.ir.program import Program
-from turbocompile.ir.weights import Emission, Evaluator, TensorSource, WithVectors
 from turbocompile.numerics.calibrate import Inputs, Plan, calibrate
 from turbocompile.numerics.recording import Recorded
 from turbocompile.numerics.shapes import wrong_shapes

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from turbocompile.ir.evaluate import Evaluator, TensorSource, WithVectors
 from turbocompile.ir.program import SHELL, Program, Subgraph, is_op
 from turbocompile.ir.site_errors import LayerError, SiteError, finite, ranges
-from turbocompile.ir.weights import Evaluator, Quantize, TensorSource, WithVectors
+from turbocompile.ir.weights import Quantize
 from turbocompile.kernels import ops
 from turbocompile.numerics.smoothing import NO_HELP, Scale, best_scale
 from turbocompile.numerics.verifier import (

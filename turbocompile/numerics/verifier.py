@@ -26,21 +26,10 @@ from torch import fx
 
 from turbocompile.errors import VerificationError, brief
 from turbocompile.ir.attention_ops import SAGE, SLA
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.execute import with_device
 from turbocompile.ir.program import SHELL, Program, Subgraph, call, is_op
-from turbocompile.ir.weights import (
-    AddLora,
-    Cast,
-    Cat,
-    Constant,
-    Evaluator,
-    Expr,
-    Mul,
-    Permute,
-    Reshape,
-    Slice,
-    is_relative,
-)
+from turbocompile.ir.weights import AddLora, Cast, Cat, Constant, Expr, Mul, Permute, Reshape, Slice, is_relative
 from turbocompile.kernels import ops
 from turbocompile.recipe.options import CompileOptions, PassOptions
 from turbocompile.rewrite.match import arguments, default_eps
