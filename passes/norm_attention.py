@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 from turbocompile.kernels import ops
-from turbocompile.kernels.attention.norm_attention import HEAD_DIMS
+from turbocompile.kernels.attention.keys import HEAD_DIMS
 
 from turbocompile.ir.program import Subgraph, is_op, shape
 from turbocompile.rewrite.match import Match, Pass, rewrite

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import call, is_op, module_path
-from turbocompile.ir.weights import Constant, Evaluator, ModuleTensors
-from turbocompile.numerics.verifier import Evaluation
+from turbocompile.ir.weights import Constant
+from turbocompile.numerics.interpreter import Interpreter
 from turbocompile.rewrite.match import exact
 from turbocompile.rewrite.normalize import clean, normalize
 
@@ -40,7 +42,7 @@ def run(program, model, inputs):
 
     def graph(name, prefix, given):
         sub = program.graphs[name]
-        evaluation = Evaluation(sub, lambda node: evaluate(sub.weights[node.target], prefix), None)
+        evaluation = Interpreter(sub, lambda node: evaluate(sub.weights[node.target], prefix), None)
         values = evaluation(
             {n.name: v for n, v in zip(sub.inputs(), given, strict=True)},
             lambda node, args: graph(args[0], args[1], args[3:]),
