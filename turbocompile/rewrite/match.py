@@ -2,8 +2,8 @@
 
 A pattern is written with the operators of the graph, and passes through the same normal table: `1 + scale` is
 `add(scale, 1)`, `a - b` is `add(a, neg(b))`, `a / b` is `mul(a, pow(b, -1))`. Matching is commutative where the op is,
-looks through casts between floating types and through nothing else, and backtracks. What a pattern does not say (a
-trailing axis, index, keepdim) must have the op's default.
+looks through casts between floating types and through nothing else, and backtracks. An argument that a pattern does not
+name (an axis, an index, keepdim) must have the op's default.
 
     x, scale, shift, weight, bias, eps = variables("x scale shift weight bias eps")
     ADALN = layer_norm(x, LAST, weight, bias, eps) * (1 + scale) + shift
@@ -142,7 +142,7 @@ def tensors(names: str) -> tuple[Var, ...]:
 
 def numbers(names: str) -> tuple[Var, ...]:
     """Variables that stand for Python numbers alone."""
-    return tuple(Var(n, (int, float)) for n in names.split())
+    return tuple(Var(n, (int, float, complex)) for n in names.split())
 
 
 def op(target: torch._ops.OpOverload) -> Callable[..., Op]:
@@ -176,7 +176,7 @@ def is_cast(node: Any) -> bool:
 
 
 def uncast(value: Any) -> Any:
-    """What is under the floating casts."""
+    """The value under its floating casts."""
     while is_cast(value):
         value = value.args[0]
     return value
@@ -191,19 +191,19 @@ def exact(narrow: torch.dtype, wide: torch.dtype) -> bool:
 
 
 def default_eps(dtype: torch.dtype) -> float:
-    """The eps of an RMSNorm that names none: that of the type which PyTorch computes it in, float32 for 16 bits."""
+    """The eps of an RMSNorm that names none: PyTorch takes that of the type it computes in, float32 for 16 bits."""
     return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
 
 def unwiden(value: Any) -> Any:
-    """What is under the casts that lose nothing."""
+    """The value under casts that lose no bit."""
     while is_cast(value) and exact(value.args[0].meta["val"].dtype, value.meta["val"].dtype):
         value = value.args[0]
     return value
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two bound values are the same thing, modulo floating casts."""
+    """Whether two bound values are the same node or the same plain value, floating casts aside."""
     a, b = uncast(a), uncast(b)
     if isinstance(a, fx.Node) and isinstance(b, fx.Node):
         return a is b or (a.op == b.op == "get_attr" and a.target == b.target)
@@ -283,7 +283,11 @@ def _is_last(name: str, value: Any, node: fx.Node) -> bool:
 
 @dataclass
 class Match:
-    """One site: where it is, what the variables stand for (as attributes), and how to build its replacement."""
+    """One site: where it is, what the variables stand for (as attributes), and how to build its replacement.
+
+    root: the node that is replaced. graph: the name of its graph; site: its name in the report, as in "blocks:attn1".
+    options: of the pass. bound: variable -> what it stands for. made: the nodes that `op` and `weight` added.
+    """
 
     root: fx.Node
     graph: str
@@ -304,7 +308,7 @@ class Match:
         return self.program.graphs[self.graph]
 
     def op(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A new node before the root, with its value inferred and the root's place in the model."""
+        """Adds a call before the root, with the root's place in the model; its shape and dtype are inferred."""
         target = getattr(target, "default", target) if isinstance(target, torch._ops.OpOverloadPacket) else target
         with self.sub.graph.inserting_before(self.root):
             name = getattr(target, "_opname", target.__name__).strip("_")
@@ -315,7 +319,10 @@ class Match:
         return node
 
     def weight(self, name: str, expr: Expr) -> fx.Node:
-        """The get_attr of a weight, added under its local name where the graph has none of that name yet."""
+        """The get_attr of a weight, added under its local name where the graph has none of that name yet.
+
+        Raises TurbocompileError where the graph has another weight of that name.
+        """
         known = self.sub.weights.setdefault(name, expr)
         if known != expr:
             raise TurbocompileError(f"{self.site}: the graph {self.graph!r} already has another weight {name!r}")
@@ -331,11 +338,11 @@ class Match:
         return node
 
     def expr(self, node: Any) -> Expr | None:
-        """The node as an expression over checkpoint tensors; None where it is not only a weight in another layout."""
+        """The node as an expression over checkpoint tensors; None where it is more than a weight in another layout."""
         return weight_expr(node, self.sub)
 
     def constant_along_tokens(self, *values: Any) -> bool:
-        """Whether each value, broadcast to the root's (batch, ..., channels), is alike for all tokens."""
+        """Whether each value, broadcast to the root's (batch, ..., channels), is the same for all tokens."""
         rank = self.root.meta["val"].dim()
         tokens = range(1, rank - 1) if rank > 2 else range(rank - 1)
         for value in values:
@@ -347,7 +354,7 @@ class Match:
         return True
 
     def result_dtype(self) -> torch.dtype:
-        """The dtype that the root is used in: what all its users, behind layout changes, cast it to; else its own."""
+        """The dtype that all readers of the root, behind layout changes, cast it to; its own where they disagree."""
         own, found = self.root.meta["val"].dtype, set()
         readers = list(self.root.users)
         while readers:
@@ -374,7 +381,11 @@ Outcome: TypeAlias = fx.Node | dict[fx.Node, fx.Node] | str
 
 @dataclass(frozen=True)
 class Rule:
-    """A function from a match to its replacement, with where it looks (`candidates`) and what it wants (`patterns`)."""
+    """A function from a match to its replacement, with the nodes that it looks at and the patterns that it wants.
+
+    candidates: the sites of a graph. count: how many sites of the model a node counts as. reason: the text for a site
+    where no pattern fits.
+    """
 
     function: Callable[[Match], Outcome]
     patterns: tuple[Pattern, ...]
@@ -410,8 +421,9 @@ def rewrite(
 ) -> Callable[[Callable[[Match], Outcome]], Rule]:
     """Makes a rule of a function that gets a Match and returns a node, {old: new}, or the reason why not.
 
-    candidates: which nodes are sites; looser than the pattern, so that what is not rewritten shows with its reason.
-    count: how many sites a node counts as (a fused linear is several). reason: what to say where no pattern fits.
+    candidates: which nodes are sites; looser than the pattern, so that a site that stays shows with its reason. count:
+    how many sites a node counts as (a fused linear is several). reason: the text for a site where no pattern fits.
+    Raises TurbocompileError where there is neither a pattern nor candidates.
     """
     patterns = (pattern,) if isinstance(pattern, Pattern) else tuple(pattern or ())
     roots = tuple(p.target for p in patterns if isinstance(p, Op))

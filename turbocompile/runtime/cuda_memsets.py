@@ -143,7 +143,7 @@ def _kernels(driver: Any, fills: set[Fill]) -> tuple[torch.cuda.CUDAGraph, dict[
 
     Triton's own launch fills in what a kernel of its takes besides the arguments, which differs by version.
     """
-    from turbocompile.kernels.fill_triton import launch_fill
+    from turbocompile.kernels.memory.fill_triton import launch_fill
 
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     scratch = torch.empty(1, dtype=torch.int32, device="cuda")

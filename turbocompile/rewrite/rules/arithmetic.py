@@ -21,6 +21,7 @@ a, b, dims = variables("a b dims")
 
 
 def is_real(node: Node) -> bool:
+    """Whether the node is of a real floating type."""
     return dtype(node).is_floating_point
 
 
@@ -92,7 +93,7 @@ def broadcast_operands(node: Node, make: Maker) -> Answer:
 
 @local(aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor)
 def div_is_mul_pow(node: Node, make: Maker) -> Answer:
-    """a / b is a * b**-1, in the type that the kernel computes in; at most one unit in the last place apart."""
+    """a / b   ->   a * b**-1, in the type that the kernel computes in; at most one unit in the last place apart."""
     a, b = node.args
     if not is_real(node):
         return None
@@ -111,7 +112,7 @@ def div_is_mul_pow(node: Node, make: Maker) -> Answer:
 
 @local(aten.addcmul.default, aten.addcdiv.default)
 def addcmul_is_add_mul(node: Node, make: Maker) -> Answer:
-    """a + value * b * c, in the type that the kernel computes in."""
+    """addcmul(a, b, c, value)   ->   a + b * c * value, in the type that the kernel computes in, and so for addcdiv."""
     a, b, c, value = arguments(node.target, node.args, node.kwargs)
     if not is_real(node):
         return None
@@ -148,7 +149,7 @@ ARITHMETIC = Rules(
         div_is_mul_pow,
         [row(op(root.default)(x), to(x, DTYPE) ** exponent, where=is_real) for root, exponent in ROOTS.items()],
         row(x**1, x, where=is_real),
-        # 1 / sqrt(x) is x**-0.5: roots are of x >= 0, where exponents multiply; those of x**2 then a root do not.
+        # 1 / sqrt(x) is x**-0.5. Exponents multiply for x >= 0, as x is under a root; (x**2)**0.5 is not x.
         [row(power(x**r, -1), x**-r, where=is_real) for r in (0.5, -0.5)],
         [row(power(x**-1, r), x**-r, where=is_real) for r in (0.5, -0.5)],
         row(neg(neg(x)), x),

@@ -1,4 +1,4 @@
-"""Complex numbers become real pairs in a last axis of 2, from where they are read as pairs upwards."""
+"""Complex numbers become real pairs in a last axis of 2, from the node that reads them as pairs towards the inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ x, y, angle = tensors("x y angle")
 
 
 def _pairs(z: Any, make: Maker) -> Node:
-    """A complex tensor as real pairs; a conjugate, which cannot be viewed so, with its sign turned."""
+    """A complex tensor as real pairs. A conjugate is written out, because view_as_real takes none."""
     if is_op(z, aten._conj.default, aten.conj_physical.default, aten.resolve_conj.default):
         inner = _pairs(z.args[0], make)
         if is_op(z, aten.resolve_conj.default):
@@ -37,7 +37,10 @@ def _part(pairs: Node, i: int, make: Maker) -> Node:
 
 @local(aten.view_as_real.default)
 def complex_is_pairs(node: Node, make: Maker) -> Answer:
-    """Complex numbers become real pairs in a last axis of 2: layout, cast, product, conjugate and polar form."""
+    """pairs(f(z))     ->   f(pairs(z)) for layout changes, casts, cat and stack
+    pairs(conj(z))   ->   stack([real, -imag])
+    pairs(a * b)     ->   stack([a.real * b.real - a.imag * b.imag, a.real * b.imag + a.imag * b.real])
+    """
     z = node.args[0]
     last = len(shape(z))
     if is_op(z, aten._conj.default, aten.conj_physical.default, aten.resolve_conj.default):

@@ -47,6 +47,7 @@ VIEWS = overloads(
 
 @local(aten.squeeze.dim)
 def squeeze_under_permute(node: Node, make: Maker) -> Answer:
+    """squeeze(permute(x, dims), dim)   ->   permute(squeeze(x, dims[dim]), the other dims)"""
     x, dim = node.args
     if not is_op(x, aten.permute.default) or shape(node) == shape(x):
         return None
@@ -56,13 +57,14 @@ def squeeze_under_permute(node: Node, make: Maker) -> Answer:
 
 
 def _permute_without(dim: int, dims: Sequence[int], source: Node) -> Call:
-    """A permute of what lacks the dimension that stood at `dim`."""
+    """A permute by `dims` of a source that lacks the dimension which stood at `dim`."""
     gone = dims[dim]
     return aten.permute.default, (source, [d - (d > gone) for d in dims if d != gone])
 
 
 @local(aten.transpose.int, aten.t.default)
 def transpose_is_permute(node: Node, make: Maker) -> Answer:
+    """transpose(x, a, b)   ->   permute(x, dims with a and b exchanged)"""
     rank = len(shape(node))
     dims = list(range(rank))
     if rank > 1:
@@ -73,10 +75,15 @@ def transpose_is_permute(node: Node, make: Maker) -> Answer:
 
 @local(aten.select.int)
 def select_is_narrow(node: Node, make: Maker) -> Answer:
+    """select(x, dim, i)                  ->   reshape(narrow(x, dim, i, i + 1))
+    select(permute(x, dims), dim, i)   ->   permute(select(x, dims[dim], i), the other dims)
+
+    It goes under a permute at once, because a reshape no longer tells which dimension it drops.
+    """
     x, dim, index = node.args
     sizes = shape(x)
     dim, index = dim % len(sizes), index % sizes[dim]
-    if is_op(x, aten.permute.default):  # under it at once, while it is known which dimension goes
+    if is_op(x, aten.permute.default):
         source, dims = x.args
         return _permute_without(dim, dims, make(aten.select.int, source, dims[dim], index))
     return aten.reshape.default, (make(aten.slice.Tensor, x, dim, index, index + 1), list(shape(node)))
@@ -84,7 +91,9 @@ def select_is_narrow(node: Node, make: Maker) -> Answer:
 
 @local(operator.getitem)
 def item_of_split(node: Node, make: Maker) -> Answer:
-    """An item of a split, chunk or unbind is a narrow."""
+    """split(x, size, dim)[i]   ->   narrow(x, dim, start, stop), and so for chunk
+    unbind(x, dim)[i]        ->   select(x, dim, i)
+    """
     source, i = node.args
     if not is_op(source, aten.split, aten.split_with_sizes, aten.chunk, aten.unbind, aten.tensor_split):
         return None
@@ -100,9 +109,10 @@ def item_of_split(node: Node, make: Maker) -> Answer:
 
 @local(aten.reshape.default)
 def unit_dims_before_cat_and_expand(node: Node, make: Maker) -> Answer:
-    """A reshape that only adds or drops dimensions of one element goes to the parts of a cat, and under an expand.
+    """reshape(cat(parts))   ->   cat(reshape(part) of each),   reshape(expand(x))   ->   expand(reshape(x))
 
-    Not before it has met the layout changes that read it: the dimension that einsum adds goes away again there.
+    For a reshape that only adds or drops dimensions of one element, where no layout change reads it: it meets those
+    first, because a dimension that einsum adds goes away again there.
     """
     source = node.args[0]
     if not is_op(source, aten.cat.default, aten.expand.default) or len(source.users) > 1:
@@ -133,7 +143,7 @@ def unit_dims_before_cat_and_expand(node: Node, make: Maker) -> Answer:
 
 
 def positive(node: Node, dims: Sequence[int]) -> list[int]:
-    """The dimensions of the node, each counted from the first."""
+    """Dimensions of the node, counted from the first."""
     return [d % len(shape(node)) for d in dims]
 
 
@@ -172,7 +182,7 @@ def inserted_ones(node: Node) -> list[int]:
 
 @local(aten.repeat.default)
 def repeat_is_expand(node: Node, make: Maker) -> Answer:
-    """repeat(x, r): a new dimension before each repeated one, expanded."""
+    """repeat(x, r)   ->   reshape(expand(reshape(x, (..., 1, n, ...)), (..., r, n, ...)))"""
     x, repeats = node.args
     lead = len(repeats) - len(shape(x))
     sizes = (1,) * lead + shape(x)
@@ -218,7 +228,10 @@ LAYOUT = Rules(
 
 @local(aten.reshape.default, aten.permute.default, aten.slice.Tensor)
 def layout_before_cast(node: Node, make: Maker) -> Answer:
-    """A cast that only a layout change reads comes after it, so that layout changes meet."""
+    """reshape(to(x, dtype))   ->   to(reshape(x), dtype), and so for permute and slice, so that layout changes meet.
+
+    Where the layout change alone reads the cast, and x is no stored weight.
+    """
     source = node.args[0]
     if is_op(source, aten.to.dtype) and len(source.users) == 1 and source.args[0].op != "get_attr":
         moved = make(node.target, source.args[0], *node.args[1:])
@@ -226,7 +239,7 @@ def layout_before_cast(node: Node, make: Maker) -> Answer:
     return None
 
 
-# Behind the rules of narrows: layout changes go below casts and sums, where they meet other layout changes.
+# These come after the rules of narrows: layout changes go below casts and sums, where they meet other layout changes.
 INWARDS = Rules(
     "layout inwards",
     rows(

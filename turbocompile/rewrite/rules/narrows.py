@@ -21,7 +21,9 @@ parts, dims, dim, start, stop, first, last = variables("parts dims dim start sto
 
 @local(aten.slice.Tensor)
 def slice_is_narrow(node: Node, make: Maker) -> Answer:
-    """Non-negative bounds, no step: `x[..., i::n]` is the i-th of the last axis of x unflattened by n."""
+    """slice(x, dim, start, end)   ->   narrow(x, dim, start, stop) with bounds from 0 to the size of the dimension
+    x[..., i::n]                ->   reshape(narrow(reshape(x, (..., size / n, n)), -1, i, i + 1))
+    """
     x, dim, start, end, step = arguments(aten.slice.Tensor, node.args, node.kwargs)
     sizes = list(shape(x))
     dim %= len(sizes)
@@ -62,12 +64,14 @@ def narrow_under_expand(node: Node, make: Maker) -> Answer:
 
 @local(aten.slice.Tensor)
 def narrow_of_cat(node: Node, make: Maker) -> Answer:
-    """narrow(cat(parts))   ->   the parts in the range, or the cat of each part's narrow."""
+    """narrow(cat(parts, dim), dim, ...)     ->   the part that holds the range, narrowed, or the cat of whole parts
+    narrow(cat(parts, along), dim, ...)   ->   cat(narrow(part, dim, ...) of each, along), where all read such narrows
+    """
     x, dim, start, stop, *step = node.args
     if step or node.kwargs or not is_op(x, aten.cat.default):
         return None
     parts, along = x.args
-    if along != dim:  # worth it where nothing else reads the cat: then it is gone
+    if along != dim:  # the cat is gone then, because nothing else reads it
         if not all(is_op(u, aten.slice.Tensor) and u.args[1] == dim for u in x.users):
             return None
         return aten.cat.default, ([make(aten.slice.Tensor, p, dim, start, stop) for p in parts], along)
@@ -134,6 +138,10 @@ def _groups(source: Sequence[int], result: Sequence[int]) -> list[tuple[list[int
 
 @local(aten.cat.default)
 def cat_rules(node: Node, make: Maker) -> Answer:
+    """cat([x])                      ->   x
+    cat([cat([x, y]), z])         ->   cat([x, y, z])
+    cat([reshape(x), reshape(y)])   ->   stack([x, y]), where each reshape inserts the dimension
+    """
     parts, given = arguments(aten.cat.default, node.args, node.kwargs)
     dim = given % len(shape(node))
     full = [p for p in parts if shape(p) != (0,) and shape(p)[dim] > 0 and dtype(p) == dtype(node)]
@@ -154,6 +162,7 @@ def _cat_along(node: Node, dim: int) -> bool:
 
 @local(aten.stack.default)
 def stack_rules(node: Node, make: Maker) -> Answer:
+    """stack(parts, dim=-1)   ->   stack(parts, rank - 1)"""
     parts, given = arguments(aten.stack.default, node.args, node.kwargs)
     dim = given % len(shape(node))
     return (aten.stack.default, (list(parts), dim)) if node.kwargs or node.args[1:] != (dim,) else None
@@ -161,6 +170,7 @@ def stack_rules(node: Node, make: Maker) -> Answer:
 
 @local(aten.select_scatter.default)
 def select_scatter_is_slice_scatter(node: Node, make: Maker) -> Answer:
+    """select_scatter(x, source, dim, i)   ->   slice_scatter(x, reshape(source), dim, i, i + 1)"""
     base, source, dim, index = node.args
     sizes = list(shape(node))
     dim, index = dim % len(sizes), index % sizes[dim]
@@ -170,7 +180,9 @@ def select_scatter_is_slice_scatter(node: Node, make: Maker) -> Answer:
 
 @local(aten.slice_scatter.default)
 def scatter_is_cat(node: Node, make: Maker) -> Answer:
-    """Writes that fill a tensor: interleaved ones are reshape(stack), a narrow one is a cat with what stays."""
+    """slice_scatter(x, source, dim, start, stop)   ->   cat([x before start, source, x from stop on], dim)
+    writes at 0::n, 1::n, ..., n-1::n               ->   reshape(stack(sources, dim + 1))
+    """
     base, source, dim, start, stop, step = _scatter(node)
     if step == 1:
         size = shape(node)[dim]

@@ -15,6 +15,7 @@ x, y, w = tensors("x y w")
 
 @local(aten.baddbmm.default, aten.addmm.default)
 def addmm_is_matmul_add(node: Node, make: Maker) -> Answer:
+    """addmm(bias, a, b, beta, alpha)   ->   a @ b * alpha + bias * beta"""
     bias, a, b, beta, alpha = arguments(node.target, node.args, node.kwargs)
     product = make(aten.matmul.default, a, b)
     product = product if alpha == 1 else make(aten.mul.Tensor, product, alpha)
@@ -25,7 +26,7 @@ def addmm_is_matmul_add(node: Node, make: Maker) -> Answer:
 
 @local(aten.matmul.default)
 def matmul_keeps_batch_dims(node: Node, make: Maker) -> Answer:
-    """bmm over merged leading dimensions (einsum) is a matmul over the dimensions themselves."""
+    """reshape(x, (B * H, L, D)) @ reshape(y, (B * H, D, K))   ->   reshape(x @ y), as einsum writes it."""
     a, b = node.args
     if not (is_op(a, aten.reshape.default) and is_op(b, aten.reshape.default)):
         return None

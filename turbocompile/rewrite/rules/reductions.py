@@ -20,6 +20,7 @@ sizes, weight, bias, eps = variables("sizes weight bias eps")
 
 @local(aten.mean.dim, aten.sum.dim_IntList, aten.mean.default, aten.sum.default)
 def reductions_keep_dims(node: Node, make: Maker) -> Answer:
+    """mean(x, dims, False, dtype)   ->   reshape(mean(to(x, dtype), dims, True)), dims sorted, and so for sum."""
     packet = aten.mean if is_op(node, aten.mean) else aten.sum
     target = packet.dim if packet is aten.mean else packet.dim_IntList
     if node.target is packet.default:
@@ -40,6 +41,7 @@ def reductions_keep_dims(node: Node, make: Maker) -> Answer:
 
 @local(aten.var, aten.std)
 def var_is_mean_of_squares(node: Node, make: Maker) -> Answer:
+    """var(x, dims)   ->   mean((x - mean(x))**2) * n / (n - correction), std its root, in float32 at least."""
     value = _variance(node, make)
     if value is not None and is_op(node, aten.std):
         value = make(aten.pow.Tensor_Scalar, value, 0.5)
@@ -47,7 +49,7 @@ def var_is_mean_of_squares(node: Node, make: Maker) -> Answer:
 
 
 def _variance(node: Node, make: Maker) -> Node | None:
-    """var(x) as mean((x - mean(x))**2) * n / (n - correction), dimensions kept, in float32 at least."""
+    """The variance of a var, std or var_mean, dimensions kept; None where it divides by zero."""
     names = [a.name for a in node.target._schema.arguments]
     given = dict(zip(names, arguments(node.target, node.args, node.kwargs), strict=True))
     x, rank = given["self"], len(shape(given["self"]))
@@ -65,7 +67,10 @@ def _variance(node: Node, make: Maker) -> Node | None:
 
 @local(operator.getitem)
 def item_of_moments(node: Node, make: Maker) -> Answer:
-    """The parts of var_mean, and the normed tensor of native_layer_norm."""
+    """var_mean(x, dims)[0]         ->   var(x, dims) written out
+    var_mean(x, dims)[1]         ->   reshape(mean(x, dims, True))
+    native_layer_norm(x, ...)[0]   ->   layer_norm(x, ...)
+    """
     source, i = node.args
     if is_op(source, aten.native_layer_norm.default) and i == 0:
         return aten.layer_norm.default, tuple(source.args)
@@ -82,6 +87,7 @@ def item_of_moments(node: Node, make: Maker) -> Answer:
 
 @local(aten._softmax.default, aten.softmax.int)
 def one_softmax(node: Node, make: Maker) -> Answer:
+    """softmax(x, dim, dtype)   ->   softmax(to(x, dtype), dim), with dim counted from the first."""
     x, dim = node.args[:2]
     dim %= len(shape(x))
     if node.target is aten.softmax.int and tuple(node.args) == (x, dim) and not node.kwargs:
@@ -90,7 +96,7 @@ def one_softmax(node: Node, make: Maker) -> Answer:
 
 
 def given_eps(x: Node, eps: float | None) -> float:
-    """The eps of an RMSNorm, by name: else it would change with the type that the norm is run in."""
+    """The eps of an RMSNorm as a number, because PyTorch's default depends on the type that the norm is run in."""
     return default_eps(dtype(x)) if eps is None else eps
 
 
