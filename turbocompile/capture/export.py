@@ -85,7 +85,7 @@ def capture(
 
 @contextlib.contextmanager
 def lent(model: nn.Module, mode: FakeTensorMode, **more: Any) -> Iterator[None]:
-    """The model, ready to be traced: parameters are fake CPU tensors (no memory), other tensors are real, on the CPU, and
+    """The model, ready to be traced: parameters are fake CPU tensors without memory, others real ones on the CPU, and
     dropout is off. more: name -> a further object that the trace may change, and that is put back.
 
     Buffers keep their values, because a buffer that is not persistent is in no checkpoint. A weight that torchao
@@ -172,7 +172,7 @@ def _export(
     mode: FakeTensorMode,
     float_timesteps: bool,
 ) -> tuple[sig.Signature, torch.export.ExportedProgram, _Flat]:
-    """Exports the model, with integer timesteps as float32 if it allows that. Returns the signature of the export, too."""
+    """Exports the model, with integer timesteps as float32 if it allows that; and the signature of the export."""
     attempts = [sig.float_timesteps(signature)] if float_timesteps else [signature]
     if attempts[0] != signature:
         attempts.append(signature)
