@@ -352,7 +352,7 @@ def test_the_instructions_are_those_of_the_card(fake_card, capability, dtype):
         x, weight = (torch.empty(*shape, dtype=dtype, device="cuda") for shape in ((1, 4680, 256), (256,)))
         cos = [torch.empty(n, d, device="cuda") for n, d in zip((3, 30, 52), columns(128, 3), strict=True)]
         quantized_keys(x, weight, EPS, 2, cos, cos, [3, 30, 52], 128)
-    codes = {name.split()[0]: kernel.asm["ptx"] for name, kernel in card.compiled.items()}
+    codes = {name.split()[0]: kernel.asm["ptx"] for name, kernel in card.launched.items()}
     assert set(codes) == {"_lay_out", "_keys"}
     assert all("m16n8k8" in code for code in codes.values())
     assert ("xorsign" in codes["_keys"]) == (capability >= 86)

@@ -21,7 +21,7 @@ WIDTHS = [40, 300]  # one piece with padding; 256 + 64
 @pytest.fixture
 def config():
     """Two rows a program, so that odd numbers of rows leave a program with one."""
-    from turbocompile.kernels.quantize.quantize_triton import RowConfig
+    from turbocompile.kernels._rows import RowConfig
 
     return RowConfig(warps=1, rows=2)
 
