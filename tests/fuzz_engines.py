@@ -34,7 +34,7 @@ import turbocompile
 from turbocompile.cli import _graph_views, _read_report
 from turbocompile.errors import TurbocompileError
 from turbocompile.files import MANIFEST
-from turbocompile.ir.serialize import ALLOWED
+from turbocompile.ir.allowed_ops import ALLOWED
 from turbocompile.report.page import page
 from turbocompile.runtime.engine import load
 from turbocompile.runtime.folder import canonical, check_files, file_entry, read_manifest
