@@ -22,7 +22,8 @@ from rich.text import Text
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.hardware import DEFAULT_GPU, GPUS, TARGETS, Gpu, find_gpu, gpu_of_target
 from turbocompile.ir import reading
-from turbocompile.ir.cost import OpCost, activation_bytes, cost, natural, parameters_by_dtype
+from turbocompile.ir.cost import OpCost, cost, natural
+from turbocompile.ir.memory import activation_bytes, parameters_by_dtype
 from turbocompile.ir.program import Program
 from turbocompile.ir.site_errors import SiteError, finite
 from turbocompile.report.attentions import AttentionSite, attention_sites, with_times
