@@ -17,7 +17,7 @@ from turbocompile.ir.memory import activation_bytes, parameter_bytes, parameters
 from turbocompile.ir.node_cost import kept_keys, node_cost
 from turbocompile.ir.node_text import describe
 from turbocompile.ir.op_schema import is_view
-from turbocompile.wan.source import build_transformer
+from turbocompile.wan.transformer import build_transformer
 
 aten = torch.ops.aten
 ours = torch.ops.turbocompile

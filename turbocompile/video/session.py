@@ -20,7 +20,7 @@ import torch
 from turbocompile.errors import EngineError, RecipeError, UnsupportedError
 from turbocompile.files import check_file, check_folder
 from turbocompile.numerics.recording import CALLS, MAX_TOKENS, Recording, recording_calls
-from turbocompile.recipe.presets import Geometry, task_of, vae_strides
+from turbocompile.recipe.presets import Geometry, boundary_of, task_of, vae_strides
 from turbocompile.recipe.schema import Recipe, SamplerSpec, Shape
 from turbocompile.report.attentions import untuned
 from turbocompile.report.report import Report
@@ -32,7 +32,8 @@ from turbocompile.video import image as wan_image
 from turbocompile.video import text as wan_text
 from turbocompile.video import vae as wan_vae
 from turbocompile.wan.components import load_components, vae_config
-from turbocompile.wan.source import BOUNDARY, images_of, open_source
+from turbocompile.wan.source import open_source
+from turbocompile.wan.transformer import images_of
 
 Progress = Callable[[str, float], None]
 
@@ -238,7 +239,7 @@ def record_inputs(
     pipeline = Pipeline(experts, first.config, recipe.torch_dtype, place, parts.__getitem__, source.geometry)
     boundary = None
     if len(experts) > 1:
-        boundary = BOUNDARY[source.task] if source.boundary_ratio is None else source.boundary_ratio
+        boundary = boundary_of(source.boundary_ratio, source.task)
     picture = open_image(image) if image is not None else None
     with recording_calls(recording, *experts.values()):
         for number, prompt in enumerate(prompts):
@@ -369,8 +370,7 @@ def _boundary(engine: Engine, task: str) -> float | None:
     """The flow time below which the low-noise expert takes over; None with one transformer."""
     if "transformer_2" not in engine.experts:
         return None
-    stored = engine.manifest.get("boundary_ratio")
-    return float(stored) if stored is not None else BOUNDARY[task]
+    return boundary_of(engine.manifest.get("boundary_ratio"), task)
 
 
 # --------------------------------------------------------------------------------------------------------- the stages
