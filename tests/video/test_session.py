@@ -17,8 +17,10 @@ from turbocompile.recipe.schema import Recipe, Shape
 from turbocompile.sampling import SamplingWarning, rcm
 from turbocompile.video import text as wan_text
 from turbocompile.video import vae as wan_vae
+from turbocompile.video.components import placed
 from turbocompile.video.file import read_video
-from turbocompile.video.session import _placed, choose_shape, generate
+from turbocompile.video.request import choose_shape
+from turbocompile.video.session import generate
 from turbocompile.wan.components import load_components
 from turbocompile.wan.source import open_source
 
@@ -221,9 +223,9 @@ def test_a_cpu_decodes_in_float32_whatever_the_files_hold(tmp_path):
     table = source.components.table()
     table["vae"]["dtype"] = "bfloat16"
     assert load_components(folder, table)["vae"].dtype == torch.bfloat16
-    placed = _placed(load_components(folder, table)["vae"], "vae", torch.device("cpu"))
-    assert {p.dtype for p in placed.parameters()} == {torch.float32}
-    assert _placed("a tokenizer", "tokenizer", torch.device("cpu")) == "a tokenizer"
+    vae = placed(load_components(folder, table)["vae"], "vae", torch.device("cpu"))
+    assert {p.dtype for p in vae.parameters()} == {torch.float32}
+    assert placed("a tokenizer", "tokenizer", torch.device("cpu")) == "a tokenizer"
 
 
 @pytest.mark.parametrize("change", ["altered", "added", "missing"])

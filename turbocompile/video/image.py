@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from turbocompile.errors import UnsupportedError
 from turbocompile.recipe.presets import Geometry, vae_strides
 from turbocompile.video import vae as wan_vae
 
@@ -63,3 +64,16 @@ def image_embeddings(image_encoder: Any, image_processor: Any, image: Any) -> to
     pixels = image_processor(images=image, return_tensors="pt")["pixel_values"]
     output = image_encoder(pixels.to(parameter.device, parameter.dtype), output_hidden_states=True)
     return output.hidden_states[-2]
+
+
+def open_image(image: Any) -> Any:
+    """A PIL image of a path or of itself."""
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(image, Image.Image):
+        return image
+    try:
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise UnsupportedError(f"{image} cannot be read as an image ({error})") from error
