@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from videos import read_video
 
 import turbocompile
 from turbocompile.build.from_recipe import optimize_recipe
@@ -18,7 +19,6 @@ from turbocompile.sampling import SamplingWarning, rcm
 from turbocompile.video import text as wan_text
 from turbocompile.video import vae as wan_vae
 from turbocompile.video.components import placed
-from turbocompile.video.file import read_video
 from turbocompile.video.request import choose_shape
 from turbocompile.video.session import generate
 from turbocompile.wan.components import load_components
@@ -91,7 +91,9 @@ def test_equals_the_eager_model_to_the_bit(t2v):
     def denoise(x, timestep, expert):
         return model(x.float(), timestep, text, return_dict=False)[0]
 
-    latents = rcm.sample(denoise, (1, 16, 2, 8, 8), generator=torch.Generator().manual_seed(5))
+    sampler = recipe().sampler.for_task("t2v")
+    given = {"steps": sampler.steps, "sigma_max": sampler.sigma_max, "mid_steps": sampler.mid_steps}
+    latents = rcm.sample(denoise, (1, 16, 2, 8, 8), generator=torch.Generator().manual_seed(5), **given)
     expected = wan_vae.to_frames(wan_vae.decode(parts["vae"], latents))
     assert torch.equal(generate(t2v, PROMPT, seed=5).video, expected)
 
