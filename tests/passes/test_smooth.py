@@ -16,7 +16,7 @@ from turbocompile.ir.emit import weight_plan
 from turbocompile.ir.evaluate import Evaluator, WithVectors
 from turbocompile.ir.program import is_op
 from turbocompile.ir.weights import Cat, Load, Mul, Quantize, Reshape, Slice
-from turbocompile.numerics.calibrate import find_groups, find_linears
+from turbocompile.numerics.linear_errors import find_groups, find_linears
 from turbocompile.recipe.options import resolve
 from turbocompile.recipe.schema import Settings
 from turbocompile.rewrite.normalize import normalize
