@@ -33,7 +33,7 @@ from torch import nn
 import turbocompile
 from turbocompile.errors import TurbocompileError
 from turbocompile.files import MANIFEST
-from turbocompile.ir.serialize import ALLOWED
+from turbocompile.ir.allowed_ops import ALLOWED
 from turbocompile.report.page import page
 from turbocompile.runtime.engine import load
 from turbocompile.runtime.folder import canonical, check_files, file_entry, read_manifest

@@ -154,7 +154,7 @@ def calibrate(recipe: Path, out: Path, overrides: tuple[str, ...], prompts: tupl
     """
     _quiet()
     from turbocompile.recipe.schema import load_recipe
-    from turbocompile.video.session import record_inputs
+    from turbocompile.video.record import record_inputs
 
     _check_device(options["device"])
     with shown_progress() as progress:

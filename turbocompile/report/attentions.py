@@ -14,7 +14,10 @@ from torch import fx
 
 from turbocompile.hardware import AttentionChoice
 from turbocompile.ir.attention_ops import BHLD, SAGE, SLA, attention_layout, attentions
-from turbocompile.ir.cost import OpCost, arguments, describe, node_cost, op_name
+from turbocompile.ir.cost import OpCost
+from turbocompile.ir.node_cost import node_cost
+from turbocompile.ir.node_text import describe
+from turbocompile.ir.op_schema import argument_values, op_name
 from turbocompile.ir.program import Program, Subgraph, is_op, module_path
 from turbocompile.ir.weights import Zeros
 from turbocompile.kernels.attention.sla_attention import count_blocks, kept_blocks
@@ -47,7 +50,7 @@ def named_attentions(graph: str, sub: Subgraph) -> Iterator[tuple[str, fx.Node]]
 
 
 def _row(graph: str, sub: Subgraph, node: fx.Node, site: str, why: str, count: int) -> AttentionSite:
-    a = arguments(node)
+    a = argument_values(node)
     q, v = (a["query"], a["value"]) if _kind(node) == "native" else (a["q"], a["v"])
     tokens, heads = (2, 1) if attention_layout(node) == BHLD else (1, 2)
     work, moved = node_cost(node)

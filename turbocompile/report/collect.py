@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from turbocompile.ir.cost import activation_bytes, cost, parameters_by_dtype
+from turbocompile.ir.cost import cost
+from turbocompile.ir.memory import activation_bytes, parameters_by_dtype
 from turbocompile.ir.program import Program
 from turbocompile.ir.site_errors import SiteError, finite
 from turbocompile.report.attentions import attention_sites, with_times
