@@ -13,7 +13,7 @@ from turbocompile.backends import triton
 from turbocompile.errors import VerificationError
 from turbocompile.ir.cost import arguments, cost
 from turbocompile.ir.program import Program, is_op
-from turbocompile.numerics.verifier import random_inputs
+from turbocompile.numerics.inputs import random_inputs
 
 CPU = torch.device("cpu")
 Run = Callable[..., tuple[torch.Tensor, ...]]

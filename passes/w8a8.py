@@ -1,7 +1,8 @@
 """linear(x, weight, bias)   ->   data, scale = quantize(x); w8a8_linear(data, scale, quantized weight, its scale, bias)
 
-8-bit weights and activations. The quantize is a node of its own, so that linears that share their input share it, and
-a norm or GELU can take it in. Linears outside the blocks, and those that do not act on tokens (modulation), stay.
+8-bit weights and activations. The quantize is a node of its own, so that linears with one input share it, and so that
+later passes can join it to a norm or a GELU. Linears outside the blocks, and linears that do not act on tokens
+(modulation), stay.
 """
 
 from __future__ import annotations

@@ -28,7 +28,10 @@ import random_dits
 from turbocompile.capture.export import capture
 from turbocompile.ir.program import Program, Subgraph, is_op
 from turbocompile.ir.weights import RELATIVE, Cat, Evaluator, Expr, Load, ModuleTensors, Permute
-from turbocompile.numerics.verifier import Evaluation, Weights, compare, random_inputs
+from turbocompile.numerics.errors import compare
+from turbocompile.numerics.inputs import random_inputs
+from turbocompile.numerics.interpreter import Interpreter
+from turbocompile.numerics.program_values import Weights
 from turbocompile.recipe.options import resolve
 from turbocompile.recipe.schema import Settings
 from turbocompile.rewrite import normalize as normal_form
@@ -238,13 +241,13 @@ def numbers(program: Program, model: nn.Module, inputs: list[torch.Tensor]) -> l
         name, prefix = args[:2]
         sub = program.graphs[name]
         given = {n.name: v for n, v in zip(sub.inputs(), args[3:], strict=True)}
-        values = Evaluation(sub, weights(sub, prefix, wide), wide)(given)
+        values = Interpreter(sub, weights(sub, prefix, wide), wide)(given)
         outputs = tuple(values[n.name] for n in sub.outputs())
         return outputs[0] if len(outputs) == 1 else outputs
 
     shell = program.shell
     given = {n.name: t.to(wide) if t.is_floating_point() else t for n, t in zip(shell.inputs(), inputs, strict=True)}
-    values = Evaluation(shell, weights(shell, "", wide), wide)(given, run_call)
+    values = Interpreter(shell, weights(shell, "", wide), wide)(given, run_call)
     return [values[n.name] for n in shell.outputs()]
 
 

@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from turbocompile.kernels._common import FUSED
+from turbocompile.kernels._registry import FUSED
 
 # Three names that Triton changed after 3.6: in 3.7, in 3.8 and in 3.9.
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -68,10 +68,10 @@ def _product(x, y):
 
 
 @gluon.jit
-def _fetch(k_tiles, v_tiles, k_ring, v_ring, full, at, BN: gl.constexpr, D: gl.constexpr, live):
+def _fetch(k_tiles, v_tiles, k_ring, v_ring, full, at, BLOCK_K: gl.constexpr, D: gl.constexpr, live):
     """Key block `at` and its values into one place of the ring; `full` completes when both are there."""
-    mbarrier.expect(full, 2 * BN * D, pred=live)
-    _copy(k_tiles, [at * BN, 0], full, k_ring, pred=live)
+    mbarrier.expect(full, 2 * BLOCK_K * D, pred=live)
+    _copy(k_tiles, [at * BLOCK_K, 0], full, k_ring, pred=live)
     _copy(v_tiles, [at * D, 0], full, v_ring, pred=live)
 
 
@@ -89,20 +89,20 @@ def _attend_hopper(
     q, out, k_tiles, v_tiles, k_scale, v_scale, lut, g_tiles, phi_sum, bias,
     q_b, q_l, q_h, o_b, o_l, o_h,
     length, keys, num_heads, group, num_k, topk, scale,
-    HEAD: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    HEAD: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     SHARE: gl.constexpr, SPARSE: gl.constexpr, LINEAR: gl.constexpr, CAUSAL: gl.constexpr, RAGGED: gl.constexpr,
     MAP: gl.constexpr,
 ):  # fmt: skip
-    """BM = 64 rows of one head; SHARE programs in a row use one line of lut (block_q = SHARE * BM)."""
+    """BLOCK_Q = 64 rows of one head; SHARE programs in a row use one line of lut (block_q = SHARE * BLOCK_Q)."""
     WARPS: gl.constexpr = gl.num_warps()
-    s_layout: gl.constexpr = _mma(WARPS, BN, 32)
+    s_layout: gl.constexpr = _mma(WARPS, BLOCK_K, 32)
     o_layout: gl.constexpr = _mma(WARPS, D, 32)
     l_layout: gl.constexpr = _mma(WARPS, D, 16)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4)
     q_layout: gl.constexpr = _rows(WARPS, D, 8)
     q8_layout: gl.constexpr = gl.NVMMASharedLayout(D, 8, 2)
     # the places of the last keys take the linear branch's state (D x D of 2 bytes) if they are large enough
-    REUSE: gl.constexpr = STAGES * BN >= 2 * D
+    REUSE: gl.constexpr = STAGES * BLOCK_K >= 2 * D
     tile = gl.program_id(0)
     head = gl.program_id(1)
     b = head // num_heads
@@ -110,8 +110,8 @@ def _attend_hopper(
     kv_head = b * (num_heads // group) + h // group
     first = kv_head * num_k
 
-    k_ring = gl.allocate_shared_memory(k_tiles.dtype, [STAGES, BN, D], k_tiles.layout)
-    v_ring = gl.allocate_shared_memory(v_tiles.dtype, [STAGES, D, BN], v_tiles.layout)
+    k_ring = gl.allocate_shared_memory(k_tiles.dtype, [STAGES, BLOCK_K, D], k_tiles.layout)
+    v_ring = gl.allocate_shared_memory(v_tiles.dtype, [STAGES, D, BLOCK_K], v_tiles.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     g_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -121,7 +121,7 @@ def _attend_hopper(
     _barrier()
     if LINEAR and REUSE:
         # several of the state's size where heads are narrow: what is reinterpreted keeps its size
-        PLACES: gl.constexpr = STAGES * BN // (2 * D)
+        PLACES: gl.constexpr = STAGES * BLOCK_K // (2 * D)
         if _REINTERPRET:
             g_tile = k_ring.reinterpret(g_tiles.dtype, [PLACES, D, D], g_tiles.layout).index(0)
         else:
@@ -131,19 +131,19 @@ def _attend_hopper(
     if SPARSE:
         count = topk
     elif CAUSAL:
-        count = gl.minimum(gl.cdiv((tile + 1) * BM, BN), num_k)
+        count = gl.minimum(gl.cdiv((tile + 1) * BLOCK_Q, BLOCK_K), num_k)
     else:
         count = num_k
     for i in gl.static_range(STAGES):
         at = first + _entry(line, i, count, SPARSE)
-        _fetch(k_tiles, v_tiles, k_ring.index(i), v_ring.index(i), full.index(i), at, BN, D, i < count)
+        _fetch(k_tiles, v_tiles, k_ring.index(i), v_ring.index(i), full.index(i), at, BLOCK_K, D, i < count)
 
-    row = tile * BM + gl.arange(0, BM, gl.SliceLayout(1, q_layout))
+    row = tile * BLOCK_Q + gl.arange(0, BLOCK_Q, gl.SliceLayout(1, q_layout))
     d = gl.arange(0, D, gl.SliceLayout(0, q_layout))
     inside = (row < length)[:, None] & (d < HEAD)[None, :]
     q_at = q + b.to(gl.int64) * q_b + h.to(gl.int64) * q_h + row.to(gl.int64)[:, None] * q_l + d[None, :]
-    x = gl.load(q_at, mask=inside, other=0.0).to(gl.float32)
-    amax = gl.maximum(gl.max(gl.abs(x).reshape([BM * D]), 0), 1e-7)
+    x = gl.load(q_at, mask=inside, other=0.0).to(gl.float32)  # (BLOCK_Q, D)
+    amax = gl.maximum(gl.max(gl.abs(x).reshape([BLOCK_Q * D]), 0), 1e-7)
     q8 = (x * (127.0 / amax) + 12582912.0).to(gl.int32, bitcast=True).to(gl.int8)
     unit = amax / 127.0 * scale * 1.4426950408889634
     # Where neighbours among a block's integer scores would be further apart than 2^(1/8), all scores of the tile are
@@ -152,22 +152,22 @@ def _attend_hopper(
     t = gl.arange(0, 128, some)
     largest = gl.zeros([128], gl.float32, some)
     for start in range(0, num_k, 128):
-        largest = gl.maximum(largest, gl.load(k_scale + first + start + t, mask=start + t < num_k, other=0.0))
+        largest = gl.maximum(largest, gl.load(k_scale + first + start + t, mask=start + t < num_k, other=0.0))  # (128,)
     unit = unit * gl.minimum(1.0, 0.125 / (gl.max(largest, 0) * unit))
-    q_tile = gl.allocate_shared_memory(gl.int8, [BM, D], q8_layout, q8)
+    q_tile = gl.allocate_shared_memory(gl.int8, [BLOCK_Q, D], q8_layout, q8)
     fence_async_shared()
     _barrier()
 
-    zero = gl.zeros([BM, BN], gl.int32, s_layout)
-    nothing = gl.zeros([BM, D], gl.float32, o_layout)
-    acc = gl.zeros([BM, D], gl.float32, o_layout)
-    high = gl.full([BM], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-    level = gl.full([BM], float("inf"), gl.float32, gl.SliceLayout(1, s_layout))
-    norm = gl.zeros([BM], gl.float32, gl.SliceLayout(1, s_layout))
-    col = gl.arange(0, BN, gl.SliceLayout(0, s_layout))
+    zero = gl.zeros([BLOCK_Q, BLOCK_K], gl.int32, s_layout)
+    nothing = gl.zeros([BLOCK_Q, D], gl.float32, o_layout)
+    acc = gl.zeros([BLOCK_Q, D], gl.float32, o_layout)
+    high = gl.full([BLOCK_Q], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+    level = gl.full([BLOCK_Q], float("inf"), gl.float32, gl.SliceLayout(1, s_layout))
+    norm = gl.zeros([BLOCK_Q], gl.float32, gl.SliceLayout(1, s_layout))
+    col = gl.arange(0, BLOCK_K, gl.SliceLayout(0, s_layout))
     if CAUSAL:
-        edge = gl.minimum(keys, tile * BM + 1)  # the first key that some row of this tile must not see
-        limit = gl.minimum(tile * BM + 1 + gl.arange(0, BM, gl.SliceLayout(1, s_layout)), keys)
+        edge = gl.minimum(keys, tile * BLOCK_Q + 1)  # the first key that some row of this tile must not see
+        limit = gl.minimum(tile * BLOCK_Q + 1 + gl.arange(0, BLOCK_Q, gl.SliceLayout(1, s_layout)), keys)
 
     # list entries are read two steps ahead and scales one: neither read is waited for
     index = _entry(line, 0, count, SPARSE)
@@ -180,13 +180,14 @@ def _attend_hopper(
         c_ahead = gl.load(k_scale + first + ahead)
         two_ahead = _entry(line, j + 2, count, SPARSE)
         mbarrier.wait(full.index(slot), phase)
+        # (BLOCK_Q, BLOCK_K) int32
         s = warpgroup_mma(q_tile, k_ring.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
         # Under this product: every warp has read the place before, and it is filled again. The threads' wait for each
         # other costs nothing here; behind the second product it was a sixth of the time.
         free = (j + STAGES - 1) % STAGES
         _barrier()
-        _fetch(k_tiles, v_tiles, k_ring.index(free), v_ring.index(free), full.index(free), first + following, BN, D,
-               (j > 0) & (j + STAGES - 1 < count))  # fmt: skip
+        _fetch(k_tiles, v_tiles, k_ring.index(free), v_ring.index(free), full.index(free), first + following, BLOCK_K,
+               D, (j > 0) & (j + STAGES - 1 < count))  # fmt: skip
         _barrier()  # that the compiler would put between this copy and the second product
         following = _entry(line, j + STAGES, count, SPARSE)
         s = warpgroup_mma_wait(0, [s])
@@ -198,11 +199,11 @@ def _attend_hopper(
                 _copy(g_tiles, [head * D, 0], g_full, g_tile)
         # masked scores: below every real one (127^2 D = 2064512 for D = 128)
         if CAUSAL:
-            if (index + 1) * BN > edge:
-                s = gl.where((index * BN + col)[None, :] < limit[:, None], s, -2100000)
+            if (index + 1) * BLOCK_K > edge:
+                s = gl.where((index * BLOCK_K + col)[None, :] < limit[:, None], s, -2100000)
         elif RAGGED:  # noqa: SIM102
             if index == num_k - 1:
-                s = gl.where((col < keys - index * BN)[None, :], s, -2100000)
+                s = gl.where((col < keys - index * BLOCK_K)[None, :], s, -2100000)
         top = gl.max(s, 1)
         peak = _product(top.to(gl.float32), c)
         new = gl.maximum(high, peak)
@@ -217,18 +218,24 @@ def _attend_hopper(
         p = _power(gl.fma((s + 0x4B400000).to(gl.float32, bitcast=True), c, offset[:, None]))
         # a small c brings masked scores near the real ones, so their weights are taken out
         if CAUSAL:  # noqa: SIM102
-            if (index + 1) * BN > edge:
-                p = gl.where((index * BN + col)[None, :] < limit[:, None], p, 0.0)
+            if (index + 1) * BLOCK_K > edge:
+                p = gl.where((index * BLOCK_K + col)[None, :] < limit[:, None], p, 0.0)
         norm = norm * alpha + gl.sum(p, 1)
         if RAGGED and not CAUSAL:  # noqa: SIM102
             if index == num_k - 1:  # V is zero past the end: only the sum has to give them back
                 past = _power(gl.fma(c, 12582912.0 - 2100000.0, offset))
-                norm -= past * (num_k * BN - keys)
+                norm -= past * (num_k * BLOCK_K - keys)
         high = new
         # of 16 columns a thread owns {2t, 2t+1, 2t+8, 2t+9}: V's tokens are stored in that order
-        p8 = p.to(gl.float8e4nv).reshape([BM, BN // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([BM, BN])
+        p8 = (
+            p.to(gl.float8e4nv)
+            .reshape([BLOCK_Q, BLOCK_K // 16, 2, 4, 2])
+            .permute([0, 1, 3, 2, 4])
+            .reshape([BLOCK_Q, BLOCK_K])
+        )
         w = gl.convert_layout(p8, p_layout)
         # each block's product by itself: see attend_triton.py on sums of e4m3 products
+        # (BLOCK_Q, D)
         part = warpgroup_mma(w, v_ring.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
         part = warpgroup_mma_wait(0, [part])
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None] + part
@@ -244,10 +251,10 @@ def _attend_hopper(
     if LINEAR:
         # phi(q) phi_sum / z, where a factor that all of a row share leaves nothing: phi is not divided by its sum, and
         # its maximum is taken out only where e^x might leave float32's range.
-        x = gl.load(q_at, mask=inside, other=0.0).to(gl.float32)
-        ks = gl.load(phi_sum + head * D + d)[None, :]
+        x = gl.load(q_at, mask=inside, other=0.0).to(gl.float32)  # (BLOCK_Q, D)
+        ks = gl.load(phi_sum + head * D + d)[None, :]  # (1, D)
         if MAP == "softmax":
-            lift = gl.zeros([BM], gl.float32, gl.SliceLayout(1, q_layout))
+            lift = gl.zeros([BLOCK_Q], gl.float32, gl.SliceLayout(1, q_layout))
             if amax > 40.0:
                 lift = gl.max(gl.where((d < HEAD)[None, :], x, float("-inf")), 1)
             e = _power((x - lift[:, None]) * 1.4426950408889634)
@@ -270,13 +277,14 @@ def _attend_hopper(
         _copy(g_tiles, [head * D, 0], g_full, g_tile)
     acc = acc * gl.convert_layout(_reciprocal(norm), gl.SliceLayout(1, o_layout))[:, None]
     e_o = gl.arange(0, D, gl.SliceLayout(0, o_layout))
-    unit_v = gl.load(v_scale + kv_head * D + e_o)[None, :]
+    unit_v = gl.load(v_scale + kv_head * D + e_o)[None, :]  # (1, D)
     if LINEAR:
+        # bias: (1, D)
         acc = gl.fma(acc, unit_v, gl.load(bias + e_o, mask=e_o < HEAD, other=0.0).to(gl.float32)[None, :])
         phi_op = gl.convert_layout(phi, gl.DotOperandLayout(0, l_layout, 2))
         mbarrier.wait(g_full, 0)
         acc = gl.convert_layout(acc, l_layout)
-        acc = warpgroup_mma(phi_op, g_tile, acc, is_async=True)
+        acc = warpgroup_mma(phi_op, g_tile, acc, is_async=True)  # (BLOCK_Q, D)
         acc = warpgroup_mma_wait(0, [acc])
     else:
         acc = acc * unit_v
@@ -317,5 +325,5 @@ def launch(
         TensorDescriptor.from_tensor(v_flat, [d, block_k], gl.NVMMASharedLayout(block_k, 8, 2)),
         k_scale, v_scale, lists,
         TensorDescriptor.from_tensor(folded, [d, d], gl.NVMMASharedLayout(128, 16, 2)), *tail,
-        BM=64, STAGES=stages, SHARE=share, **flags, **FUSED, num_warps=4, **registers,
+        BLOCK_Q=64, STAGES=stages, SHARE=share, **flags, **FUSED, num_warps=4, **registers,
     )  # fmt: skip

@@ -20,7 +20,6 @@ attend_gluon.py has the same for Hopper.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,18 +28,9 @@ import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from turbocompile.kernels._common import FUSED, check
-from turbocompile.kernels.attention.prepare_triton import (
-    LOG2E,
-    ROUND,
-    Keys,
-    Prepared,
-    _exp2,
-    _features,
-    _product,
-    prepare,
-    strides,
-)
+from turbocompile.kernels._jit import LOG2E, ROUND, exp2, product
+from turbocompile.kernels._registry import FUSED, card, check
+from turbocompile.kernels.attention.prepare_triton import Keys, Prepared, features, prepare, strides
 
 try:
     from turbocompile.kernels.attention import attend_gluon
@@ -55,33 +45,33 @@ def _attend_portable(
     q, out, k_tiles, v_tiles, k_scale, v_scale, lut, folded, phi_sum, bias,
     q_b, q_l, q_h, o_b, o_l, o_h,
     length, keys, num_heads, group, num_k, topk, scale,
-    HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HEAD: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     SPARSE: tl.constexpr, LINEAR: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr, FP8: tl.constexpr,
     MAP: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """BM rows of one head. SPARSE: lut (BH, M, topk) names the key blocks. LINEAR: adds the linear branch."""
+    """BLOCK_Q rows of one head. SPARSE: lut (BH, M, topk) names the key blocks. LINEAR: adds the linear branch."""
     tile = tl.program_id(0)
     head = tl.program_id(1)
     b = head // num_heads
     h = head % num_heads
     kv_head = b * (num_heads // group) + h // group
     d = tl.arange(0, D)
-    row = tile * BM + tl.arange(0, BM)
+    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = (row < length)[:, None] & (d < HEAD)[None, :]
     q_at = q + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h + row.to(tl.int64)[:, None] * q_l + d[None, :]
-    x = tl.load(q_at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(q_at, mask=inside, other=0.0).to(tl.float32)  # (BLOCK_Q, D)
     amax = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-7)
     q8 = (x * (127.0 / amax) + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
     unit = amax / 127.0 * scale * LOG2E
-    high = tl.full([BM], float("-inf"), tl.float32)
-    norm = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, D], tl.float32)
+    high = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    norm = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, D], tl.float32)
     first = kv_head * num_k
     line = lut + (head * tl.num_programs(0) + tile).to(tl.int64) * topk
     if SPARSE:
         count = topk
     elif CAUSAL:
-        count = tl.minimum(tl.cdiv((tile + 1) * BM, BN), num_k)
+        count = tl.minimum(tl.cdiv((tile + 1) * BLOCK_Q, BLOCK_K), num_k)
     else:
         count = num_k
     for j in range(count):
@@ -89,24 +79,24 @@ def _attend_portable(
             index = tl.load(line + j)
         else:
             index = j
-        k = k_tiles.load([(first + index) * BN, 0])
-        s = tl.dot(q8, k.T)
+        k = k_tiles.load([(first + index) * BLOCK_K, 0])  # (BLOCK_K, D)
+        s = tl.dot(q8, k.T)  # (BLOCK_Q, BLOCK_K) int32
         c = tl.load(k_scale + first + index) * unit
-        col = index * BN + tl.arange(0, BN)
+        col = index * BLOCK_K + tl.arange(0, BLOCK_K)
         if CAUSAL:
             seen = (col[None, :] <= row[:, None]) & (col < keys)[None, :]
             s = tl.where(seen, s, -2100000)  # below every score: 127^2 D = 2064512 for D = 128
         elif RAGGED and index == num_k - 1:
             s = tl.where((col < keys)[None, :], s, -2100000)
         top = tl.max(s, 1)
-        peak = _product(top.to(tl.float32), c, FTZ)
+        peak = product(top.to(tl.float32), c, FTZ)
         new = tl.maximum(high, peak)
-        alpha = _exp2(high - new, FTZ)
+        alpha = exp2(high - new, FTZ)
         if FP8:
             shift = peak - new + OFFSET
         else:
             shift = peak - new
-        p = _exp2((s - top[:, None]).to(tl.float32) * c + shift[:, None], FTZ)
+        p = exp2((s - top[:, None]).to(tl.float32) * c + shift[:, None], FTZ)
         # a small c brings the masked scores near the real ones: their weights are set, not hoped for
         if CAUSAL:
             p = tl.where(seen, p, 0.0)
@@ -114,24 +104,24 @@ def _attend_portable(
             p = tl.where((col < keys)[None, :], p, 0.0)
         norm = norm * alpha + tl.sum(p, 1)
         if FP8:
-            v = v_tiles.load([(first + index) * D, 0])
-            part = tl.dot(p.to(v.dtype), v.T)
+            v = v_tiles.load([(first + index) * D, 0])  # (D, BLOCK_K)
+            part = tl.dot(p.to(v.dtype), v.T)  # (BLOCK_Q, D)
         else:
-            v = v_tiles.load([(first + index) * BN, 0])
-            part = tl.dot(p.to(v.dtype), v)
+            v = v_tiles.load([(first + index) * BLOCK_K, 0])  # (BLOCK_K, D)
+            part = tl.dot(p.to(v.dtype), v)  # (BLOCK_Q, D)
         acc = tl.fma(
             acc, tl.broadcast_to(alpha[:, None], acc.shape), part
         )  # a sum would become the dot's third operand
         high = new
-    acc = acc * (1.0 / norm)[:, None] * tl.load(v_scale + kv_head * D + d)[None, :]
+    acc = acc * (1.0 / norm)[:, None] * tl.load(v_scale + kv_head * D + d)[None, :]  # (1, D)
     if LINEAR:
-        x = tl.load(q_at, mask=inside, other=0.0).to(tl.float32)
-        e, s = _features(x, d < HEAD, HEAD, D, MAP, FTZ)
-        e = e * tl.load(phi_sum + head * D + d)[None, :]
+        x = tl.load(q_at, mask=inside, other=0.0).to(tl.float32)  # (BLOCK_Q, D)
+        e, s = features(x, d < HEAD, HEAD, D, MAP, FTZ)
+        e = e * tl.load(phi_sum + head * D + d)[None, :]  # (1, D)
         z = tl.sum(e, 1) + 1e-5 * s
-        g = tl.load(folded + head.to(tl.int64) * D * D + d[:, None] * D + d[None, :])
-        acc = tl.dot((e * (1.0 / z)[:, None]).to(g.dtype), g, acc)
-        acc += tl.load(bias + d, mask=d < HEAD, other=0.0).to(tl.float32)[None, :]
+        g = tl.load(folded + head.to(tl.int64) * D * D + d[:, None] * D + d[None, :])  # (D, D)
+        acc = tl.dot((e * (1.0 / z)[:, None]).to(g.dtype), g, acc)  # (BLOCK_Q, D)
+        acc += tl.load(bias + d, mask=d < HEAD, other=0.0).to(tl.float32)[None, :]  # (1, D)
     o_at = out + b.to(tl.int64) * o_b + h.to(tl.int64) * o_h + row.to(tl.int64)[:, None] * o_l + d[None, :]
     tl.store(o_at, acc.to(out.dtype.element_ty), mask=inside)
 
@@ -163,20 +153,9 @@ PORTABLE_CONFIGS = (
 LARGE_SHARED = 160 << 10  # bytes a multiprocessor: less (8.6, 8.9, 12.0 have 100 KiB) holds two stages, not three
 
 
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory of a multiprocessor."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-
-
 def product_format(device: torch.device, pv: str) -> str:
     """What pv "fp8" runs as: "fp16", which is more exact, on GPUs without e4m3 (before compute capability 8.9)."""
-    return "fp16" if device.type == "cuda" and _capability(device) < (8, 9) else pv
+    return "fp16" if device.type == "cuda" and card(device).capability < (8, 9) else pv
 
 
 SAGE_BLOCKS = (64, 128)  # rows of q (unless block_m has more) and of k that share a scale; 128 were 15% faster than 64
@@ -184,8 +163,8 @@ SAGE_BLOCKS = (64, 128)  # rows of q (unless block_m has more) and of k that sha
 
 def choice_key(device: torch.device, pv: str, block_k: int, block_q: int = 64) -> str:
     """What a choice is kept under: the card, the format it computes in, the blocks."""
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{card}: {product_format(device, pv)} blocks {block_q}x{block_k}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}: {product_format(device, pv)} blocks {block_q}x{block_k}"
 
 
 def declared(name: str, fields: Mapping[str, Any]) -> AttendConfig:
@@ -196,6 +175,14 @@ def declared(name: str, fields: Mapping[str, Any]) -> AttendConfig:
     matches = [c for c in (*HOPPER_CONFIGS, *PORTABLE_CONFIGS) if asdict(c) == dict(fields)]
     check(bool(matches), f"{name!r} names no declared configuration of the attention: {dict(fields)}")
     return matches[0]
+
+
+def configs(device: torch.device, pv: str) -> tuple[AttendConfig, ...]:
+    """The declared configurations that a device runs for operands in the format pv, the Hopper kernel's first."""
+    on = card(device)
+    hopper = device.type == "cuda" and attend_gluon is not None and pv == "fp8" and on.capability[0] == 9
+    portable = [c for c in PORTABLE_CONFIGS if c.stages == 2 or on.shared >= LARGE_SHARED]
+    return (*(HOPPER_CONFIGS if hopper else ()), *portable)
 
 
 def usable_config(
@@ -209,9 +196,10 @@ def usable_config(
 
 def default_config(device: torch.device, pv: str, block_k: int, block_q: int = 64) -> AttendConfig:
     """The configuration for a device, the operands' format and the blocks; no other size matters."""
-    if device.type == "cuda" and attend_gluon is not None and pv == "fp8" and _capability(device)[0] == 9:
+    found = configs(device, pv)
+    if found[0].path == "hopper":
         return HOPPER_CONFIGS[1] if block_k == 64 else HOPPER_CONFIGS[0]
-    large = device.type != "cuda" or shared_memory(device) >= LARGE_SHARED
+    large = card(device).shared >= LARGE_SHARED
     return PORTABLE_CONFIGS[(2 if block_q == 128 else 0) + (not large)]
 
 
@@ -243,7 +231,7 @@ def attend(
         heads // kv_heads, n, lut.shape[-1] if lut is not None else 0, scale,
     )  # fmt: skip
     flags = {
-        "HEAD": head_dim, "D": d, "BN": block_k, "SPARSE": sparse, "LINEAR": linear, "CAUSAL": is_causal,
+        "HEAD": head_dim, "D": d, "BLOCK_K": block_k, "SPARSE": sparse, "LINEAR": linear, "CAUSAL": is_causal,
         "RAGGED": keys % block_k != 0, "MAP": feature_map,
     }  # fmt: skip
     registers = {} if config.registers is None else {"maxnreg": config.registers}
@@ -259,16 +247,16 @@ def attend(
         return out
     if kv.permuted:
         raise ValueError("the portable kernel reads V in token order: prepare with permute=False")
-    bm = block_q if sparse else config.block_m
-    if is_causal and bm > block_k:
+    rows = block_q if sparse else config.block_m
+    if is_causal and rows > block_k:
         raise ValueError(
-            f"{bm} causal rows a program need blocks of as many keys: each row has to see one of each block"
+            f"{rows} causal rows a program need blocks of as many keys: each row has to see one of each block"
         )
-    _attend_portable[(triton.cdiv(length, bm), batch * heads)](
+    _attend_portable[(triton.cdiv(length, rows), batch * heads)](
         q, out, TensorDescriptor.from_tensor(k_flat, [block_k, d]),
         TensorDescriptor.from_tensor(v_flat, list(kv.v8.shape[-2:])), kv.k_scale, kv.v_scale,
         lists, kv.folded if kv.folded is not None else q, *tail,
-        BM=bm, FP8=kv.v8.dtype != torch.float16, FTZ=q.is_cuda, **flags,
+        BLOCK_Q=rows, FP8=kv.v8.dtype != torch.float16, FTZ=q.is_cuda, **flags,
         **FUSED, num_warps=config.warps, num_stages=config.stages, **registers,
     )  # fmt: skip
     return out

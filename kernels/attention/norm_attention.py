@@ -15,20 +15,15 @@ the two ops run one after the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
-from turbocompile.kernels._common import check, check_channels, choose, register, takes_rows
+from turbocompile.kernels._registry import check, check_channels, choose, register, register_on_cuda
 from turbocompile.kernels.attention import sage_attention, sla_attention
+from turbocompile.kernels.attention.keys import takes_keys
 from turbocompile.kernels.rotary import qk_norm_rope, rope
 
 MADE = 5  # operands behind q, x and v from which k is made: weight, eps, cos, sin, grid
-HEAD_DIMS = (64, 128)  # that the kernel is made for
-LEAST = 4096  # tokens; with fewer, two passes over k cost as little
-TOKENS = 1 << 22  # fewer than this are divided among the axes as floats are
-PLACES = 1 << 16  # of two neighbouring axes, each a power of two long: one table of the kernel's may hold both
-BETWEEN = 3  # columns of an axis that lies between two; with fewer, four neighbouring pairs may turn by all three axes
 
 
 def _keys(
@@ -59,33 +54,6 @@ def _check_keys(
     check_channels(x, weight=weight)
     check(len(cos) > 0, f"{name}: there are no tables to rotate k by")
     rope.check_tables(x.shape[1], v.shape[3], cos, sin, grid)
-
-
-def takes_keys(
-    x: torch.Tensor,
-    v: torch.Tensor,
-    weight: torch.Tensor | None,
-    cos: Sequence[torch.Tensor],
-    sin: Sequence[torch.Tensor],
-    grid: Sequence[int],
-) -> bool:
-    """Whether the GPU kernel makes k of operands that fit, with a v that the attention's kernel takes.
-
-    v's dtype and device; rows as takes_rows says; HEAD_DIMS channels a head; from LEAST to TOKENS tokens; one to three
-    axes, whose tables are not too large (PLACES) nor too narrow (BETWEEN).
-    """
-    sizes = [1 << (n - 1).bit_length() for n in grid]
-    places = max([*sizes, *(a * b for a, b in pairwise(sizes))])
-    return (
-        x.dtype == v.dtype
-        and x.device == v.device
-        and v.shape[3] in HEAD_DIMS
-        and LEAST <= x.shape[1] < TOKENS
-        and len(grid) <= qk_norm_rope.AXES
-        and places <= PLACES
-        and all(c.shape[1] >= BETWEEN for c in cos[1:-1])
-        and takes_rows(x, weight, cos, sin)
-    )
 
 
 # ------------------------------------------------------------------------------------------------ norm_sage_attention
@@ -178,7 +146,7 @@ norm_sage_attention = register(
     sage_reference,
     _sage_fake,
 )
-torch.library.impl("turbocompile::norm_sage_attention", "cuda")(sage_on_cuda)
+register_on_cuda(norm_sage_attention, sage_on_cuda)
 
 
 # ------------------------------------------------------------------------------------------------- norm_sla_attention
@@ -282,7 +250,7 @@ norm_sla_attention = register(
     sla_reference,
     _sla_fake,
 )
-torch.library.impl("turbocompile::norm_sla_attention", "cuda")(sla_on_cuda)
+register_on_cuda(norm_sla_attention, sla_on_cuda)
 
 
 # ------------------------------------------------------------------------------------------------------ decompositions

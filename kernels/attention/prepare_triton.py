@@ -24,43 +24,24 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from turbocompile.kernels._common import FUSED
+from turbocompile.kernels._jit import LOG2E, ROUND, exp2
+from turbocompile.kernels._registry import FUSED, card
 
-LOG2E = tl.constexpr(1.4426950408889634)
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to |x| < 2^22 it rounds half to even; the bits end in the integer
 TINY = tl.constexpr(1e-30)  # keeps the division of a zero row finite
 
 
 @triton.jit
-def _exp2(x, FTZ: tl.constexpr):
-    """2^x; FTZ, on a GPU, leaves out the steps that keep denormal results (PTX, so not under the interpreter)."""
-    if FTZ:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    return tl.exp2(x)
-
-
-@triton.jit
-def _product(x, y, FTZ: tl.constexpr):
-    """x y, rounded. A plain product may be contracted into a difference after it, which then sees what rounding took:
-    up to 2^10 where scores reach 1e10, and 2^(2^10) is infinite.
-    """
-    if FTZ:
-        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, True, 1)
-    return x * y
-
-
-@triton.jit
-def _features(x, channel, HEAD: tl.constexpr, D: tl.constexpr, MAP: tl.constexpr, FTZ: tl.constexpr):
+def features(x, channel, HEAD: tl.constexpr, D: tl.constexpr, MAP: tl.constexpr, FTZ: tl.constexpr):
     """Rows e and divisors s with phi(x) = e / s: softmax over channels, elu + 1, or relu. Padded channels give 0."""
     if MAP == "softmax":
         if HEAD < D:
             x = tl.where(channel[None, :], x, float("-inf"))
         x = x * LOG2E
-        e = _exp2(x - tl.max(x, 1)[:, None], FTZ)
+        e = exp2(x - tl.max(x, 1)[:, None], FTZ)
         s = tl.sum(e, 1)
     else:
         if MAP == "elu":
-            e = tl.where(x > 0, x + 1.0, _exp2(tl.minimum(x, 0.0) * LOG2E, FTZ))
+            e = tl.where(x > 0, x + 1.0, exp2(tl.minimum(x, 0.0) * LOG2E, FTZ))
         else:
             e = tl.maximum(x, 0.0)
         if HEAD < D:
@@ -100,19 +81,19 @@ def _summaries(
         real = row + r < stop
         valid = real[:, None] & (d < HEAD)[None, :]
         if MEAN or LINEAR:
-            kt = tl.load(k_at, mask=valid, other=0.0)
+            kt = tl.load(k_at, mask=valid, other=0.0)  # (ROWS, D)
             k_at += ROWS * k_l
             kf = kt.to(tl.float32)
-        vt = tl.load(v_at, mask=valid, other=0.0)
+        vt = tl.load(v_at, mask=valid, other=0.0)  # (ROWS, D)
         v_at += ROWS * v_l
         if MEAN:
             k_sum += tl.sum(tl.reshape(kf, [ROWS // 16, 16, D]), 0)
         v_max = tl.maximum(v_max, tl.max(tl.reshape(tl.abs(vt.to(tl.float32)), [ROWS // 16, 16, D]), 0))
         if LINEAR:
-            e, s = _features(kf, d < HEAD, HEAD, D, MAP, FTZ)
+            e, s = features(kf, d < HEAD, HEAD, D, MAP, FTZ)
             phi = e * tl.where(real, 1.0 / s, 0.0)[:, None]
             phi_sum += tl.sum(tl.reshape(phi, [ROWS // 16, 16, D]), 0)
-            kv = tl.dot(tl.trans(phi.to(kt.dtype)), vt, kv)
+            kv = tl.dot(tl.trans(phi.to(kt.dtype)), vt, kv)  # (D, D)
     part = (head * tl.num_programs(0) + split).to(tl.int64)
     tl.store(columns + part * 3 * D + d, tl.sum(k_sum, 0))
     tl.store(columns + part * 3 * D + D + d, tl.max(v_max, 0))
@@ -137,10 +118,10 @@ def _finish(
         phi = tl.zeros([D], tl.float32)
         for s in range(splits):
             base = columns + (head * splits + s).to(tl.int64) * 3 * D
-            total += tl.load(base + d)
-            amax = tl.maximum(amax, tl.load(base + D + d))
+            total += tl.load(base + d)  # (D,)
+            amax = tl.maximum(amax, tl.load(base + D + d))  # (D,)
             if LINEAR:
-                phi += tl.load(base + 2 * D + d)
+                phi += tl.load(base + 2 * D + d)  # (D,)
         if k_mean is not None:
             tl.store(k_mean + head * D + d, total / length)
         if FP8:
@@ -156,11 +137,11 @@ def _finish(
         phi = tl.zeros([SLICE], tl.float32)
         for s in range(splits):
             at = (head * splits + s).to(tl.int64) * D
-            kv += tl.load(state + at * D + r[:, None] * D + d[None, :])
-            phi += tl.load(columns + at * 3 + 2 * D + r)
+            kv += tl.load(state + at * D + r[:, None] * D + d[None, :])  # (SLICE, D)
+            phi += tl.load(columns + at * 3 + 2 * D + r)  # (SLICE,)
         square = (d < HEAD)[:, None] & (d < HEAD)[None, :]
-        w = tl.load(weight + d[None, :] * w_o + d[:, None] * w_i, mask=square, other=0.0).to(tl.float32)
-        g = tl.dot(kv / tl.maximum(phi, TINY)[:, None], w, input_precision="tf32x3")
+        w = tl.load(weight + d[None, :] * w_o + d[:, None] * w_i, mask=square, other=0.0).to(tl.float32)  # (D, D)
+        g = tl.dot(kv / tl.maximum(phi, TINY)[:, None], w, input_precision="tf32x3")  # (SLICE, D)
         tl.store(folded + head.to(tl.int64) * D * D + r[:, None] * D + d[None, :], g.to(folded.dtype.element_ty))
 
 
@@ -187,8 +168,9 @@ def _quantize_kv(
     valid = (token < length)[:, None] & channel[None, :]
     tile = (head * count + block).to(tl.int64)
     if k is not None:
+        # (BLOCK, D)
         kt = tl.load(k + b * k_b + h * k_h + token.to(tl.int64)[:, None] * k_l + d[None, :], mask=valid, other=0.0)
-        x = tl.where(valid, kt.to(tl.float32) - tl.load(k_mean + head * D + d)[None, :], 0.0)
+        x = tl.where(valid, kt.to(tl.float32) - tl.load(k_mean + head * D + d)[None, :], 0.0)  # (BLOCK, D)
         if POOL:
             rows = tl.minimum(length - block * BLOCK, BLOCK)
             tl.store(pooled + tile * D + d, (tl.sum(x, 0) / rows).to(pooled.dtype.element_ty))
@@ -201,8 +183,9 @@ def _quantize_kv(
     else:
         source = token
     valid = (source < length)[:, None] & channel[None, :]
+    # (BLOCK, D)
     vt = tl.load(v + b * v_b + h * v_h + source.to(tl.int64)[:, None] * v_l + d[None, :], mask=valid, other=0.0)
-    vf = vt.to(tl.float32) * (1.0 / tl.load(v_scale + head * D + d))[None, :]
+    vf = vt.to(tl.float32) * (1.0 / tl.load(v_scale + head * D + d))[None, :]  # (BLOCK, D)
     if FP8:
         tl.store(v8 + tile * BLOCK * D + d[:, None] * BLOCK + t[None, :], tl.trans(vf.to(v8.dtype.element_ty)))
     else:
@@ -234,14 +217,9 @@ def padded(head_dim: int) -> int:
     return 64 if head_dim <= 64 else 128
 
 
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; a small number for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
 def splits_of(length: int, heads: int, device: torch.device, rows: int) -> tuple[int, int]:
     """(splits, tokens a split) so that two programs run on each multiprocessor."""
-    per = triton.cdiv(triton.cdiv(length, max(1, 2 * processors(device) // heads)), rows) * rows
+    per = triton.cdiv(triton.cdiv(length, max(1, 2 * card(device).processors // heads)), rows) * rows
     return triton.cdiv(length, per), per
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from turbocompile.kernels._common import check, choose, compute_dtype, register, runs_triton
+from turbocompile.kernels._registry import check, choose, compute_dtype, register, register_on_cuda, runs_triton
 from turbocompile.kernels.quantize.quantize import quotient
 
 LOG2E = math.log2(math.e)
@@ -206,7 +206,7 @@ sage_attention = register(
     reference,
     _fake,
 )
-torch.library.impl("turbocompile::sage_attention", "cuda")(on_cuda)
+register_on_cuda(sage_attention, on_cuda)
 
 
 def _decomposition(

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from turbocompile.kernels._common import check, choose, compute_dtype, register
+from turbocompile.kernels._registry import check, choose, compute_dtype, register, register_on_cuda
 from turbocompile.kernels.attention.sage_attention import (
     LOG2E,
     SCORES,
@@ -465,8 +465,8 @@ sla_attention_backward = register(
     reference_backward,
     _fake_backward,
 )
-torch.library.impl("turbocompile::sla_attention", "cuda")(on_cuda)
-torch.library.impl("turbocompile::sla_attention_backward", "cuda")(_backward_on_cuda)
+register_on_cuda(sla_attention, on_cuda)
+register_on_cuda(sla_attention_backward, _backward_on_cuda)
 
 
 def _decomposition(

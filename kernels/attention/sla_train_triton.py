@@ -24,13 +24,12 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from turbocompile.kernels._common import FUSED
-from turbocompile.kernels.attention.attend_triton import LARGE_SHARED, shared_memory
+from turbocompile.kernels._jit import LOG2E, exp2
+from turbocompile.kernels._registry import FUSED, card
+from turbocompile.kernels.attention.attend_triton import LARGE_SHARED
 from turbocompile.kernels.attention.prepare_triton import (
-    LOG2E,
     TINY,
-    _exp2,
-    _features,
+    features,
     padded,
     splits_of,
     strides,
@@ -52,8 +51,8 @@ def _pool(
     d = tl.arange(0, D)
     t = block * BLOCK + tl.arange(0, BLOCK)
     valid = (t < length)[:, None] & (d < HEAD)[None, :]
-    x = tl.load(k + b * k_b + h * k_h + t.to(tl.int64)[:, None] * k_l + d[None, :], mask=valid, other=0.0)
-    x = tl.where(valid, x.to(tl.float32) - tl.load(mean + head * D + d)[None, :], 0.0)
+    x = tl.load(k + b * k_b + h * k_h + t.to(tl.int64)[:, None] * k_l + d[None, :], mask=valid, other=0.0)  # (BLOCK, D)
+    x = tl.where(valid, x.to(tl.float32) - tl.load(mean + head * D + d)[None, :], 0.0)  # (BLOCK, D)
     rows = tl.minimum(length - block * BLOCK, BLOCK)
     tl.store(
         pooled + (head * tl.num_programs(0) + block).to(tl.int64) * D + d,
@@ -66,8 +65,8 @@ def _forward(
     q, k, v, out, lut, folded, phi_sum, bias,
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, o_b, o_l, o_h,
     length, num_heads, num_k, topk, scale,
-    HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RAGGED: tl.constexpr, MAP: tl.constexpr,
-    FTZ: tl.constexpr,
+    HEAD: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr,
+    MAP: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
     """One block of queries over its list of key blocks, and the linear branch."""
     tile = tl.program_id(0)
@@ -75,39 +74,40 @@ def _forward(
     b = (head // num_heads).to(tl.int64)
     h = (head % num_heads).to(tl.int64)
     d = tl.arange(0, D)
-    row = tile * BM + tl.arange(0, BM)
-    col = tl.arange(0, BN)
+    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    col = tl.arange(0, BLOCK_K)
     inside = (row < length)[:, None] & (d < HEAD)[None, :]
+    # (BLOCK_Q, D)
     x = tl.load(q + b * q_b + h * q_h + row.to(tl.int64)[:, None] * q_l + d[None, :], mask=inside, other=0.0)
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
-    high = tl.full([BM], float("-inf"), tl.float32)
-    norm = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, D], tl.float32)
+    high = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    norm = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, D], tl.float32)
     line = lut + (head * tl.num_programs(0) + tile).to(tl.int64) * topk
     c = scale * LOG2E
     for j in range(topk):
         index = tl.load(line + j)
-        t = index * BN + col
+        t = index * BLOCK_K + col
         valid = (t < length)[:, None] & (d < HEAD)[None, :]
-        kt = tl.load(k + t.to(tl.int64)[:, None] * k_l + d[None, :], mask=valid, other=0.0)
-        s = tl.dot(x, kt.T)
+        kt = tl.load(k + t.to(tl.int64)[:, None] * k_l + d[None, :], mask=valid, other=0.0)  # (BLOCK_K, D)
+        s = tl.dot(x, kt.T)  # (BLOCK_Q, BLOCK_K)
         if RAGGED and index == num_k - 1:
             s = tl.where((t < length)[None, :], s, float("-inf"))
         new = tl.maximum(high, tl.max(s, 1))
-        p = _exp2((s - new[:, None]) * c, FTZ)  # the difference first: it is exact where scores are near, however large
-        alpha = _exp2((high - new) * c, FTZ)
+        p = exp2((s - new[:, None]) * c, FTZ)  # the difference first: it is exact where scores are near, however large
+        alpha = exp2((high - new) * c, FTZ)
         norm = norm * alpha + tl.sum(p, 1)
-        vt = tl.load(v + t.to(tl.int64)[:, None] * v_l + d[None, :], mask=valid, other=0.0)
-        acc = tl.dot(p.to(vt.dtype), vt, acc * alpha[:, None])
+        vt = tl.load(v + t.to(tl.int64)[:, None] * v_l + d[None, :], mask=valid, other=0.0)  # (BLOCK_K, D)
+        acc = tl.dot(p.to(vt.dtype), vt, acc * alpha[:, None])  # (BLOCK_Q, D)
         high = new
     acc = acc * (1.0 / norm)[:, None]
-    e, s = _features(x.to(tl.float32), d < HEAD, HEAD, D, MAP, FTZ)
-    e = e * tl.load(phi_sum + head * D + d)[None, :]
+    e, s = features(x.to(tl.float32), d < HEAD, HEAD, D, MAP, FTZ)
+    e = e * tl.load(phi_sum + head * D + d)[None, :]  # (1, D)
     z = tl.sum(e, 1) + 1e-5 * s
-    g = tl.load(folded + head.to(tl.int64) * D * D + d[:, None] * D + d[None, :])
-    acc = tl.dot((e * (1.0 / z)[:, None]).to(g.dtype), g, acc)
-    acc += tl.load(bias + d, mask=d < HEAD, other=0.0).to(tl.float32)[None, :]
+    g = tl.load(folded + head.to(tl.int64) * D * D + d[:, None] * D + d[None, :])  # (D, D)
+    acc = tl.dot((e * (1.0 / z)[:, None]).to(g.dtype), g, acc)  # (BLOCK_Q, D)
+    acc += tl.load(bias + d, mask=d < HEAD, other=0.0).to(tl.float32)[None, :]  # (1, D)
     o_at = out + b * o_b + h * o_h + row.to(tl.int64)[:, None] * o_l + d[None, :]
     tl.store(o_at, acc.to(out.dtype.element_ty), mask=inside)
 
@@ -138,9 +138,9 @@ def _linear_q(
     h = (head % num_heads).to(tl.int64)
     d = tl.arange(0, D)
     r = tl.arange(0, ROWS)
-    ks = tl.load(phi_sum + head * D + d)
-    bv = tl.load(bias + d, mask=d < HEAD, other=0.0).to(tl.float32)
-    gt = tl.load(folded + head.to(tl.int64) * D * D + d[None, :] * D + d[:, None])
+    ks = tl.load(phi_sum + head * D + d)  # (D,)
+    bv = tl.load(bias + d, mask=d < HEAD, other=0.0).to(tl.float32)  # (D,)
+    gt = tl.load(folded + head.to(tl.int64) * D * D + d[None, :] * D + d[:, None])  # (D, D)
     total = tl.zeros([D, D], tl.float32)
     dsum = tl.zeros([16, D], tl.float32)
     dbias = tl.zeros([16, D], tl.float32)
@@ -151,13 +151,15 @@ def _linear_q(
         real = row < stop
         inside = real[:, None] & (d < HEAD)[None, :]
         row64 = row.to(tl.int64)[:, None]
+        # (ROWS, D)
         x = tl.load(q + b * q_b + h * q_h + row64 * q_l + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        # (ROWS, D)
         o = tl.load(out + b * o_b + h * o_h + row64 * o_l + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        do = tl.load(grad + b * g_b + h * g_h + row64 * g_l + d[None, :], mask=inside, other=0.0)
-        e, s = _features(x, d < HEAD, HEAD, D, MAP, FTZ)
+        do = tl.load(grad + b * g_b + h * g_h + row64 * g_l + d[None, :], mask=inside, other=0.0)  # (ROWS, D)
+        e, s = features(x, d < HEAD, HEAD, D, MAP, FTZ)
         phi = e * tl.where(real, 1.0 / s, 0.0)[:, None]
         inv = 1.0 / (tl.sum(phi * ks[None, :], 1) + 1e-5)
-        y = tl.dot(do, gt) * ks[None, :]
+        y = tl.dot(do, gt) * ks[None, :]  # (ROWS, D)
         dof = do.to(tl.float32)
         inner = tl.sum(phi * y, 1) * inv  # linear output . dO
         tl.store(delta + head.to(tl.int64) * length + row, tl.sum((o - bv[None, :]) * dof, 1) - inner, mask=real)
@@ -168,7 +170,7 @@ def _linear_q(
         dsum += tl.sum(tl.reshape(dl[:, None] * phi, [ROWS // 16, 16, D]), 0)
         dbias += tl.sum(tl.reshape(dof, [ROWS // 16, 16, D]), 0)
         share = phi * ks[None, :] * inv[:, None]  # at most 1: fits 16 bits whatever the length
-        total = tl.dot(tl.trans(share.to(do.dtype)), do, total)
+        total = tl.dot(tl.trans(share.to(do.dtype)), do, total)  # (D, D)
     part = (head * tl.num_programs(0) + split).to(tl.int64)
     tl.store(cross + part * D * D + d[:, None] * D + d[None, :], total)
     tl.store(columns + part * 2 * D + d, tl.sum(dsum, 0))
@@ -180,7 +182,8 @@ def _grad_q(
     q, k, v, grad, lse, delta, lut, k_mean, dq,
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, g_b, g_l, g_h, dq_b, dq_l, dq_h,
     length, num_heads, num_k, topk, scale,
-    HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RAGGED: tl.constexpr, FTZ: tl.constexpr,
+    HEAD: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr,
+    FTZ: tl.constexpr,
 ):  # fmt: skip
     """dq += scale dS (k - mean k) over the listed blocks, dS = P (dO v^T - delta); lse, the base-2 log of P's sums.
 
@@ -192,42 +195,42 @@ def _grad_q(
     b = (head // num_heads).to(tl.int64)
     h = (head % num_heads).to(tl.int64)
     d = tl.arange(0, D)
-    row = tile * BM + tl.arange(0, BM)
-    col = tl.arange(0, BN)
+    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    col = tl.arange(0, BLOCK_K)
     row64 = row.to(tl.int64)[:, None]
     inside = (row < length)[:, None] & (d < HEAD)[None, :]
-    x = tl.load(q + b * q_b + h * q_h + row64 * q_l + d[None, :], mask=inside, other=0.0)
-    do = tl.load(grad + b * g_b + h * g_h + row64 * g_l + d[None, :], mask=inside, other=0.0)
-    de = tl.load(delta + head.to(tl.int64) * length + row, mask=row < length, other=0.0)
+    x = tl.load(q + b * q_b + h * q_h + row64 * q_l + d[None, :], mask=inside, other=0.0)  # (BLOCK_Q, D)
+    do = tl.load(grad + b * g_b + h * g_h + row64 * g_l + d[None, :], mask=inside, other=0.0)  # (BLOCK_Q, D)
+    de = tl.load(delta + head.to(tl.int64) * length + row, mask=row < length, other=0.0)  # (BLOCK_Q,)
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
-    high = tl.full([BM], float("-inf"), tl.float32)
-    norm = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, D], tl.float32)
-    rest = tl.zeros([BM], tl.float32)
+    high = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    norm = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, D], tl.float32)
+    rest = tl.zeros([BLOCK_Q], tl.float32)
     line = lut + (head * tl.num_programs(0) + tile).to(tl.int64) * topk
     c = scale * LOG2E
     for j in range(topk):
         index = tl.load(line + j)
-        t = index * BN + col
+        t = index * BLOCK_K + col
         valid = (t < length)[:, None] & (d < HEAD)[None, :]
-        kt = tl.load(k + t.to(tl.int64)[:, None] * k_l + d[None, :], mask=valid, other=0.0)
-        vt = tl.load(v + t.to(tl.int64)[:, None] * v_l + d[None, :], mask=valid, other=0.0)
-        s = tl.dot(x, kt.T)
+        kt = tl.load(k + t.to(tl.int64)[:, None] * k_l + d[None, :], mask=valid, other=0.0)  # (BLOCK_K, D)
+        vt = tl.load(v + t.to(tl.int64)[:, None] * v_l + d[None, :], mask=valid, other=0.0)  # (BLOCK_K, D)
+        s = tl.dot(x, kt.T)  # (BLOCK_Q, BLOCK_K)
         if RAGGED and index == num_k - 1:
             s = tl.where((t < length)[None, :], s, float("-inf"))
         new = tl.maximum(high, tl.max(s, 1))
-        p = _exp2((s - new[:, None]) * c, FTZ)
-        alpha = _exp2((high - new) * c, FTZ)
+        p = exp2((s - new[:, None]) * c, FTZ)
+        alpha = exp2((high - new) * c, FTZ)
         norm = norm * alpha + tl.sum(p, 1)
-        ds = (p * (tl.dot(do, vt.T) - de[:, None])).to(kt.dtype)
+        ds = (p * (tl.dot(do, vt.T) - de[:, None])).to(kt.dtype)  # (BLOCK_Q, BLOCK_K)
         rest = rest * alpha + tl.sum(ds.to(tl.float32), 1)
-        acc = tl.dot(ds, kt, acc * alpha[:, None])
+        acc = tl.dot(ds, kt, acc * alpha[:, None])  # (BLOCK_Q, D)
         high = new
     tl.store(lse + head.to(tl.int64) * length + row, high * c + tl.log2(norm), mask=row < length)
     at = dq + b * dq_b + h * dq_h + row64 * dq_l + d[None, :]
-    acc -= rest[:, None] * tl.load(k_mean + head * D + d)[None, :]
-    acc = acc * (scale / norm)[:, None] + tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    acc -= rest[:, None] * tl.load(k_mean + head * D + d)[None, :]  # (1, D)
+    acc = acc * (scale / norm)[:, None] + tl.load(at, mask=inside, other=0.0).to(tl.float32)  # (BLOCK_Q, D)
     tl.store(at, acc.to(dq.dtype.element_ty), mask=inside)
 
 
@@ -236,7 +239,7 @@ def _grad_kv(
     q, k, v, grad, lse, delta, back, counts, dkv, unit, dsum, dk, dv,
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, g_b, g_l, g_h, dk_b, dk_l, dk_h, dv_b, dv_l, dv_h,
     length, num_heads, num_q, scale,
-    HEAD: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr,
+    HEAD: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MAP: tl.constexpr,
     FTZ: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of one block of keys over the blocks of queries that listed it; then the linear branch's share."""
@@ -245,39 +248,39 @@ def _grad_kv(
     b = (head // num_heads).to(tl.int64)
     h = (head % num_heads).to(tl.int64)
     d = tl.arange(0, D)
-    t = tile * BN + tl.arange(0, BN)
-    r = tl.arange(0, BM)
+    t = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    r = tl.arange(0, BLOCK_Q)
     t64 = t.to(tl.int64)[:, None]
     inside = (t < length)[:, None] & (d < HEAD)[None, :]
-    kt = tl.load(k + b * k_b + h * k_h + t64 * k_l + d[None, :], mask=inside, other=0.0)
-    vt = tl.load(v + b * v_b + h * v_h + t64 * v_l + d[None, :], mask=inside, other=0.0)
+    kt = tl.load(k + b * k_b + h * k_h + t64 * k_l + d[None, :], mask=inside, other=0.0)  # (BLOCK_K, D)
+    vt = tl.load(v + b * v_b + h * v_h + t64 * v_l + d[None, :], mask=inside, other=0.0)  # (BLOCK_K, D)
     q += b * q_b + h * q_h
     grad += b * g_b + h * g_h
     lse += head.to(tl.int64) * length
     delta += head.to(tl.int64) * length
     place = (head * tl.num_programs(0) + tile).to(tl.int64)
-    acc_k = tl.zeros([BN, D], tl.float32)
-    acc_v = tl.zeros([BN, D], tl.float32)
+    acc_k = tl.zeros([BLOCK_K, D], tl.float32)
+    acc_v = tl.zeros([BLOCK_K, D], tl.float32)
     c = scale * LOG2E
     for j in range(tl.load(counts + place)):
-        row = tl.load(back + place * num_q + j) * BM + r
+        row = tl.load(back + place * num_q + j) * BLOCK_Q + r  # (BLOCK_Q,)
         valid = (row < length)[:, None] & (d < HEAD)[None, :]
-        x = tl.load(q + row.to(tl.int64)[:, None] * q_l + d[None, :], mask=valid, other=0.0)
-        do = tl.load(grad + row.to(tl.int64)[:, None] * g_l + d[None, :], mask=valid, other=0.0)
-        ls = tl.load(lse + row, mask=row < length, other=float("inf"))
-        de = tl.load(delta + row, mask=row < length, other=0.0)
-        p = _exp2(tl.minimum(tl.dot(kt, x.T) * c - ls[None, :], 0.0), FTZ)
-        acc_v = tl.dot(p.to(do.dtype), do, acc_v)
-        ds = p * (tl.dot(vt, do.T) - de[None, :])
-        acc_k = tl.dot(ds.to(x.dtype), x, acc_k)
+        x = tl.load(q + row.to(tl.int64)[:, None] * q_l + d[None, :], mask=valid, other=0.0)  # (BLOCK_Q, D)
+        do = tl.load(grad + row.to(tl.int64)[:, None] * g_l + d[None, :], mask=valid, other=0.0)  # (BLOCK_Q, D)
+        ls = tl.load(lse + row, mask=row < length, other=float("inf"))  # (BLOCK_Q,)
+        de = tl.load(delta + row, mask=row < length, other=0.0)  # (BLOCK_Q,)
+        p = exp2(tl.minimum(tl.dot(kt, x.T) * c - ls[None, :], 0.0), FTZ)  # (BLOCK_K, BLOCK_Q)
+        acc_v = tl.dot(p.to(do.dtype), do, acc_v)  # (BLOCK_K, D)
+        ds = p * (tl.dot(vt, do.T) - de[None, :])  # (BLOCK_K, BLOCK_Q)
+        acc_k = tl.dot(ds.to(x.dtype), x, acc_k)  # (BLOCK_K, D)
     kf = kt.to(tl.float32)
-    e, s = _features(kf, d < HEAD, HEAD, D, MAP, FTZ)
+    e, s = features(kf, d < HEAD, HEAD, D, MAP, FTZ)
     phi = e * (1.0 / s)[:, None]
-    state = tl.load(dkv + head.to(tl.int64) * D * D + d[:, None] * D + d[None, :])
+    state = tl.load(dkv + head.to(tl.int64) * D * D + d[:, None] * D + d[None, :])  # (D, D)
     size = tl.load(unit + head)
-    dphi = tl.dot(vt, state.T) * size + tl.load(dsum + head * D + d)[None, :]
+    dphi = tl.dot(vt, state.T) * size + tl.load(dsum + head * D + d)[None, :]  # (BLOCK_K, D)
     acc_k = acc_k * scale + _through_map(kf, phi, dphi, MAP)
-    acc_v += tl.dot(phi.to(state.dtype), state) * size
+    acc_v += tl.dot(phi.to(state.dtype), state) * size  # (BLOCK_K, D)
     tl.store(dk + b * dk_b + h * dk_h + t64 * dk_l + d[None, :], acc_k.to(dk.dtype.element_ty), mask=inside)
     tl.store(dv + b * dv_b + h * dv_h + t64 * dv_l + d[None, :], acc_v.to(dv.dtype.element_ty), mask=inside)
 
@@ -288,6 +291,7 @@ def _invert(keep, back, counts, num_q, num_k, WIDTH: tl.constexpr):
     n = tl.program_id(0)
     head = tl.program_id(1)
     m = tl.arange(0, WIDTH)
+    # (WIDTH,)
     kept = tl.load(keep + head.to(tl.int64) * num_q * num_k + m * num_k + n, mask=m < num_q, other=0).to(tl.int32)
     place = (head * num_k + n).to(tl.int64)
     tl.store(back + place * num_q + tl.cumsum(kept, 0) - 1, m, mask=kept != 0)
@@ -334,10 +338,14 @@ class Blocks:
     feature_map: str
 
 
+def train_configs(device: torch.device) -> tuple[TrainConfig, ...]:
+    """The declared configurations that a device runs."""
+    return TRAIN_CONFIGS if card(device).shared >= LARGE_SHARED else TRAIN_CONFIGS[-1:]
+
+
 def default_train_config(device: torch.device) -> TrainConfig:
     """The configuration for a device."""
-    large = device.type != "cuda" or shared_memory(device) >= LARGE_SHARED
-    return TRAIN_CONFIGS[0 if large else -1]
+    return train_configs(device)[0]
 
 
 def _launch(pair: tuple[int, int]) -> dict[str, int]:
@@ -389,7 +397,7 @@ def sla_train_forward(
     _forward[(triton.cdiv(length, blocks.block_q), batch * heads)](
         q, k, v, out, state.lut, state.folded, state.phi_sum, proj_bias, *strides(q), *strides(k), *strides(v),
         *strides(out), length, heads, triton.cdiv(length, blocks.block_k), state.lut.shape[-1], head_dim**-0.5,
-        HEAD=head_dim, D=state.folded.shape[-1], BM=blocks.block_q, BN=blocks.block_k,
+        HEAD=head_dim, D=state.folded.shape[-1], BLOCK_Q=blocks.block_q, BLOCK_K=blocks.block_k,
         RAGGED=length % blocks.block_k != 0, MAP=blocks.feature_map, FTZ=q.is_cuda,
         **_launch(config.wide if wide else config.forward),
     )  # fmt: skip
@@ -459,7 +467,7 @@ def _sparse_grad_q(
     _grad_q[(triton.cdiv(length, blocks.block_q), batch * heads)](
         q, k, v, grad, lse, delta, state.lut, state.k_mean, dq, *strides(q), *strides(k), *strides(v), *strides(grad),
         *strides(dq), length, heads, triton.cdiv(length, blocks.block_k), state.lut.shape[-1], head_dim**-0.5,
-        HEAD=head_dim, D=state.folded.shape[-1], BM=blocks.block_q, BN=blocks.block_k,
+        HEAD=head_dim, D=state.folded.shape[-1], BLOCK_Q=blocks.block_q, BLOCK_K=blocks.block_k,
         RAGGED=length % blocks.block_k != 0, FTZ=q.is_cuda, **_launch(config.wide if wide else config.grad_q),
     )  # fmt: skip
     return lse
@@ -492,7 +500,7 @@ def _grads_of_keys(
     _grad_kv[(n, bh)](
         q, k, v, grad, lse, delta, back, counts, (dproducts / unit[:, None, None]).to(q.dtype), unit, dsum.contiguous(),
         dk, dv, *strides(q), *strides(k), *strides(v), *strides(grad), *strides(dk), *strides(dv), length, heads, m,
-        head_dim**-0.5, HEAD=head_dim, D=state.folded.shape[-1], BM=blocks.block_q, BN=blocks.block_k,
+        head_dim**-0.5, HEAD=head_dim, D=state.folded.shape[-1], BLOCK_Q=blocks.block_q, BLOCK_K=blocks.block_k,
         MAP=blocks.feature_map, FTZ=q.is_cuda, **_launch(config.wide if wide else config.grad_kv),
     )  # fmt: skip
     return dk, dv

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from turbocompile.kernels._common import FUSED
+from turbocompile.kernels._registry import FUSED
 from turbocompile.kernels.attention.attend_triton import AttendConfig, attend, product_format, usable_config
 from turbocompile.kernels.attention.prepare_triton import Keys, prepare, strides
 
@@ -40,6 +40,7 @@ def _scores(
     for step in range(0, BLOCK_Q, STEP):
         token = (first + r)[:, None] * BLOCK_Q + step + tl.arange(0, STEP)[None, :]
         valid = (token < length)[:, :, None] & (d < HEAD)[None, None, :]
+        # (ROWS, STEP, D)
         x = tl.load(base + token.to(tl.int64)[:, :, None] * q_l + d[None, None, :], mask=valid, other=0.0)
         total += tl.sum(x.to(tl.float32), 1)
     rows = tl.minimum(tl.maximum(length - (first + r) * BLOCK_Q, 1), BLOCK_Q)
@@ -48,10 +49,11 @@ def _scores(
     live = (first + r < num_q)[:, None]
     for start in range(0, num_k, CHUNK):
         n = start + tl.arange(0, CHUNK)
+        # (D, CHUNK)
         kp = tl.load(
             pooled + (head * num_k + n).to(tl.int64)[None, :] * D + d[:, None], mask=(n < num_k)[None, :], other=0.0
         )
-        tl.store(line + n[None, :], tl.dot(qp, kp), mask=live & (n < num_k)[None, :])
+        tl.store(line + n[None, :], tl.dot(qp, kp), mask=live & (n < num_k)[None, :])  # scores (ROWS, CHUNK)
 
 
 @triton.jit(do_not_specialize=["lines", "num_k", "topk"])
@@ -65,6 +67,7 @@ def _choose(scores, lut, lines, num_k, topk, ROWS: tl.constexpr, WIDTH: tl.const
     n = tl.arange(0, WIDTH)
     live = (r < lines)[:, None]
     inside = live & (n < num_k)[None, :]
+    # (ROWS, WIDTH)
     bits = tl.load(scores + r[:, None] * num_k + n[None, :], mask=inside, other=0.0).to(tl.uint32, bitcast=True)
     key = tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)  # unsigned order = order of the floats
     key = tl.where((n < num_k)[None, :], key, 0)

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from turbocompile.kernels._common import check
+from turbocompile.kernels._registry import check
 from turbocompile.kernels.linear.linear_triton import CONFIGS, LIBRARY, LinearConfig, candidates, launch_linear
 from turbocompile.kernels.quantize.quantize import BLOCK, FORMATS, blocks
 

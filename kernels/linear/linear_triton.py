@@ -6,7 +6,6 @@ A persistent program computes tiles of block_m x block_n of y = data weight^T, w
                                                                  outside them once a step
                  y = round(acc scale weight_scale^T + bias)
     int8_block   acc = fma(float(a b^T), scale[mb, kb] weight_scale[nb, kb], acc);  y = round(round(acc) + bias)
-    then         y = round(gelu(y)),  y = round(residual + gate y), where asked for; int8 and fp8 round at the end only
 
 data (M, K), weight (N, K), y (M, N), all row-major; scales as in w8a8_linear.py.
 
@@ -35,162 +34,155 @@ the same loop with 64 FADD for the 128 instructions.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from turbocompile.kernels._common import FUSED, check
+from turbocompile.kernels._jit import ROUND
+from turbocompile.kernels._registry import FUSED, Card, card, check
 from turbocompile.kernels.linear import w8a8_linear
 from turbocompile.kernels.linear.w8a8_linear import ALIGNED
 from turbocompile.kernels.quantize.quantize import BLOCK
 
 from turbocompile.errors import UnsupportedError
 
-GELU_LINEAR = tl.constexpr(2.302208198)  # 2 log2(e) sqrt(2 / pi): gelu(x) = x / (1 + 2^-(GELU_LINEAR x + ... x^3))
-GELU_CUBIC = tl.constexpr(0.1029432397)  # GELU_LINEAR 0.044715
-MAGIC = tl.constexpr(0x4B400000)  # bits of 1.5 * 2^23: plus |I| < 2^22, those of 1.5 * 2^23 + I
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23
+MAGIC = tl.constexpr(0x4B400000)  # the bits of 1.5 * 2^23; with |I| < 2^22 added, they are those of 1.5 * 2^23 + I
 
 
 @triton.jit
-def _place(tile, down, right, GROUP: tl.constexpr):
-    """Row and column of the tile: GROUP rows of tiles are walked column by column, so that L2 holds what they share."""
-    first = tile // (GROUP * right) * GROUP
-    rows = tl.minimum(down - first, GROUP)
-    within = tile % (GROUP * right)
-    return first + within % rows, within // rows
+def _tile_place(tile, tiles_down, tiles_right, GROUP: tl.constexpr):
+    """Row and column of a tile among the tiles.
+
+    GROUP rows of tiles are walked column by column, because L2 then holds the rows of data and weight that they share.
+    """
+    first = tile // (GROUP * tiles_right) * GROUP
+    height = tl.minimum(tiles_down - first, GROUP)
+    within = tile % (GROUP * tiles_right)
+    return first + within % height, within // height
 
 
 @triton.jit
-def _finish(
-    acc, out, out_tiles, scale, weight_scale, bias, residual, gate, row0, col0, rows, n, span,
-    BM: tl.constexpr, BN: tl.constexpr, TILED: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
-    RESIDUAL: tl.constexpr, GATE: tl.constexpr, DESCRIPTOR: tl.constexpr,
+def _store_tile(
+    acc, out, out_tiles, scale, weight_scale, bias, first_row, first_column, rows, n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILED: tl.constexpr, BIAS: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """Scales, bias, options and the store of BM x BN elements at (row0, col0)."""
-    row = row0 + tl.arange(0, BM)
-    col = col0 + tl.arange(0, BN)
-    at = row.to(tl.int64)[:, None] * n + col[None, :]
-    inside = (row < rows)[:, None] & (col < n)[None, :]
+    """Scales, adds the bias to, rounds and stores the sums acc (BLOCK_M, BLOCK_N) at (first_row, first_column)."""
+    row = first_row + tl.arange(0, BLOCK_M)
+    column = first_column + tl.arange(0, BLOCK_N)
+    p_out = row.to(tl.int64)[:, None] * n + column[None, :]  # (BLOCK_M, BLOCK_N)
+    m_out = (row < rows)[:, None] & (column < n)[None, :]
     y = acc.to(tl.float32)
     if TILED:
         y = y.to(out.dtype.element_ty).to(tl.float32)
     else:
-        y *= tl.load(scale + row, mask=row < rows, other=0.0)[:, None]
-        y *= tl.load(weight_scale + col, mask=col < n, other=0.0)[None, :]
+        y *= tl.load(scale + row, mask=row < rows, other=0.0)[:, None]  # (BLOCK_M, 1)
+        y *= tl.load(weight_scale + column, mask=column < n, other=0.0)[None, :]  # (1, BLOCK_N)
     if BIAS:
-        b = tl.load(bias + col, mask=col < n, other=0.0)
+        b = tl.load(bias + column, mask=column < n, other=0.0)  # (BLOCK_N,)
         if TILED:
             b = b.to(out.dtype.element_ty)
         y += b.to(tl.float32)[None, :]
-    if GELU:
-        if TILED:
-            y = y.to(out.dtype.element_ty).to(tl.float32)
-        y = y / (1.0 + tl.exp2(-y * (GELU_LINEAR + GELU_CUBIC * y * y)))
-    if RESIDUAL:
-        if TILED:
-            y = y.to(out.dtype.element_ty).to(tl.float32)
-        if GATE:
-            y *= tl.load(gate + (row // span).to(tl.int64)[:, None] * n + col[None, :], mask=inside, other=0.0)
-        y += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     if DESCRIPTOR:
-        out_tiles.store([row0, col0], y.to(out.dtype.element_ty))
+        out_tiles.store([first_row, first_column], y.to(out.dtype.element_ty))
     else:
-        tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + p_out, y.to(out.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
-def _halves(acc, BM: tl.constexpr, BN: tl.constexpr):
-    """The left and the right half of the columns, in the registers where they are."""
-    return acc.reshape([BM, 2, BN // 2]).permute(0, 2, 1).split()
+def _halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of the columns, each (BLOCK_M, BLOCK_N / 2), in the registers where they are."""
+    return acc.reshape([BLOCK_M, 2, BLOCK_N // 2]).permute(0, 2, 1).split()
 
 
 @triton.jit
-def _two_parts(
-    acc, out, out_tiles, scale, weight_scale, bias, residual, gate, row0, col0, rows, n, span,
-    BM: tl.constexpr, BN: tl.constexpr, TILED: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
-    RESIDUAL: tl.constexpr, GATE: tl.constexpr, DESCRIPTOR: tl.constexpr,
+def _store_halves(
+    acc, out, out_tiles, scale, weight_scale, bias, first_row, first_column, rows, n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILED: tl.constexpr, BIAS: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """_finish of both halves."""
-    low, high = _halves(acc, BM, BN)
-    _finish(
-        low, out, out_tiles, scale, weight_scale, bias, residual, gate, row0, col0, rows, n, span,
-        BM, BN // 2, TILED, BIAS, GELU, RESIDUAL, GATE, DESCRIPTOR,
+    """_store_tile of the left and then of the right half of the columns."""
+    left, right = _halves(acc, BLOCK_M, BLOCK_N)
+    _store_tile(
+        left, out, out_tiles, scale, weight_scale, bias, first_row, first_column, rows, n,
+        BLOCK_M, BLOCK_N // 2, TILED, BIAS, DESCRIPTOR,
     )  # fmt: skip
-    _finish(
-        high, out, out_tiles, scale, weight_scale, bias, residual, gate, row0, col0 + BN // 2, rows, n, span,
-        BM, BN // 2, TILED, BIAS, GELU, RESIDUAL, GATE, DESCRIPTOR,
+    _store_tile(
+        right, out, out_tiles, scale, weight_scale, bias, first_row, first_column + BLOCK_N // 2, rows, n,
+        BLOCK_M, BLOCK_N // 2, TILED, BIAS, DESCRIPTOR,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows", "span"])
+@triton.jit(do_not_specialize=["rows"])
 def _linear(
-    data, weight, out, out_tiles, scale, weight_scale, bias, residual, gate, data_m, weight_n, rows, n, k, span,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TILED: tl.constexpr,
-    INTEGER: tl.constexpr, PROMOTE: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, RESIDUAL: tl.constexpr,
-    GATE: tl.constexpr, ADDED: tl.constexpr, DESCRIPTOR: tl.constexpr, PARTS: tl.constexpr, FLATTEN: tl.constexpr,
+    data, weight, out, out_tiles, scale, weight_scale, bias, data_m, weight_n, rows, n, k,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, TILED: tl.constexpr,
+    INTEGER: tl.constexpr, PROMOTE: tl.constexpr, BIAS: tl.constexpr, ADDED: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    PARTS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """ADDED: int32 becomes float32 by an addition (compute capability 8.0 converts 16 a clock, and adds 64).
+    """A program computes the tiles program_id, program_id + programs, ... of out (rows, n).
 
-    Tiles program_id, program_id + programs, ... DESCRIPTOR: data, weight and out_tiles are tensor descriptors.
+    data_m, weight_n: elements between the rows of data (rows, k) and of weight (n, k). TILED: format int8_block.
+    ADDED: int32 becomes float32 by an addition, because compute capability 8.0 converts 16 a clock and adds 64.
+    DESCRIPTOR: data, weight and out_tiles are tensor descriptors. PARTS: pieces in which a tile is stored.
     """
-    down = tl.cdiv(rows, BM)
-    right = tl.cdiv(n, BN)
-    steps = tl.cdiv(k, BK)
-    for tile in tl.range(tl.program_id(0), down * right, tl.num_programs(0), flatten=FLATTEN):
-        m, c = _place(tile, down, right, GROUP)
-        row0 = m * BM
-        col0 = c * BN
-        acc = tl.zeros([BM, BN], tl.int32 if INTEGER and not TILED else tl.float32)
+    tiles_down = tl.cdiv(rows, BLOCK_M)
+    tiles_right = tl.cdiv(n, BLOCK_N)
+    steps = tl.cdiv(k, BLOCK_K)
+    for tile in tl.range(tl.program_id(0), tiles_down * tiles_right, tl.num_programs(0), flatten=FLATTEN):
+        down, right = _tile_place(tile, tiles_down, tiles_right, GROUP)
+        first_row = down * BLOCK_M
+        first_column = right * BLOCK_N
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if INTEGER and not TILED else tl.float32)
         if not DESCRIPTOR:
-            # rows beyond the end read the last one again, and are not stored
-            row = tl.minimum(row0 + tl.arange(0, BM), rows - 1).to(tl.int64)
-            col = tl.minimum(col0 + tl.arange(0, BN), n - 1).to(tl.int64)
-            inner = tl.arange(0, BK)
-            a_at = data + row[:, None] * data_m + inner[None, :]
-            b_at = weight + col[:, None] * weight_n + inner[None, :]
+            # Rows beyond the end read the last row again, and are not stored.
+            row = tl.minimum(first_row + tl.arange(0, BLOCK_M), rows - 1).to(tl.int64)
+            column = tl.minimum(first_column + tl.arange(0, BLOCK_N), n - 1).to(tl.int64)
+            inner = tl.arange(0, BLOCK_K)
+            p_a = data + row[:, None] * data_m + inner[None, :]  # (BLOCK_M, BLOCK_K)
+            p_b = weight + column[:, None] * weight_n + inner[None, :]  # (BLOCK_N, BLOCK_K)
         for step in range(steps):
             if DESCRIPTOR:
-                a = data.load([row0, step * BK])
-                b = weight.load([col0, step * BK])
+                a = data.load([first_row, step * BLOCK_K])  # (BLOCK_M, BLOCK_K)
+                b = weight.load([first_column, step * BLOCK_K])  # (BLOCK_N, BLOCK_K)
             else:
-                a = tl.load(a_at + step * BK, mask=(inner < k - step * BK)[None, :], other=0.0)
-                b = tl.load(b_at + step * BK, mask=(inner < k - step * BK)[None, :], other=0.0)
-            if TILED:  # BK is a tile's edge, BM and BN divide it: two scalars a step, under way while wgmma runs
-                s = tl.load(scale + (row0 // BK) * steps + step)
-                t = tl.load(weight_scale + (col0 // BK) * steps + step)
-                part = tl.dot(a, b.T)  # at most 2^21
+                m_inner = (inner < k - step * BLOCK_K)[None, :]
+                a = tl.load(p_a + step * BLOCK_K, mask=m_inner, other=0.0)  # (BLOCK_M, BLOCK_K)
+                b = tl.load(p_b + step * BLOCK_K, mask=m_inner, other=0.0)  # (BLOCK_N, BLOCK_K)
+            if TILED:
+                # BLOCK_K is a tile's edge, and BLOCK_M and BLOCK_N divide it: two scalars a step, which are under way
+                # while wgmma runs.
+                s_a = tl.load(scale + (first_row // BLOCK_K) * steps + step)
+                s_b = tl.load(weight_scale + (first_column // BLOCK_K) * steps + step)
+                part = tl.dot(a, b.T)  # (BLOCK_M, BLOCK_N) int32, at most 2^21
                 if ADDED:
                     part = (part + MAGIC).to(tl.float32, bitcast=True) - ROUND
-                acc += part.to(tl.float32) * (s * t)
+                acc += part.to(tl.float32) * (s_a * s_b)
             elif INTEGER:
-                acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)
-            elif PROMOTE:
-                acc = tl.dot(a, b.T, acc, max_num_imprecise_acc=BK)  # where the hardware's sums are short
+                acc = tl.dot(a, b.T, acc, out_dtype=tl.int32)  # (BLOCK_M, BLOCK_N)
+            elif PROMOTE:  # sums of BLOCK_K products are added outside the tensor cores, where these cut sums short
+                acc = tl.dot(a, b.T, acc, max_num_imprecise_acc=BLOCK_K)  # (BLOCK_M, BLOCK_N)
             else:
-                acc = tl.dot(a, b.T, acc)
+                acc = tl.dot(a, b.T, acc)  # (BLOCK_M, BLOCK_N)
         if PARTS == 4:
-            low, high = _halves(acc, BM, BN)
-            _two_parts(
-                low, out, out_tiles, scale, weight_scale, bias, residual, gate, row0, col0, rows, n, span,
-                BM, BN // 2, TILED, BIAS, GELU, RESIDUAL, GATE, DESCRIPTOR,
+            left, right_half = _halves(acc, BLOCK_M, BLOCK_N)
+            _store_halves(
+                left, out, out_tiles, scale, weight_scale, bias, first_row, first_column, rows, n,
+                BLOCK_M, BLOCK_N // 2, TILED, BIAS, DESCRIPTOR,
             )  # fmt: skip
-            _two_parts(
-                high, out, out_tiles, scale, weight_scale, bias, residual, gate, row0, col0 + BN // 2, rows, n, span,
-                BM, BN // 2, TILED, BIAS, GELU, RESIDUAL, GATE, DESCRIPTOR,
+            _store_halves(
+                right_half, out, out_tiles, scale, weight_scale, bias, first_row, first_column + BLOCK_N // 2, rows, n,
+                BLOCK_M, BLOCK_N // 2, TILED, BIAS, DESCRIPTOR,
             )  # fmt: skip
         elif PARTS == 2:
-            _two_parts(
-                acc, out, out_tiles, scale, weight_scale, bias, residual, gate, row0, col0, rows, n, span,
-                BM, BN, TILED, BIAS, GELU, RESIDUAL, GATE, DESCRIPTOR,
+            _store_halves(
+                acc, out, out_tiles, scale, weight_scale, bias, first_row, first_column, rows, n,
+                BLOCK_M, BLOCK_N, TILED, BIAS, DESCRIPTOR,
             )  # fmt: skip
         else:
-            _finish(
-                acc, out, out_tiles, scale, weight_scale, bias, residual, gate, row0, col0, rows, n, span,
-                BM, BN, TILED, BIAS, GELU, RESIDUAL, GATE, DESCRIPTOR,
+            _store_tile(
+                acc, out, out_tiles, scale, weight_scale, bias, first_row, first_column, rows, n,
+                BLOCK_M, BLOCK_N, TILED, BIAS, DESCRIPTOR,
             )  # fmt: skip
 
 
@@ -252,33 +244,17 @@ LARGE_SHARED = 200 << 10  # bytes a multiprocessor
 DEEP = 1 << 17  # of K: sums of int8 products, at most 2^14 each, fit int32 below it
 
 
-@dataclass(frozen=True)
-class _Card:
-    capability: tuple[int, int]
-    processors: int  # multiprocessors
-    shared: int  # bytes of shared memory in each
-
-
-@functools.cache
-def _card(device: torch.device) -> _Card:
-    """The interpreter is a small Hopper card."""
-    if device.type != "cuda":
-        return _Card((9, 0), 2, 228 << 10)
-    p = torch.cuda.get_device_properties(device)
-    return _Card((p.major, p.minor), p.multi_processor_count, p.shared_memory_per_multiprocessor)
-
-
-def _large(card: _Card) -> bool:
+def _large(on: Card) -> bool:
     """Whether the configurations with tensor descriptors run: 12.0 has descriptors, and 100 KiB."""
-    return card.capability >= (9, 0) and card.shared >= LARGE_SHARED
+    return on.capability >= (9, 0) and on.shared >= LARGE_SHARED
 
 
 def configs(format: str, device: torch.device) -> tuple[LinearConfig, ...]:
     """The declared configurations for the format that the device runs; none for FP8 before 8.9."""
-    card = _card(device)
-    if format == "fp8" and card.capability < (8, 9):
+    on = card(device)
+    if format == "fp8" and on.capability < (8, 9):
         return ()
-    return tuple(c for c in CONFIGS[format] if c.path == "pointer" or _large(card))
+    return tuple(c for c in CONFIGS[format] if c.path == "pointer" or _large(on))
 
 
 def takes(format: str, dtype: torch.dtype, k: int, device: torch.device) -> bool:
@@ -291,7 +267,7 @@ def library(format: str, n: int, k: int, dtype: torch.dtype, device: torch.devic
     multiples of 16.
     """
     fits = dtype == torch.bfloat16 and n % ALIGNED == 0 and k % ALIGNED == 0 and device.type == "cuda"
-    return LIBRARY.get(format, ()) if fits and _card(device).capability >= (9, 0) else ()
+    return LIBRARY.get(format, ()) if fits and card(device).capability >= (9, 0) else ()
 
 
 def candidates(format: str, n: int, k: int, dtype: torch.dtype, device: torch.device) -> tuple[LinearConfig, ...]:
@@ -313,10 +289,10 @@ def default_config(
     """The configuration by shape: large tiles where they fill the card, else small ones. It serves where nothing was
     measured (linear_choice.py).
     """
-    card = _card(device)
-    few = triton.cdiv(rows, 128) * triton.cdiv(n, 128) < card.processors
+    on = card(device)
+    few = triton.cdiv(rows, 128) * triton.cdiv(n, 128) < on.processors
     described = n * dtype.itemsize % ALIGNED == 0
-    if not (described and _large(card)):
+    if not (described and _large(on)):
         if format == "int8_block":
             return AMPERE_TILES_SMALL if few else AMPERE_TILES
         return AMPERE_SMALL if few else AMPERE
@@ -324,7 +300,7 @@ def default_config(
         return SMALL
     # A wide tile's step takes 1,150 clocks of shared memory and two square ones' 1,280; its way out, which two programs
     # hide from each other, some 2,000: 16 steps.
-    wide = triton.cdiv(rows, 128) * triton.cdiv(n, 256) >= card.processors
+    wide = triton.cdiv(rows, 128) * triton.cdiv(n, 256) >= on.processors
     if format == "fp8" and wide:
         return FAST_FLAT if k < MIDDLE else FAST
     if format == "int8" and wide:
@@ -341,44 +317,35 @@ def launch_linear(
     format: str,
     dtype: torch.dtype,
     config: LinearConfig | None = None,
-    *,
-    gelu: bool = False,
-    residual: torch.Tensor | None = None,
-    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """w8a8_linear (..., N) in dtype; then GELU (tanh); then residual (..., N) + gate y, gate (N,) or (B, 1, ..., N).
+    """w8a8_linear.py's op: (..., N) in dtype.
 
-    ValueError where shapes do not fit each other, K is no multiple of 16 below 2^17, dtype is not of DTYPES, or config
-    is not one for this format and these strides; UnsupportedError for FP8 on a card without it.
+    Raises ValueError where shapes do not fit each other, K is no multiple of 16 below 2^17, dtype is not one of DTYPES,
+    or config does not compute this format and these strides; UnsupportedError for FP8 on a card without it.
     """
-    w8a8_linear._check(data, scale, weight, weight_scale, bias, format)
+    w8a8_linear.check_operands(data, scale, weight, weight_scale, bias, format)
     n, k = weight.shape
     check(
         0 < k < DEEP and k % ALIGNED == 0,
         f"the linear kernel needs K to be a multiple of {ALIGNED} below {DEEP}, and it is {k}",
     )
     check(dtype in DTYPES, f"the linear kernel writes bfloat16, float16 and float32, not {dtype}")
-    card = _card(data.device)
+    on = card(data.device)
     if not configs(format, data.device):
-        raise UnsupportedError(f"compute capability {card.capability} has no {format} arithmetic; quantize to int8")
+        raise UnsupportedError(f"compute capability {on.capability} has no {format} arithmetic; quantize to int8")
     out = torch.empty(*data.shape[:-1], n, dtype=dtype, device=data.device)
     if out.numel() == 0:
         return out
     rows, described = data.shape[:-1].numel(), n * dtype.itemsize % ALIGNED == 0
-    plain = not gelu and residual is None
     config = config or default_config(format, rows, n, k, data.device, dtype)
     check(config.fits(format), f"{config} is not for {format}")
     if config.path == "library":
-        check(plain and bool(library(format, n, k, dtype, data.device)), f"torch has no such product: {config}")
-        return launch_library(data, scale, weight, weight_scale, bias, format, dtype, not config.promote)
+        check(bool(library(format, n, k, dtype, data.device)), f"torch has no such product: {config}")
+        return _library_product(data, scale, weight, weight_scale, bias, dtype, fast=not config.promote)
     descriptor = config.path == "descriptor"
     check(not descriptor or described, f"tensor descriptors need rows of 16 bytes, and N is {n}")
     flat, y = _aligned(data.reshape(-1, k)), out.view(rows, n)
     weight = _aligned(weight)
-    gates = _gate(gate, residual, data, n)
-    if residual is not None:
-        check(residual.shape == out.shape, f"a residual of {list(residual.shape)} is added to {list(out.shape)}")
-        residual = residual.contiguous()
     parts = min(4, config.parts * max(1, dtype.itemsize // 2))
     width = config.block_n // parts
     operands: tuple[object, ...] = flat, weight, y, y
@@ -390,14 +357,12 @@ def launch_linear(
         )  # fmt: skip
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(n, config.block_n)
     limit = {} if config.registers is None else {"maxnreg": config.registers}
-    _linear[(min(tiles, card.processors * config.programs),)](
+    _linear[(min(tiles, on.processors * config.programs),)](
         *operands, scale.contiguous(), weight_scale.contiguous(), y if bias is None else bias.contiguous(),
-        y if residual is None else residual, y if gates is None else gates,
-        flat.stride(0), weight.stride(0), rows, n, k, rows // gates.shape[0] if gates is not None else 1,
-        BM=config.block_m, BN=config.block_n, BK=config.block_k, GROUP=config.group, TILED=format == "int8_block",
-        INTEGER=format != "fp8", PROMOTE=config.promote, BIAS=bias is not None, GELU=gelu,
-        RESIDUAL=residual is not None, GATE=gates is not None, ADDED=card.capability == (8, 0), DESCRIPTOR=descriptor,
-        PARTS=parts, FLATTEN=config.flatten,
+        flat.stride(0), weight.stride(0), rows, n, k,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP=config.group,
+        TILED=format == "int8_block", INTEGER=format != "fp8", PROMOTE=config.promote, BIAS=bias is not None,
+        ADDED=on.capability == (8, 0), DESCRIPTOR=descriptor, PARTS=parts, FLATTEN=config.flatten,
         **FUSED, num_warps=config.warps, num_stages=config.stages, **limit,
     )  # fmt: skip
     return out
@@ -409,38 +374,19 @@ def _aligned(rows: torch.Tensor) -> torch.Tensor:
     return rows if fits and rows.stride(0) >= rows.shape[1] else rows.clone(memory_format=torch.contiguous_format)
 
 
-def _gate(gate: torch.Tensor | None, residual: torch.Tensor | None, data: torch.Tensor, n: int) -> torch.Tensor | None:
-    """The gate as float32 (G, N), one row for each M / G rows of data."""
-    if gate is None:
-        return None
-    check(residual is not None, "a gate needs a residual to add the gated linear to")
-    whole = tuple(gate.shape) == (n,) or gate.numel() == n
-    batched = gate.ndim == data.ndim and tuple(gate.shape) == (data.shape[0], *[1] * (data.ndim - 2), n)
-    check(whole or batched, f"the gate is {list(gate.shape)}; it has to be (N,) or (B, 1, ..., N)")
-    return gate.reshape(-1, n).to(torch.float32).contiguous()
-
-
-def launch_library(
+def _library_product(
     data: torch.Tensor,
     scale: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
-    format: str,
     dtype: torch.dtype,
-    fast: bool = False,
+    fast: bool,
 ) -> torch.Tensor:
-    """The same by torch's own products: row-wise _scaled_mm (fast: sums cut short), or _int_mm and its scaling."""
-    w8a8_linear._check(data, scale, weight, weight_scale, bias, format)
-    check(format != "int8_block", "no library product has a scale for each tile")
-    rows, weight = _aligned(data.reshape(-1, data.shape[-1])), _aligned(weight)
-    scales, weight_scale = scale.reshape(-1, 1).contiguous(), weight_scale.contiguous()
-    if format == "fp8":
-        y = torch._scaled_mm(
-            rows, weight.t(), scale_a=scales, scale_b=weight_scale.t(), out_dtype=dtype, use_fast_accum=fast,
-            bias=None if bias is None else bias.to(dtype),
-        )  # fmt: skip
-    else:
-        y = torch._int_mm(rows, weight.t()) * scales * weight_scale.t()
-        y = (y if bias is None else y + bias).to(dtype)
+    """The fp8 linear by torch's row-wise _scaled_mm. fast: with sums cut short."""
+    y = torch._scaled_mm(
+        _aligned(data.reshape(-1, data.shape[-1])), _aligned(weight).t(), scale_a=scale.reshape(-1, 1).contiguous(),
+        scale_b=weight_scale.contiguous().t(), out_dtype=dtype, use_fast_accum=fast,
+        bias=None if bias is None else bias.to(dtype),
+    )  # fmt: skip
     return y.reshape(*data.shape[:-1], weight.shape[0])

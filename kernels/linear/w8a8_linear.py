@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from turbocompile.kernels._common import check, compute_dtype, register, register_kernel, runs_triton
+from turbocompile.kernels._registry import check, compute_dtype, register, register_kernel, runs_triton
 from turbocompile.kernels.quantize.quantize import BLOCK, FORMATS, blocks, check_format, spread
 
 # |a b| <= 2^14 for int8: sums of 1,024 products fit the 24 bits of a float32, so a float32 matmul that deep is exact.
@@ -37,7 +37,7 @@ def reference(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """(..., N) in dtype. ValueError where shapes, dtypes and format do not fit each other."""
-    _check(data, scale, weight, weight_scale, bias, format)
+    check_operands(data, scale, weight, weight_scale, bias, format)
     compute = compute_dtype(dtype)
     tiled = format == "int8_block"
     rows, scales = data.reshape(-1, data.shape[-1]), scale if tiled else scale.reshape(-1, 1)
@@ -80,7 +80,7 @@ def _tiled(
     return total
 
 
-def _check(
+def check_operands(
     data: torch.Tensor,
     scale: torch.Tensor,
     weight: torch.Tensor,
@@ -120,7 +120,7 @@ def _fake(
     format: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    _check(data, scale, weight, weight_scale, bias, format)
+    check_operands(data, scale, weight, weight_scale, bias, format)
     return data.new_empty((*data.shape[:-1], weight.shape[0]), dtype=dtype)
 
 

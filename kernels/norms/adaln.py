@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from turbocompile.kernels._common import (
+from turbocompile.kernels._registry import (
     check_broadcast,
     check_channels,
     compute_dtype,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from turbocompile.kernels._common import check_channels, choose, compute_dtype, register, register_kernel, takes_rows
+from turbocompile.kernels._registry import check_channels, choose, compute_dtype, register, register_kernel, takes_rows
 from turbocompile.kernels.quantize.quantize import empty_quantized, quantize
 
 NORMS = ("layer", "rms")

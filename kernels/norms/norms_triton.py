@@ -44,42 +44,39 @@ from typing import TypeAlias
 import torch
 import triton
 import triton.language as tl
-from turbocompile.kernels._common import FUSED, WIDEST, check, check_broadcast, check_channels, choose
-from turbocompile.kernels.attention.prepare_triton import _product, processors
-from turbocompile.kernels.norms.norm_quantize import NORMS
-from turbocompile.kernels.quantize.quantize import BLOCK, FLOOR, LIMIT, empty_quantized
-from turbocompile.kernels.quantize.quantize_triton import (
-    RowConfig,
-    check_input,
+from turbocompile.kernels._jit import (
     encode,
     encode_held,
     fetch,
+    glance,
     hold,
     inside,
     largest,
     largest_held,
-    neighbours,
     only_before,
     packed,
-    pieces,
     place,
+    product,
     release,
     rounded,
+    sum_of,
+    wait,
+)
+from turbocompile.kernels._registry import FUSED, WIDEST, card, check, check_broadcast, check_channels, choose
+from turbocompile.kernels._rows import (
+    RowConfig,
+    check_input,
+    neighbours,
+    pieces,
     row_config,
     row_strides,
-    sum_of,
     view3,
 )
+from turbocompile.kernels.norms.norm_quantize import NORMS
+from turbocompile.kernels.quantize.quantize import BLOCK, FLOOR, LIMIT, empty_quantized
 
 _Optional = torch.Tensor | None
 NEAR = tl.constexpr(8)  # neighbours in a thread of a tile: 16 would have each read twice as much of scale and shift
-# 2^26 naps of 0.1 us and a read each, longer than any program runs: what never comes is an error, and no standstill
-NAP = "nanosleep.u32 100; add.u32 naps, naps, 1; setp.gt.u32 there, naps, 0x4000000; @there trap; "
-WAIT = tl.constexpr(
-    "{ .reg .pred there; .reg .b32 low, high, naps; mov.b64 $0, $1; mov.b32 naps, 0; "
-    "again: mov.b64 {low, high}, $0; setp.ne.s32 there, high, 0; @there bra done; "
-    f"{NAP}ld.relaxed.gpu.global.b64 $0, [$2]; bra again; done: }}"
-)
 
 
 @triton.jit
@@ -94,7 +91,7 @@ def _add(x, y, gate_at, mask, DTYPE: tl.constexpr, FTZ: tl.constexpr):
     by bit.
     """
     if gate_at is not None:
-        y = _product(_vector(gate_at, mask), y, FTZ)
+        y = product(_vector(gate_at, mask), y, FTZ)
     return rounded(x + y, DTYPE, FTZ)
 
 
@@ -147,15 +144,15 @@ def _norm_rows(
     DTYPE: tl.constexpr = x.dtype.element_ty
     c0 = tl.max_contiguous(tl.arange(0, W0), NEAR)
     m0 = inside(c0, C, W0)
-    x0 = hold(fetch(x_at + c0, m0))
+    x0 = hold(fetch(x_at + c0, m0))  # (W0,)
     if y is not None:
-        y0 = hold(fetch(y_at + c0, m0))
+        y0 = hold(fetch(y_at + c0, m0))  # (W0,)
     if W1 > 0:
         c1 = W0 + tl.max_contiguous(tl.arange(0, W1), NEAR)
         m1 = inside(c1, C, W0 + W1)
-        x1 = hold(fetch(x_at + c1, m1))
+        x1 = hold(fetch(x_at + c1, m1))  # (W1,)
         if y is not None:
-            y1 = hold(fetch(y_at + c1, m1))
+            y1 = hold(fetch(y_at + c1, m1))  # (W1,)
     for row in range(start, stop):
         r0 = release(x0, DTYPE)
         r1 = None
@@ -167,15 +164,15 @@ def _norm_rows(
                 r1 = _add(r1, release(y1, y.dtype.element_ty), _at(gate_at, c1), m1, DTYPE, FTZ)
         ahead0 = only_before(m0, row + 1, stop)
         x_at += x_l
-        x0 = hold(fetch(x_at + c0, ahead0))
+        x0 = hold(fetch(x_at + c0, ahead0))  # (W0,)
         if W1 > 0:
             ahead1 = only_before(m1, row + 1, stop)
-            x1 = hold(fetch(x_at + c1, ahead1))
+            x1 = hold(fetch(x_at + c1, ahead1))  # (W1,)
         if y is not None:
             y_at += y_l
-            y0 = hold(fetch(y_at + c0, ahead0))
+            y0 = hold(fetch(y_at + c0, ahead0))  # (W0,)
             if W1 > 0:
-                y1 = hold(fetch(y_at + c1, ahead1))
+                y1 = hold(fetch(y_at + c1, ahead1))  # (W1,)
         if residual is not None:
             tl.store(residual + to + c0, r0.to(DTYPE), mask=m0)
             if W1 > 0:
@@ -262,7 +259,7 @@ def _pieces(at, c, C: tl.constexpr, K: tl.constexpr):
     SPAN: tl.constexpr = c.shape[1]
     pieces = ()
     for k in tl.static_range(K):
-        piece = tl.load(at + k * SPAN, mask=inside(c + k * SPAN, C, (k + 1) * SPAN), other=0.0)
+        piece = tl.load(at + k * SPAN, mask=inside(c + k * SPAN, C, (k + 1) * SPAN), other=0.0)  # (ROWS, SPAN)
         pieces = pieces + (hold(piece.reshape(piece.shape[0] * SPAN)),)  # type: ignore[assignment]
     return pieces
 
@@ -316,28 +313,6 @@ def _words(
 
 
 @triton.jit
-def _glance(at, FTZ: tl.constexpr):
-    """Words that another multiprocessor may have written. (Said to have no effect, or each layout that the compiler
-    tried would read them.)
-    """
-    if FTZ:
-        word = tl.inline_asm_elementwise(
-            "ld.relaxed.gpu.global.b64 $0, [$1];", "=l,l", [at.to(tl.int64)], tl.int64, True, 1
-        )
-    else:
-        word = tl.load(at)
-    return word
-
-
-@triton.jit
-def _wait(word, at, FTZ: tl.constexpr):
-    """word, or what is at `at` once it is not 0. The interpreter runs one program after the other: it is there."""
-    if FTZ:
-        word = tl.inline_asm_elementwise(WAIT, "=&l,l,l", [word, at.to(tl.int64)], tl.int64, True, 1)
-    return word
-
-
-@triton.jit
 def _norm_tile(
     x, y, gate, scale, shift, weight, bias, residual, words, data, data_scale,
     x_b, x_l, y_b, y_l, gate_b, gate_l, scale_b, scale_l, shift_b, shift_l,
@@ -360,11 +335,13 @@ def _norm_tile(
         real = (member < rows - first)[:, None]
     c = tl.max_contiguous(tile * EDGE + tl.arange(0, EDGE), NEAR)[None, :]
     m = inside(c, C, C if C % EDGE == 0 else C + 1)
+    # (EDGE, EDGE)
     held = hold(fetch(_rows(x, first, row, length, x_b, x_l, C, FLAT, DENSE) + c, m).reshape(EDGE * EDGE))
     at = words + first + row
-    word = _glance(at, FTZ)
+    word = glance(at, FTZ)
     to = first.to(tl.int64) * C + (member * C)[:, None] + c
     if y is not None:
+        # (EDGE, EDGE)
         v = hold(fetch(_rows(y, first, row, length, y_b, y_l, C, FLAT, DENSE) + c, m).reshape(EDGE * EDGE))
         r = _summed(
             release(held, DTYPE).reshape(EDGE, EDGE), release(v, y.dtype.element_ty).reshape(EDGE, EDGE),
@@ -372,7 +349,7 @@ def _norm_tile(
         )  # fmt: skip
         tl.store(residual + to, r.to(DTYPE), mask=real & m)
         held = packed(r.reshape(EDGE * EDGE), DTYPE, FTZ)
-    word = _wait(word, at, FTZ)
+    word = wait(word, at, FTZ)
     n = release(_again(held, FTZ), DTYPE).reshape(EDGE, EDGE)
     if not RMS:
         n = n - word.to(tl.int32).to(tl.float32, bitcast=True)[:, None]
@@ -487,7 +464,7 @@ class BlockConfig:
 
     def blocks_between(self, rows: int, programs: int, device: torch.device) -> int:
         """How many row blocks, of so many programs each, the tiles are behind the rows: 1 at least."""
-        return min(int(self.lag * processors(device)) // programs + 1, triton.cdiv(rows, BLOCK))
+        return min(int(self.lag * card(device).processors) // programs + 1, triton.cdiv(rows, BLOCK))
 
     def limit(self, x: torch.Tensor) -> dict[str, int]:
         """The limit as a launch takes it."""

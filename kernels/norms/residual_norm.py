@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from turbocompile.kernels._common import (
+from turbocompile.kernels._registry import (
     check,
     check_broadcast,
     check_channels,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from turbocompile.kernels._common import choose, compute_dtype, register, register_kernel, takes_rows
+from turbocompile.kernels._registry import choose, compute_dtype, register, register_kernel, takes_rows
 from turbocompile.kernels.quantize.quantize import empty_quantized, quantize
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from turbocompile.kernels._common import check, choose, compute_dtype, register, register_kernel, takes_rows
+from turbocompile.kernels._registry import check, choose, compute_dtype, register, register_kernel, takes_rows
 
 BLOCK = 128  # edge of an int8_block tile
 FORMATS = {"int8": torch.int8, "int8_block": torch.int8, "fp8": torch.float8_e4m3fn}  # dtype of the data

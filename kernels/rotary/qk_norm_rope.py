@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from turbocompile.kernels._common import check, compute_dtype, register, register_kernel, takes_rows
+from turbocompile.kernels._registry import check, compute_dtype, register, register_kernel, takes_rows
 from turbocompile.kernels.norms.norm_quantize import normalize
 from turbocompile.kernels.rotary import rope
 
@@ -31,7 +31,7 @@ def reference(
     interleaved: bool,
 ) -> torch.Tensor:
     """(B, L, H, D) in x's dtype."""
-    _check(x, weight, per_head, num_heads, cos, sin, grid)
+    check_operands(x, weight, per_head, num_heads, cos, sin, grid)
     y = x.to(compute_dtype(x.dtype))
     if per_head:
         y = normalize(y.unflatten(-1, (num_heads, -1)), weight, None, eps, "rms")
@@ -42,7 +42,7 @@ def reference(
     return y.to(x.dtype).contiguous()
 
 
-def _check(
+def check_operands(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     per_head: bool,
@@ -72,7 +72,7 @@ def _fake(
     grid: Sequence[int],
     interleaved: bool,
 ) -> torch.Tensor:
-    _check(x, weight, per_head, num_heads, cos, sin, grid)
+    check_operands(x, weight, per_head, num_heads, cos, sin, grid)
     return x.new_empty((x.shape[0], x.shape[1], num_heads, x.shape[2] // num_heads))
 
 

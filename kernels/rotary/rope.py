@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from turbocompile.kernels._common import check, compute_dtype, register
+from turbocompile.kernels._registry import check, compute_dtype, register
 
 
 def angles(tables: Sequence[torch.Tensor], grid: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

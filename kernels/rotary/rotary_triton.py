@@ -26,18 +26,10 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from turbocompile.kernels._common import FUSED, WIDEST
-from turbocompile.kernels.quantize.quantize_triton import (
-    RowConfig,
-    check_input,
-    inside,
-    only_before,
-    pieces,
-    row_config,
-    row_strides,
-    view3,
-)
-from turbocompile.kernels.rotary.qk_norm_rope import AXES, _check
+from turbocompile.kernels._jit import inside, only_before
+from turbocompile.kernels._registry import FUSED, WIDEST
+from turbocompile.kernels._rows import RowConfig, check_input, pieces, row_config, row_strides, view3
+from turbocompile.kernels.rotary.qk_norm_rope import AXES, check_operands
 
 from turbocompile.errors import UnsupportedError
 
@@ -50,14 +42,14 @@ def _pairs(at, h, real, p, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.
     if INTERLEAVED:
         d = tl.arange(0, 2 * p.shape[0])
         mask = real[:, None] & inside(d, D, 2 * p.shape[0])[None, :]
-        x = tl.load(at + h[:, None] * D + d[None, :], mask=mask, other=0.0, eviction_policy=POLICY)
+        x = tl.load(at + h[:, None] * D + d[None, :], mask=mask, other=0.0, eviction_policy=POLICY)  # (heads, 2 P)
         x1, x2 = tl.split(x.reshape(h.shape[0], p.shape[0], 2))
     else:
         to = at + h[:, None] * D + p[None, :]
         mask1 = real[:, None] & inside(p, HALF, p.shape[0])[None, :]
         mask2 = real[:, None] & inside(p, D - HALF, p.shape[0])[None, :]
-        x1 = tl.load(to, mask=mask1, other=0.0, eviction_policy=POLICY)
-        x2 = tl.load(to + HALF, mask=mask2, other=0.0, eviction_policy=POLICY)
+        x1 = tl.load(to, mask=mask1, other=0.0, eviction_policy=POLICY)  # (heads, P)
+        x2 = tl.load(to + HALF, mask=mask2, other=0.0, eviction_policy=POLICY)  # (heads, P)
     return x1, x2
 
 
@@ -81,11 +73,11 @@ def _table(t0, t1, t2, i0, i1, i2, p, D0: tl.constexpr, D1: tl.constexpr, D2: tl
     """The tables' rows i0, i1, i2 side by side, float32."""
     row = tl.zeros([p.shape[0]], tl.float32)
     if D0 > 0:
-        row += tl.load(t0 + i0 * D0 + p, mask=p < D0, other=0.0)
+        row += tl.load(t0 + i0 * D0 + p, mask=p < D0, other=0.0)  # (P,)
     if D1 > 0:
-        row += tl.load(t1 + i1 * D1 + (p - D0), mask=(p >= D0) & (p < D0 + D1), other=0.0)
+        row += tl.load(t1 + i1 * D1 + (p - D0), mask=(p >= D0) & (p < D0 + D1), other=0.0)  # (P,)
     if D2 > 0:
-        row += tl.load(t2 + i2 * D2 + (p - D0 - D1), mask=(p >= D0 + D1) & (p < D0 + D1 + D2), other=0.0)
+        row += tl.load(t2 + i2 * D2 + (p - D0 - D1), mask=(p >= D0 + D1) & (p < D0 + D1 + D2), other=0.0)  # (P,)
     return row
 
 
@@ -192,7 +184,7 @@ def launch_qk_norm_rope(
     config: RowConfig | None = None,
 ) -> torch.Tensor:
     """qk_norm_rope.py's op: (B, L, H, D). UnsupportedError for more than three axes."""
-    _check(x, weight, per_head, num_heads, cos, sin, grid)
+    check_operands(x, weight, per_head, num_heads, cos, sin, grid)
     check_input(x, x.shape[2])
     if len(cos) > AXES:
         raise UnsupportedError(f"the kernel turns by {AXES} axes at most, not {len(cos)}: use the reference")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from turbocompile.kernels import _common
+from turbocompile.kernels import _registry
 from turbocompile.kernels.rotary import qk_norm_rope
 
 from turbocompile import kernels
@@ -61,7 +61,7 @@ def test_every_op_but_the_plain_rotation_has_a_kernel():
 def test_every_launch_says_that_products_and_sums_fuse():
     """Or a user's first call warns of it, from Triton 3.9 on, and from 3.10 on takes more instructions."""
     said = 0
-    for file in sorted(Path(_common.__file__).parent.rglob("*_*.py")):
+    for file in sorted(Path(_registry.__file__).parent.rglob("*_*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):  # kernel[grid](...)
                 unpacked = [ast.unparse(k.value) for k in node.keywords if k.arg is None]
@@ -95,12 +95,12 @@ def test_every_launch_says_that_products_and_sums_fuse():
 )
 def test_the_kernels_over_rows_take(monkeypatch, x, others, taken):
     """As on a card of compute capability 8.0, which lacks e4m3."""
-    monkeypatch.setattr(_common, "runs_triton", lambda device, capability=(8, 0): capability <= (8, 0))
-    assert _common.takes_rows(x, *others) == taken
+    monkeypatch.setattr(_registry, "runs_triton", lambda device, capability=(8, 0): capability <= (8, 0))
+    assert _registry.takes_rows(x, *others) == taken
 
 
 def test_the_rotation_takes_three_axes(monkeypatch):
-    monkeypatch.setattr(_common, "runs_triton", lambda device, capability=(8, 0): True)
+    monkeypatch.setattr(_registry, "runs_triton", lambda device, capability=(8, 0): True)
     x, table = torch.zeros(1, 16, 64), torch.zeros(2, 8)
     for axes, taken in ((0, True), (3, True), (4, False)):
         assert (
@@ -109,7 +109,7 @@ def test_the_rotation_takes_three_axes(monkeypatch):
 
 
 def test_a_cpu_runs_no_kernel():
-    assert not _common.runs_triton(torch.device("cpu"))
+    assert not _registry.runs_triton(torch.device("cpu"))
 
 
 def test_the_package_imports_without_the_rest():

@@ -14,7 +14,7 @@ from turbocompile.capture.export import capture
 from turbocompile.ir.emit import weight_plan
 from turbocompile.ir.program import is_op
 from turbocompile.ir.weights import Cat, Evaluator, Load, ModuleTensors, Mul, Quantize, Reshape, Slice, WithVectors
-from turbocompile.numerics.calibrate import find_groups, find_linears
+from turbocompile.numerics.linear_errors import find_groups, find_linears
 from turbocompile.recipe.options import resolve
 from turbocompile.recipe.schema import Settings
 from turbocompile.rewrite.normalize import normalize

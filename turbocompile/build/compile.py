@@ -17,10 +17,12 @@ from turbocompile.ir.graph_view import GraphView
 from turbocompile.ir.printer import print_program
 from turbocompile.ir.program import Program
 from turbocompile.ir.weights import Emission, Evaluator, TensorSource, WithVectors
-from turbocompile.numerics.calibrate import Inputs, Plan, calibrate
+from turbocompile.numerics.calibrate import calibrate
+from turbocompile.numerics.inputs import Inputs
+from turbocompile.numerics.normal_forms import wrong_forms
+from turbocompile.numerics.plan import Plan
 from turbocompile.numerics.recording import Recorded
 from turbocompile.numerics.shapes import wrong_shapes
-from turbocompile.numerics.verifier import wrong_forms
 from turbocompile.recipe.options import CompileOptions
 from turbocompile.rewrite.lineage import begin, graph_views
 from turbocompile.rewrite.results import PassResult

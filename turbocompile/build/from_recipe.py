@@ -15,6 +15,7 @@ from turbocompile.build.compile import Compiled, compile_programs, device_of
 from turbocompile.build.measure import measured
 from turbocompile.build.stages import Progress, Stages
 from turbocompile.build.write import Origin, finish, make_report, write_recipes_module
+from turbocompile.capture.deepen import CAPTURED, deepened
 from turbocompile.capture.export import capture
 from turbocompile.errors import EngineError, RecipeError, VerificationError
 from turbocompile.files import check_folder
@@ -188,9 +189,19 @@ class _TransformerBuild:
         return Twin(self._captured(self.transformer, shape))
 
     def _captured(self, transformer: TransformerSource, shape: Shape) -> Program:
+        """The Program of a transformer. Of many layers three are captured, and the middle one is repeated, because all
+        layers of a Wan transformer are one class that is given the same arguments.
+        """
+        layers = int(transformer.config["num_layers"])
         with self.stages("capture"):
             args, kwargs = transformer.example_inputs(shape)
-            return capture(transformer.build(), args, kwargs)
+            model = transformer.build()  # checks that there are weights for all layers
+            if layers > CAPTURED:
+                few = replace(transformer, config={**transformer.config, "num_layers": CAPTURED})
+                made = deepened(capture(few.build(), args, kwargs), "blocks", layers)
+                if made is not None:
+                    return made
+            return capture(model, args, kwargs)
 
     def _compared(self, transformer: TransformerSource, program: Program) -> Comparison:
         """An eager transformer of two blocks beside its graph. Raises VerificationError where they differ."""

@@ -22,6 +22,7 @@ from turbocompile.ir.serialize import to_json
 from turbocompile.ir.weights import Emission, Evaluator, nbytes, write_shards
 from turbocompile.recipe.schema import Recipe, Settings
 from turbocompile.report.report import Report
+from turbocompile.rewrite.pipeline import foreign_operators
 from turbocompile.runtime.engine import Engine, module_entry
 from turbocompile.runtime.folder import seal
 from turbocompile.runtime.tuning import FILE as TUNING
@@ -118,7 +119,8 @@ def make_report(
     components: int = 0,
 ) -> Report:
     """The report of all modules. components: bytes of the models around them."""
-    predicted = sum(predicted_bytes(item) for item in compiled.values()) + components
+    sizes = [predicted_bytes(item) for item in compiled.values()]
+    predicted = None if None in sizes else sum(size or 0 for size in sizes) + components
     reports = {}
     for name, item in compiled.items():
         reports[name] = Report.from_results(
@@ -138,8 +140,13 @@ def _unmeasured(settings: Settings) -> str:
     return f"not measured: the recipe says verify: {settings.verify}"
 
 
-def predicted_bytes(item: Compiled) -> int:
-    """Bytes that a module takes in an engine: its weights with their headers, its programs and printed graphs."""
+def predicted_bytes(item: Compiled) -> int | None:
+    """Bytes that a module takes in an engine: its weights with their headers, its programs and printed graphs.
+
+    None where a pass of another package made an operator that no engine folder may hold.
+    """
+    if any(foreign_operators(program) for program in item.programs.values()):
+        return None
     header = sum(len(name) + 80 for name in item.plan)  # name, dtype, shape and offsets in JSON
     programs = sum(len(json.dumps(to_json(p), separators=(",", ":"))) for p in item.programs.values())
     printed = sum(len(text) for text in (*item.printed.values(), views_json(item.views)))

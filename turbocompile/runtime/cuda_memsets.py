@@ -145,7 +145,7 @@ def _kernels(driver: Any, fills: set[Fill]) -> tuple[torch.cuda.CUDAGraph, dict[
     They are recorded because a Triton kernel has parameters besides its arguments, which differ by version and which
     only Triton's own launch knows.
     """
-    from turbocompile.kernels.fill_triton import launch_fill
+    from turbocompile.kernels.memory.fill_triton import launch_fill
 
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     scratch = torch.empty(1, dtype=torch.int32, device="cuda")

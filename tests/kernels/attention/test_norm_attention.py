@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from turbocompile.kernels import _common, ops
+from turbocompile.kernels import _registry, ops
 from turbocompile.kernels.attention import norm_attention, sage_attention
 
 from turbocompile.errors import UnsupportedError
@@ -159,7 +159,7 @@ def place(value, device):
 @pytest.fixture
 def card(monkeypatch):
     """As where Triton runs on a card of compute capability 8.0."""
-    for module in (_common, sage_attention):
+    for module in (_registry, sage_attention):
         monkeypatch.setattr(module, "runs_triton", lambda device, capability=(8, 0): capability <= (8, 0))
 
 

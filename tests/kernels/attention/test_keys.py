@@ -11,7 +11,6 @@ Three bounds, all against float64 with the centre that the kernel took:
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
@@ -20,8 +19,6 @@ from turbocompile.kernels.rotary import qk_norm_rope
 
 triton = pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INTERPRETED, reason="runs in a process that interprets Triton")
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 BF16, FP16, F32 = torch.bfloat16, torch.float16, torch.float32
 EPS = 1e-6
@@ -43,15 +40,18 @@ on_the_card = [
     (1, 24, 128, (4, 33, 8), BF16, 128),
 ]
 where = [
-    *(pytest.param("cpu", *case, marks=inside) for case in interpreted),
+    *(("cpu", *case) for case in interpreted),
     *(pytest.param("cuda", *case, marks=gpu) for case in on_the_card),
 ]
-either = [pytest.param("cpu", marks=inside), pytest.param("cuda", marks=gpu)]
+either = ["cpu", pytest.param("cuda", marks=gpu)]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="starts the process that interprets Triton")
-def test_the_kernels_interpreted(interpret):
-    interpret(__file__)
+@pytest.fixture(autouse=True)
+def _interpreted_on_the_cpu(request):
+    """Tests whose device is the CPU run in the interpreter."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is not None and callspec.params.get("device") == "cpu":
+        request.getfixturevalue("interpreted")
 
 
 def columns(head_dim: int, axes: int) -> tuple[int, ...]:
@@ -187,7 +187,7 @@ def test_no_weight_and_rows_of_their_own(device):
     assert_keys(case, 64, *case.keys(64))
 
 
-@inside
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("kind", ["sage", "sla"])
 def test_an_attention_reads_them(kind):
     """In float16, whose product with V the interpreter computes: no further off than from a k in between."""
@@ -256,10 +256,10 @@ def test_the_attentions_err_no_more_than_with_k_in_between(kind, dtype):
     are alike would be all that counts.
     """
     from turbocompile.kernels import ops
-    from turbocompile.kernels.attention import norm_attention
+    from turbocompile.kernels.attention import keys, norm_attention
 
     case = Case("cuda", 1, 4, 128, (5, 30, 30), dtype)  # 4,500 tokens: more than LEAST
-    assert case.length >= norm_attention.LEAST
+    assert case.length >= keys.LEAST
     q, v = (torch.randn(1, case.length, 4, 128, device="cuda").to(dtype) for _ in "qv")
     given = (q, case.x, v, case.weight, EPS, case.cos, case.sin, case.grid)
     k = ops.qk_norm_rope(case.x, case.weight, EPS, False, 4, case.cos, case.sin, case.grid, True)
@@ -314,9 +314,9 @@ def test_repeated_calls_are_equal_bit_by_bit(keep):
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 def test_a_new_length_compiles_nothing(device):
-    from turbocompile.kernels.attention import keys_triton
+    from turbocompile.kernels.attention import keys_tables_triton, keys_triton
 
-    kernels = (keys_triton._keys, keys_triton._lay_out)
+    kernels = (keys_triton._keys, keys_tables_triton._lay_out)
     for grid in ((7, 30, 16), (3, 31, 17)):
         Case(device, 1, 12, 128, grid, BF16).keys(128)
         counts = [sum(len(c[0]) for c in k.device_caches.values()) for k in kernels]
@@ -336,72 +336,3 @@ def test_every_path_for_the_sanitizer(device):
             for keep in (False, True):
                 _, keys = case.keys(128, pool=keep, keep=keep, config=config)
                 assert keys.k_scale.isfinite().all()
-
-
-# --- compiled for cards that are not here
-
-
-class Card:
-    """What Triton asks of a driver before it compiles."""
-
-    def __init__(self, capability):
-        self.capability = capability
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=None):
-        return 0
-
-
-@pytest.mark.skipif(INTERPRETED, reason="compiles")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(("capability", "keep"), [(80, True), (89, False), (90, False), (90, True), (120, True)])
-def test_the_kernel_compiles(monkeypatch, capability, keep, dtype):
-    """Its instructions are PTX, which no interpreter reads."""
-    import triton.language as tl
-    from triton.runtime import driver
-    from turbocompile.kernels._common import FUSED
-    from turbocompile.kernels.attention import keys_triton as k
-
-    monkeypatch.setattr(driver, "_active", Card(capability))
-    k._keys.device_caches.clear()  # the device has the same number whichever it is
-    words, long, real = (torch.empty(4, dtype=d) for d in (torch.int32, torch.int64, F32))
-    config = k.KEYS_CONFIGS[keep]
-    kept = words if keep else None
-    made = k._keys.warmup(
-        words, long, long, words, words, real, words, words, words, real, kept, kept,
-        0, 768, 1000, 8, 3, 64, 15, 0.1, 0.1, 30, 52, 6, 11, EPS,
-        H=12, D=128, EDGE=128, CHUNK=config.warps * 2, S=k.SAMPLES, **config.pieces(1536), DTYPE=getattr(tl, dtype),
-        ALONE=True, SIGNED=capability >= 86, FTZ=True, grid=(1,), **FUSED, num_warps=config.warps, num_stages=1,
-        maxnreg=config.registers,
-    )  # fmt: skip
-    assert ("m16n8k8" in made.asm["ptx"], "xorsign" in made.asm["ptx"]) == (True, capability >= 86)
-    assert made.asm["cubin"]
-
-
-@pytest.mark.skipif(INTERPRETED, reason="compiles")
-@pytest.mark.parametrize(("capability", "dtype"), [(80, "bfloat16"), (90, "float16"), (120, "bfloat16")])
-def test_the_launch_before_it_compiles(monkeypatch, capability, dtype):
-    import triton.language as tl
-    from triton.runtime import driver
-    from turbocompile.kernels._common import FUSED
-    from turbocompile.kernels.attention import keys_triton as k
-
-    monkeypatch.setattr(driver, "_active", Card(capability))
-    k._lay_out.device_caches.clear()
-    words, long, real = (torch.empty(4, dtype=d) for d in (torch.int32, torch.int64, F32))
-    config = k.KEYS_CONFIGS[0]
-    made = k._lay_out.warmup(
-        words, torch.empty(4, dtype=BF16), *[real] * 6, long, long, words, words, real, words, words,
-        0, 768, 21, 30, 52, 5, 5, 6, 10, 4, 32760, 1, 64, 15, 0.1, 0.1, EPS,
-        H=12, D=128, D0=22, D1=21, D2=21, S=k.SAMPLES, **config.pieces(1536), WIDTH=256, DTYPE=getattr(tl, dtype),
-        FTZ=True, grid=(1,), **FUSED, num_warps=config.warps, num_stages=1,
-    )  # fmt: skip
-    assert "m16n8k8" in made.asm["ptx"]
-    assert made.asm["cubin"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from turbocompile.kernels._common import FUSED
+from turbocompile.kernels._registry import FUSED
 
 WORDS = 1024  # a program's: a memset in a step is of one word, the counter of a library's kernel
 

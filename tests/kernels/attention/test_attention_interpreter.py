@@ -1,26 +1,19 @@
 """The attention kernels in Triton's interpreter, at small ragged shapes, against float64 formulas.
 
-The interpreter has to be chosen before Triton is imported, so the tests run in a process of their own. It is wrong on
+The interpreter is wrong on
 products of bf16 and on casts to e4m3: inputs are float16 and pv is "fp16"; the rest is for the GPU. It knows the
 portable kernels alone.
 """
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from turbocompile.kernels.attention.sage_attention import reference as sage
 from turbocompile.kernels.attention.sla_attention import block_map, kept_blocks, reference, reference_backward
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INTERPRETED, reason="runs in a process that interprets Triton")
-
-
-@pytest.mark.skipif(INTERPRETED, reason="starts the process that interprets Triton")
-def test_the_kernels_interpreted(interpret):
-    interpret(__file__)
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 def relative_l2(got, expected):
@@ -33,7 +26,6 @@ def lists(chosen):
     return chosen.flatten(0, 1).to(torch.uint8).topk(count, dim=-1).indices.sort(-1).values.int()
 
 
-@inside
 @pytest.mark.parametrize(
     ("lengths", "heads", "dim", "is_causal", "block_k"),
     [((70, 90), (2, 1), 48, False, 64), ((100, 100), (1, 1), 64, True, 64), ((40, 130), (1, 1), 96, False, 128)],
@@ -51,7 +43,6 @@ def test_sage(normal, lengths, heads, dim, is_causal, block_k):
     assert relative_l2(got, sage(q.double(), k.double(), v.double(), 0.1, is_causal, "fp16")) < 2.0**-10
 
 
-@inside
 def test_values_beyond_float16_and_rows_of_zeros(normal):
     from turbocompile.kernels.attention.attend_triton import sage_forward
 
@@ -62,7 +53,6 @@ def test_values_beyond_float16_and_rows_of_zeros(normal):
     assert (got[..., 3] == 0).all()
 
 
-@inside
 @pytest.mark.parametrize(("lines", "n", "count"), [(5, 7, 3), (17, 64, 1), (3, 64, 64), (6, 200, 20), (2, 600, 60)])
 @pytest.mark.parametrize("kind", ["random", "close", "tied", "far"])
 def test_the_largest_are_found_and_of_equal_ones_the_first(normal, lines, n, count, kind):
@@ -81,7 +71,6 @@ def test_the_largest_are_found_and_of_equal_ones_the_first(normal, lines, n, cou
     assert torch.equal(largest(scores, count), expected.int())
 
 
-@inside
 @pytest.mark.parametrize(
     ("feature_map", "batch", "tokens", "dim", "blocks"),
     [("softmax", 1, 150, 64, (64, 64)), ("elu", 2, 140, 48, (128, 64)), ("relu", 1, 200, 96, (64, 128))],
@@ -101,7 +90,6 @@ def test_quantized_sla_and_its_map(normal, feature_map, batch, tokens, dim, bloc
     assert relative_l2(got, expected) < 0.01
 
 
-@inside
 @pytest.mark.parametrize(
     ("feature_map", "batch", "tokens", "dim", "blocks"),
     [("softmax", 1, 150, 64, (64, 64)), ("elu", 2, 140, 48, (128, 64)), ("relu", 1, 100, 64, (64, 64))],

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional as F
 from turbocompile.kernels import ops
 from turbocompile.kernels.linear.w8a8_linear import reference
 from turbocompile.kernels.quantize.quantize import FORMATS, dequantize, quantize
@@ -217,39 +216,7 @@ def test_rows_that_are_not_contiguous(make, format, path):
 # --- options
 
 
-@pytest.mark.parametrize(
-    ("format", "config", "shape"),
-    [pytest.param(*p.values, "batch", id=f"{p.id}-batch") for p in EVERY]
-    + [pytest.param(*p.values, shape, id=f"{p.id}-{shape}") for p in FIRST for shape in ("none", "all")],
-)
-def test_the_options_of_the_epilogue(make, unit, format, config, shape):
-    from turbocompile.kernels.linear.linear_triton import launch_linear
-
-    args = operands(make, format, (2, 333, 512), 272)
-    residual = make(2, 333, 272)
-    gate = {"none": None, "all": make(272), "batch": make(2, 1, 272, dtype=FP32)}[shape]
-    y = launch_linear(*args, BF16, config, gelu=True, residual=residual, gate=gate)
-    linear = reference(*args, FP64)
-    factor = torch.ones(1, device="cuda") if gate is None else gate.double()
-    expected = residual.double() + factor * F.gelu(linear, approximate="tanh")
-    # GELU's slope is below 1.13; int8_block rounds what comes before the sum once more
-    inner = factor.abs() * (1.13 * bound(args, BF16, unit, config.promote) + 2 * unit[BF16] * linear.abs())
-    assert ((y.double() - expected).abs() <= inner + unit[BF16] * (expected.abs() + inner)).all()
-
-
 # --- the library's products
-
-
-@pytest.mark.parametrize("format", ["fp8", "int8"])
-@pytest.mark.parametrize("fast", [False, True])
-def test_the_library_computes_the_same(make, unit, format, fast):
-    from turbocompile.kernels.linear.linear_triton import launch_library
-
-    if not runs(format):
-        pytest.skip("no FP8 on this card")
-    args = operands(make, format, (2, 333, 1536), 272)
-    y = launch_library(*args, BF16, fast)
-    assert ((y.double() - reference(*args, FP64)).abs() <= bound(args, BF16, unit, promote=False)).all()
 
 
 def test_the_library_is_a_configuration(make, unit):
@@ -264,10 +231,8 @@ def test_the_library_is_a_configuration(make, unit):
     apart = wide.view(args[0].dtype)[..., 5:]  # rows that start anywhere
     for config in found:
         y = t.launch_linear(*args, BF16, config)
-        assert torch.equal(y, t.launch_library(*args, BF16, not config.promote))
+        assert ((y.double() - reference(*args, FP64)).abs() <= bound(args, BF16, unit, promote=False)).all()
         assert torch.equal(y, t.launch_linear(apart, *args[1:], BF16, config))
-        with pytest.raises(ValueError, match="no such product"):
-            t.launch_linear(*args, BF16, config, gelu=True)
         with pytest.raises(ValueError, match="no such product"):
             t.launch_linear(*args, FP32, config)
 
@@ -345,10 +310,9 @@ def test_a_new_number_of_rows_compiles_nothing(make, format):
         pytest.skip("no FP8 on this card")
     kernels = t._linear.device_caches[torch.cuda.current_device()][0]
     config = next(c for c in configurations(format) if c.path == "pointer")
-    gate, residual = make(1, 1, 272), make(1, 2000, 272)
     for rows in (2000, 1999, 1, 16, 1000):
         args = operands(make, format, (1, rows, 512), 272)
-        t.launch_linear(*args, BF16, config, residual=residual[:, :rows], gate=gate)
+        t.launch_linear(*args, BF16, config)
         if rows == 2000:
             before = len(kernels)
     assert len(kernels) == before
@@ -425,5 +389,5 @@ def test_every_path_for_the_sanitizer(make):
         for config in configurations(format):
             for n in (272, 17) if config.path == "pointer" and format != "int8_block" else (272,):
                 args = operands(make, format, (200, 384), n)
-                y = launch_linear(*args, BF16, config, gelu=True, residual=make(200, n), gate=make(n))
+                y = launch_linear(*args, BF16, config)
                 assert y.isfinite().all()

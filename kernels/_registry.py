@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ WIDEST = 32768  # channels of a row that a program holds in its registers
 GRID = 65535  # programs along a grid's second axis: batch items, or tiles of 128 rows
 # Of each launch: a product and a sum may be one instruction. Triton 3.9 warns where none says so; 3.10 parts them then.
 FUSED = {"enable_fp_fusion": True}
+
+ON_CUDA: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+"""Each op's implementation on CUDA."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -93,15 +97,39 @@ def register_kernel(
         with torch.cuda.device(args[0].device):
             return getattr(importlib.import_module(f"turbocompile.kernels.{module}"), function)(*args, **options)
 
-    torch.library.impl(overload.name(), "cuda")(on_cuda)
+    register_on_cuda(overload, on_cuda)
     return on_cuda
+
+
+def register_on_cuda(overload: torch._ops.OpOverload, function: Callable[..., Any]) -> None:
+    """Makes a function the op's implementation on CUDA, where it chooses between kernels and reference itself."""
+    torch.library.impl(overload.name(), "cuda")(function)
+    ON_CUDA[overload] = function
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the kernels' configurations depend on."""
+
+    capability: tuple[int, int]
+    processors: int  # multiprocessors
+    shared: int  # bytes of shared memory in each
+
+
+@functools.cache
+def card(device: torch.device) -> Card:
+    """The card behind a device. Triton's interpreter, on the CPU, counts as a small Hopper card."""
+    if device.type != "cuda":
+        return Card((9, 0), 2, 228 << 10)
+    found = torch.cuda.get_device_properties(device)
+    return Card((found.major, found.minor), found.multi_processor_count, found.shared_memory_per_multiprocessor)
 
 
 @functools.cache
 def runs_triton(device: torch.device, capability: tuple[int, int] = TRITON) -> bool:
     """Whether Triton is installed and the device is a GPU of at least this compute capability."""
     found = importlib.util.find_spec("triton") is not None
-    return found and device.type == "cuda" and torch.cuda.get_device_capability(device) >= capability
+    return found and device.type == "cuda" and card(device).capability >= capability
 
 
 def takes_rows(x: torch.Tensor, *others: Any) -> bool:

@@ -1,21 +1,19 @@
 """The kernels of the norms, of quantization and of the rotation in Triton's interpreter, at small ragged shapes.
 
-The interpreter has to be chosen before Triton is imported, so the tests run in a process of their own. It cuts bf16
+The interpreter cuts bf16
 off instead of rounding and is wrong on casts to e4m3: inputs are float32 and float16, and for fp8 the values before
 the cast are compared; the rest is for the GPU.
 """
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from turbocompile.kernels import ops
 from turbocompile.kernels.quantize.quantize import LIMIT, dequantize, empty_quantized, encode
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INTERPRETED, reason="runs in a process that interprets Triton")
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("interpreted")
 F32, F16 = torch.float32, torch.float16
 WIDTHS = [40, 300]  # one piece with padding; 256 + 64
 
@@ -34,11 +32,6 @@ def block_config():
     from turbocompile.kernels.norms.norms_triton import BlockConfig
 
     return BlockConfig(warps=8, elements=48, lag=20)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="starts the process that interprets Triton")
-def test_the_kernels_interpreted(interpret):
-    interpret(__file__)
 
 
 def slack(expected, unit):
@@ -81,7 +74,6 @@ def test_pieces_hold_a_width_with_little_padding(width, least, expected):
     assert pieces(width, least, len(expected)) == expected
 
 
-@inside
 @pytest.mark.parametrize("dtype", [F32, F16])
 @pytest.mark.parametrize("format", ["int8", "int8_block"])
 def test_quantize_bit_by_bit(normal, same, config, dtype, format):
@@ -100,7 +92,6 @@ def test_quantize_bit_by_bit(normal, same, config, dtype, format):
         same(launch_quantize(view, format, config), ops.quantize(view, format))
 
 
-@inside
 @pytest.mark.parametrize("dtype", [F32, F16])
 def test_fp8_before_its_cast(normal, same, config, dtype):
     from turbocompile.kernels.quantize.quantize_triton import quantize_into
@@ -112,7 +103,6 @@ def test_fp8_before_its_cast(normal, same, config, dtype):
     same((encode(values, "fp8"), scale), ops.quantize(x, "fp8"))
 
 
-@inside
 def test_halves_round_to_even_and_the_largest_of_a_tile_saturates(same):
     from turbocompile.kernels.quantize.quantize_triton import launch_quantize
 
@@ -122,7 +112,6 @@ def test_halves_round_to_even_and_the_largest_of_a_tile_saturates(same):
     assert launch_quantize(x, "int8_block")[0].tolist() == [[127, -128, 32]]
 
 
-@inside
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
 @pytest.mark.parametrize("dtype", [F32, F16])
 def test_gelu_quantize(normal, unit, config, dtype, approximate):
@@ -140,7 +129,6 @@ def test_gelu_quantize(normal, unit, config, dtype, approximate):
     assert data[0, 0, :4].tolist() == [0, 0, 0, 127]
 
 
-@inside
 @pytest.mark.parametrize("dtype", [F32, F16])
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("form", ["batch", "shared", "vector", "token", "column"])
@@ -164,7 +152,6 @@ def test_adaln_over_every_broadcast(normal, unit, config, dtype, width, form):
     assert ((y.double() - expected).abs() <= slack(expected, unit[dtype])).all()
 
 
-@inside
 @pytest.mark.parametrize("shape", [(40,), (3, 40), (2, 2, 3, 40)])
 def test_any_number_of_dimensions(normal, shape):
     from turbocompile.kernels.norms.norms_triton import launch_adaln
@@ -174,7 +161,6 @@ def test_any_number_of_dimensions(normal, shape):
     assert ((launch_adaln(x, scale, shift, None, None, 1e-6) - expected).abs() <= slack(expected, 0)).all()
 
 
-@inside
 @pytest.mark.parametrize("value", [0.0, 1e4])
 def test_constant_rows_give_the_shift(value):
     from turbocompile.kernels.norms.norms_triton import launch_adaln
@@ -184,7 +170,6 @@ def test_constant_rows_give_the_shift(value):
         assert torch.equal(launch_adaln(x, torch.ones(width), shift, None, None, 1e-6), shift.expand(1, 3, width))
 
 
-@inside
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("dtype", [F32, F16])
 @pytest.mark.parametrize("parts", ["all", "none", "norm", "modulation"])
@@ -207,7 +192,6 @@ def test_residual_and_its_norm(normal, unit, config, norm, dtype, parts):
     assert ((n.double() - expected).abs() <= slack(expected, unit[dtype])).all()
 
 
-@inside
 @pytest.mark.parametrize(
     ("dtype", "tokens", "form"), [(F32, 3, (1, 1)), (F16, 3, (2, 1)), (F16, 3, (2, 3)), (F16, 66, (2, 1))]
 )
@@ -236,7 +220,6 @@ def test_norms_quantized(normal, unit, config, block_config, dtype, tokens, form
         assert_quantized(*found, format, expected, unit[dtype])
 
 
-@inside
 @pytest.mark.parametrize(("warps", "lag"), [(4, 0), (8, 20), (16, 1000)])
 def test_a_tile_comes_behind_its_rows(normal, same, warps, lag):
     """By one row block, by two, and behind all rows; before them it would find zeros, and say NaN."""
@@ -259,7 +242,6 @@ def test_a_tile_comes_behind_its_rows(normal, same, warps, lag):
         same((again, other), (data, unit))
 
 
-@inside
 def test_tiles_are_at_least_a_row_block_behind(normal):
     from turbocompile.kernels.norms.norms_triton import BlockConfig
 
@@ -269,7 +251,6 @@ def test_tiles_are_at_least_a_row_block_behind(normal):
     assert BlockConfig(8, 48, lag=1000).blocks_between(1000, 20, device) == 8  # there are no more
 
 
-@inside
 def test_a_configuration_of_the_other_kind_is_refused(normal, config, block_config):
     from turbocompile.kernels.norms.norms_triton import launch_norm_quantize
 
@@ -278,7 +259,6 @@ def test_a_configuration_of_the_other_kind_is_refused(normal, config, block_conf
             launch_norm_quantize(normal(3, 40), None, None, 1e-6, "rms", format, other)
 
 
-@inside
 def test_fp8_of_a_norm_before_its_cast(normal):
     from turbocompile.kernels.norms.norms_triton import Norm, launch_adaln, norm_into
 
@@ -291,7 +271,6 @@ def test_fp8_of_a_norm_before_its_cast(normal):
     assert torch.equal(values, n * (torch.full_like(amax, 448.0) / amax))
 
 
-@inside
 @pytest.mark.parametrize("dtype", [F32, F16])
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("per_head", [True, False])
@@ -317,7 +296,6 @@ def test_qk_norm_rope(normal, unit, config, dtype, interleaved, per_head, heads,
         assert ((got.double() - expected).abs() <= bound).all()
 
 
-@inside
 def test_an_odd_head_that_is_not_turned_and_rows_of_zeros(normal):
     from turbocompile.kernels.rotary.rotary_triton import launch_qk_norm_rope
 
@@ -330,7 +308,6 @@ def test_an_odd_head_that_is_not_turned_and_rows_of_zeros(normal):
         assert (got - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
-@inside
 def test_what_the_kernels_do_not_take_is_refused(normal):
     from turbocompile.kernels.norms.norms_triton import launch_adaln, launch_gated_residual
     from turbocompile.kernels.quantize.quantize_triton import launch_quantize
