@@ -21,7 +21,8 @@ from turbocompile.ir.attention_ops import SAGE, SLA
 from turbocompile.ir.cost import arguments
 from turbocompile.ir.execute import foldable
 from turbocompile.ir.program import SHELL, Program, Subgraph, call, is_op, walk_tensors
-from turbocompile.ir.weights import Constant, emitted_name, full_name
+from turbocompile.ir.stored_names import constant_name, stored_name
+from turbocompile.ir.weights import Constant, full_name
 from turbocompile.rewrite.normalize import normalize
 from turbocompile.rewrite.pipeline import load_pass
 from turbocompile.rewrite.run_pass import run_pass
@@ -105,8 +106,8 @@ def _plain(program: Program, weights: Mapping[str, torch.Tensor]) -> Program:
                 node.target = DECOMPOSITIONS[node.target]  # the normalization below traces through it
         for expr in sub.weights.values():
             for key in plain.keys(name, expr):
-                if f"constants.{key}" in weights:
-                    plain.constants[key] = weights[f"constants.{key}"].cpu()
+                if (name := constant_name(key)) in weights:
+                    plain.constants[key] = weights[name].cpu()
     normalize(plain)
     run_pass(
         plain, load_pass("norms"), {"target": "cpu"}
@@ -182,7 +183,7 @@ class _Flattener:
         """The stored name and the values of a weight. A constant of the normal form has a name of its own."""
         local = str(node.target)
         expr = sub.weights[local]
-        key = emitted_name(graph == SHELL, graph, local, expr, prefix)
+        key = stored_name(graph, local, expr, prefix)
         if key in self.weights:
             return key, self.weights[key].cpu()
         if isinstance(expr, Constant) and (own := full_name(expr.key, prefix)) in self.program.constants:

@@ -27,6 +27,7 @@ from turbocompile.backends.trial import Trial, too_large
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.files import inside
 from turbocompile.ir.program import Program
+from turbocompile.ir.stored_names import SHARDS
 
 SMALL = 256  # elements at most of a constant that is no weight: shapes, axes, scalars, epsilons
 OPSET = 23  # the first with Attention and RMSNormalization
@@ -258,7 +259,7 @@ class _Span:
 def _stored(folder: Path) -> dict[str, list[_Span]]:
     """The bytes of the tensors in the folder's safetensors files, by the tensors' names."""
     found: dict[str, list[_Span]] = {}
-    for path in sorted(folder.glob("weights-*.safetensors")):
+    for path in sorted(folder.glob(SHARDS)):
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(size))

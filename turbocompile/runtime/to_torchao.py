@@ -7,8 +7,9 @@ from torch import nn
 
 from turbocompile.capture.module_weights import DATA, Quantized
 from turbocompile.errors import EngineError, UnsupportedError
-from turbocompile.ir.program import SHELL, is_op
-from turbocompile.ir.weights import RELATIVE, emitted_name, stacked
+from turbocompile.ir.program import is_op
+from turbocompile.ir.stored_names import stored_name
+from turbocompile.ir.weights import full_name, stacked
 from turbocompile.kernels import ops
 from turbocompile.runtime.engine import Engine
 
@@ -56,10 +57,10 @@ def _linear_weights(engine: nn.Module) -> dict[str, Quantized]:
 def _parts(engine: Engine, graph: str, prefix: str, data: str, scale: str, format: str) -> dict[str, Quantized]:
     """One 8-bit weight of an engine, taken apart into the weights of the model's linears, by their names."""
     weights = next(iter(engine.programs.values())).graphs[graph].weights
-    whole = [engine.weights[emitted_name(graph == SHELL, graph, n, weights[n], prefix)] for n in (data, scale)]
+    whole = [engine.weights[stored_name(graph, n, weights[n], prefix)] for n in (data, scale)]
     found, start = {}, 0
     for load in stacked(weights[data]):
-        name = prefix + load.name.removeprefix(RELATIVE) if load.name.startswith(RELATIVE) else load.name
+        name = full_name(load.name, prefix)
         rows = slice(start, start + load.shape[0])
         start = rows.stop
         name = name.removesuffix(DATA).removesuffix(".weight")
