@@ -8,6 +8,7 @@ chose.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -89,13 +90,15 @@ def launchers(tuning: Tuning, device: torch.device) -> Callable[[fx.Node], Calla
     A launcher takes the arguments of the node's operator. Raises EngineError where the tuning chose a configuration for
     this card that the kernel does not declare.
     """
+    if importlib.util.find_spec("triton") is None:  # no kernel runs without Triton
+        return lambda node: None
     card = f"{card_name(device)}: "
     mine = {kind: {name: f for name, f in choices.items() if name.startswith(card)} for kind, choices in tuning.items()}
     linears, attentions = mine.get(LINEARS, {}), mine.get(ATTENTIONS, {})
     configs: dict[str, Any] = {}
     try:
         if linears:
-            from turbocompile.kernels.linear import linear_choice  # here: a machine may lack Triton
+            from turbocompile.kernels.linear import linear_choice
 
             configs |= {name: linear_choice.declared(name, fields) for name, fields in linears.items()}
         if attentions:

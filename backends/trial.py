@@ -66,6 +66,8 @@ class Trial:
         for inputs in _candidates(program):
             try:
                 results = self.run(*inputs)
+            except torch.OutOfMemoryError:
+                raise
             except (IndexError, RuntimeError):  # torch raises one of them for an index out of range
                 continue
             if self.expected is None or all(bool(t.isfinite().all()) for t in results):
