@@ -18,8 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from turbocompile.kernels import ops
 from turbocompile.kernels._registry import ON_CUDA
-from turbocompile.kernels.linear.w8a8_linear import ALIGNED
-from turbocompile.kernels.quantize.quantize import BLOCK, FORMATS, blocks
+from turbocompile.kernels.quantize.quantize import ALIGNED, BLOCK, FORMATS, blocks
 
 pytest.importorskip("triton")
 
