@@ -8,6 +8,7 @@ chose.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from turbocompile.kernels.linear import w8a8_linear
 
 from turbocompile.errors import EngineError
 from turbocompile.ir.attention_ops import SAGE, SLA
-from turbocompile.ir.cost import arguments
+from turbocompile.ir.op_schema import argument_values
 from turbocompile.ir.program import is_op
 
 LINEARS, ATTENTIONS = "linears", "attentions"
@@ -61,7 +62,7 @@ def linear_size(node: fx.Node) -> LinearSize | None:
     """The size of a node that is a w8a8_linear; None of another node."""
     if not is_op(node, ops.w8a8_linear):
         return None
-    a = arguments(node)
+    a = argument_values(node)
     n, k = a["weight"].shape
     return LinearSize(a["format"], a["data"].shape[:-1].numel(), n, k, node.meta["val"].dtype)
 
@@ -71,9 +72,9 @@ def attention_size(node: fx.Node) -> AttentionSize | None:
     if is_op(node, *SAGE):
         from turbocompile.kernels.attention.attend_triton import SAGE_BLOCKS  # here: a machine may lack Triton
 
-        return AttentionSize(arguments(node)["pv"], *SAGE_BLOCKS)
-    if is_op(node, *SLA) and arguments(node)["pv"] != "none":
-        a = arguments(node)
+        return AttentionSize(argument_values(node)["pv"], *SAGE_BLOCKS)
+    if is_op(node, *SLA) and argument_values(node)["pv"] != "none":
+        a = argument_values(node)
         return AttentionSize(a["pv"], a["block_q"], a["block_k"])
     return None
 
@@ -89,13 +90,15 @@ def launchers(tuning: Tuning, device: torch.device) -> Callable[[fx.Node], Calla
     A launcher takes the arguments of the node's operator. Raises EngineError where the tuning chose a configuration for
     this card that the kernel does not declare.
     """
+    if importlib.util.find_spec("triton") is None:  # no kernel runs without Triton
+        return lambda node: None
     card = f"{card_name(device)}: "
     mine = {kind: {name: f for name, f in choices.items() if name.startswith(card)} for kind, choices in tuning.items()}
     linears, attentions = mine.get(LINEARS, {}), mine.get(ATTENTIONS, {})
     configs: dict[str, Any] = {}
     try:
         if linears:
-            from turbocompile.kernels.linear import linear_choice  # here: a machine may lack Triton
+            from turbocompile.kernels.linear import linear_choice
 
             configs |= {name: linear_choice.declared(name, fields) for name, fields in linears.items()}
         if attentions:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from turbocompile.backends.onnx import require, write_model
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.files import inside
 from turbocompile.hardware import check_target, target_of
+from turbocompile.ir.allowed_ops import dtype_name
 from turbocompile.ir.program import Program
-from turbocompile.ir.serialize import dtype_name
 
 TARGETS = ("sm86", "sm89", "sm120")  # the RTX cards; ComputeCapability has a member of the same name in capitals
 EXTRA = 'pip install "turbocompile[tensorrt]"'
@@ -225,7 +226,10 @@ def _card(device: torch.device) -> str:
 
 
 class Runner:
-    """Runs a plan: `runner(*tensors) -> tuple of tensors`, each result in memory of its own, on the current stream."""
+    """Runs a plan: `runner(*tensors) -> tuple of tensors`, each result in memory of its own, on the current stream.
+
+    Any thread may call. The runs follow each other, because they share the memory that the plan computes in.
+    """
 
     def __init__(self, plan: bytes, program: Program, device: torch.device) -> None:
         import tensorrt_rtx as trt
@@ -239,6 +243,8 @@ class Runner:
         if context is None:
             raise UnsupportedError(f"TensorRT does not open the plan on this {card}: {log.reason()}; build it again")
         self.device = device
+        self._lock = threading.Lock()
+        self._stream: torch.cuda.Stream | None = None  # the stream of the last run
         # Each of these four needs the ones before it.
         self._log, self._runtime, self._engine, self.context = log, runtime, engine, context
         self.inputs = tuple((i.shape, i.dtype) for i in program.signature.inputs)
@@ -256,9 +262,14 @@ class Runner:
         # `given` may be freed before the plan has run, because memory is freed in the order of the stream.
         given = [t.detach().to(dtype).contiguous() for t, (_, dtype) in zip(tensors, self.inputs, strict=True)]
         results = tuple(torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.outputs)
-        for kind, group in (("input", given), ("output", results)):
-            for i, tensor in enumerate(group):
-                self.context.set_tensor_address(f"{kind}_{i}", tensor.data_ptr())
-        if not self.context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
-            raise EngineError(f"TensorRT failed to run the plan: {self._log.reason()}")
+        stream = torch.cuda.current_stream(self.device)
+        with self._lock:
+            if self._stream is not None and self._stream != stream:
+                stream.wait_stream(self._stream)
+            self._stream = stream
+            for kind, group in (("input", given), ("output", results)):
+                for i, tensor in enumerate(group):
+                    self.context.set_tensor_address(f"{kind}_{i}", tensor.data_ptr())
+            if not self.context.execute_async_v3(stream.cuda_stream):
+                raise EngineError(f"TensorRT failed to run the plan: {self._log.reason()}")
         return results

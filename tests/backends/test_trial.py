@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from turbocompile.backends import triton
 from turbocompile.backends.trial import BOUND_32, Trial, difference, too_large
 
 from turbocompile.errors import VerificationError
@@ -74,3 +75,13 @@ def test_inputs_are_what_the_program_computes_with(case):
 def test_a_forward_of_ordinary_size_is_tried(case):
     it = case(nn.Linear(8, 8).requires_grad_(False), (torch.randn(2, 8),))
     assert too_large(it.program) is None
+
+
+def test_a_machine_without_memory_is_no_model_that_takes_no_integers(case, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("no room")
+
+    it = case(nn.Linear(8, 8).requires_grad_(False), (torch.randn(2, 8),))
+    monkeypatch.setattr(triton, "compile_program", lambda *args: full)
+    with pytest.raises(torch.OutOfMemoryError):
+        Trial(it.program, it.weights)

@@ -12,8 +12,8 @@ from turbocompile.passes.norm_attention import WITH_NORM
 
 from turbocompile.capture.export import capture
 from turbocompile.capture.module_weights import ModuleTensors
-from turbocompile.ir.cost import node_cost
 from turbocompile.ir.evaluate import Evaluator
+from turbocompile.ir.node_cost import node_cost
 from turbocompile.ir.program import is_op
 from turbocompile.numerics.verifier import Verifier
 from turbocompile.recipe.options import resolve
