@@ -18,8 +18,8 @@ from turbocompile.kernels import DECOMPOSITIONS
 
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.ir.attention_ops import SAGE, SLA
-from turbocompile.ir.cost import arguments
 from turbocompile.ir.execute import foldable
+from turbocompile.ir.op_schema import argument_values
 from turbocompile.ir.program import SHELL, Program, Subgraph, call, is_op, walk_tensors
 from turbocompile.ir.stored_names import constant_name, stored_name
 from turbocompile.ir.weights import Constant, full_name
@@ -162,7 +162,7 @@ class _Flattener:
         dtype = getattr(node.meta["val"], "dtype", None)
         target = node.target
         if target is aten.scaled_dot_product_attention.default:
-            if arguments(node)["dropout_p"]:
+            if argument_values(node)["dropout_p"]:
                 raise UnsupportedError(
                     f"the attention {node.name!r} drops weights at random (dropout_p), which no ONNX file does; "
                     "call the model in eval mode with dropout_p=0.0, or use backend: triton"

@@ -22,7 +22,7 @@ from turbocompile.kernels.linear import w8a8_linear
 
 from turbocompile.errors import EngineError
 from turbocompile.ir.attention_ops import SAGE, SLA
-from turbocompile.ir.cost import arguments
+from turbocompile.ir.op_schema import argument_values
 from turbocompile.ir.program import is_op
 
 LINEARS, ATTENTIONS = "linears", "attentions"
@@ -62,7 +62,7 @@ def linear_size(node: fx.Node) -> LinearSize | None:
     """The size of a node that is a w8a8_linear; None of another node."""
     if not is_op(node, ops.w8a8_linear):
         return None
-    a = arguments(node)
+    a = argument_values(node)
     n, k = a["weight"].shape
     return LinearSize(a["format"], a["data"].shape[:-1].numel(), n, k, node.meta["val"].dtype)
 
@@ -72,9 +72,9 @@ def attention_size(node: fx.Node) -> AttentionSize | None:
     if is_op(node, *SAGE):
         from turbocompile.kernels.attention.attend_triton import SAGE_BLOCKS  # here: a machine may lack Triton
 
-        return AttentionSize(arguments(node)["pv"], *SAGE_BLOCKS)
-    if is_op(node, *SLA) and arguments(node)["pv"] != "none":
-        a = arguments(node)
+        return AttentionSize(argument_values(node)["pv"], *SAGE_BLOCKS)
+    if is_op(node, *SLA) and argument_values(node)["pv"] != "none":
+        a = argument_values(node)
         return AttentionSize(a["pv"], a["block_q"], a["block_k"])
     return None
 

@@ -24,8 +24,8 @@ from turbocompile.backends.onnx import require, write_model
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.files import inside
 from turbocompile.hardware import check_target, target_of
+from turbocompile.ir.allowed_ops import dtype_name
 from turbocompile.ir.program import Program
-from turbocompile.ir.serialize import dtype_name
 
 TARGETS = ("sm86", "sm89", "sm120")  # the RTX cards; ComputeCapability has a member of the same name in capitals
 EXTRA = 'pip install "turbocompile[tensorrt]"'

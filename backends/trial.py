@@ -11,7 +11,8 @@ import torch
 from turbocompile.backends import triton
 
 from turbocompile.errors import VerificationError
-from turbocompile.ir.cost import arguments, cost
+from turbocompile.ir.cost import cost
+from turbocompile.ir.op_schema import argument_values
 from turbocompile.ir.program import Program, is_op
 from turbocompile.numerics.inputs import random_inputs
 
@@ -45,7 +46,7 @@ def _scores(program: Program, graph: str) -> int:
     found = 0
     for node in program.graphs[graph].graph.nodes:
         if is_op(node, torch.ops.aten.scaled_dot_product_attention.default):
-            a = arguments(node)
+            a = argument_values(node)
             found = max(found, 4 * a["query"].shape[:-1].numel() * a["key"].shape[-2])
     return found
 

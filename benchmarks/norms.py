@@ -32,7 +32,7 @@ from timing import replayed, versions
 from turbocompile.kernels._rows import RowConfig
 from turbocompile.kernels.attention import keys_triton
 from turbocompile.kernels.attention import prepare_triton as preparing
-from turbocompile.kernels.attention.keys_tables_triton import KeysConfig
+from turbocompile.kernels.attention.keys_tables_triton import KeysConfig, lay_out
 from turbocompile.kernels.attention.sage_attention import e4m3, quantize_rows
 from turbocompile.kernels.norms import adaln, norm_quantize, residual_norm
 from turbocompile.kernels.norms import norms_triton as norms
@@ -194,7 +194,7 @@ def cases(shape: Shape) -> list[Case]:
     for name, kept in (("keys", False), ("keys, k and block means", True)):
         launch = partial(keys_of, kept, *turned)
         plainly = partial(plain_keys, *turned)
-        before = partial(keys_triton.lay_out, x, weight, EPS, heads, cos, sin, list(shape.grid))
+        before = partial(lay_out, x, weight, EPS, heads, cos, sin, list(shape.grid))
         moved = BF16 + 1 + (BF16 if kept else 0)
         found.append(Case(name, moved, x.numel(), launch, plainly, plain_keys, turned, before))
     sums = partial(preparing.summarize, feature_map=None)
@@ -208,7 +208,7 @@ def keys_of(
     config: KeysConfig | None = None,
 ) -> object:  # fmt: skip
     """What an attention reads of k, of its projection."""
-    tables = keys_triton.lay_out(x, weight, eps, heads, cos, sin, grid)
+    tables = lay_out(x, weight, eps, heads, cos, sin, grid)
     return keys_triton.norm_keys(x, eps, heads, tables, BLOCK_K, pool=kept, keep=kept, config=config)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from turbocompile.wan_mini import world
 from turbocompile.wan_mini.diversity import draw_glyphs
-from turbocompile.wan_mini.judge import train_classifier
+from turbocompile.wan_mini.train_judge import train_classifier
 
 
 def main() -> None:

@@ -18,8 +18,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to |x| < 2^22 it rounds half to even; the bits end in the integer
-CUT = tl.constexpr(127.25 / 128)  # of amax, near which bfloat16s are 1/2 to 1 apart in units of amax / 128
-# 2^26 naps of 0.1 us and a read each, longer than any program runs: what never comes is an error, and no standstill
+CUT = tl.constexpr(127.25 / 128)  # of amax; bfloat16 numbers near amax lie 1/2 to 1 apart in units of amax / 128
+# 2^26 naps of 0.1 us and a read each take longer than any program runs: a word that never comes ends the launch with
+# an error, and not in a standstill.
 NAP = "nanosleep.u32 100; add.u32 naps, naps, 1; setp.gt.u32 there, naps, 0x4000000; @there trap; "
 WAIT = tl.constexpr(
     "{ .reg .pred there; .reg .b32 low, high, naps; mov.b64 $0, $1; mov.b32 naps, 0; "
@@ -30,7 +31,7 @@ WAIT = tl.constexpr(
 
 @triton.jit
 def exp2(x, FTZ: tl.constexpr):
-    """2^x; FTZ, on a GPU, leaves out the steps that keep denormal results (PTX, so not under the interpreter)."""
+    """2^x. FTZ leaves out the instructions that keep denormal results."""
     if FTZ:
         return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     return tl.exp2(x)
@@ -38,7 +39,7 @@ def exp2(x, FTZ: tl.constexpr):
 
 @triton.jit
 def product(x, y, FTZ: tl.constexpr):
-    """x y, rounded. A plain product may be contracted into a difference after it, which then sees what rounding took:
+    """x y, rounded. A plain product may be fused with a difference behind it, which then contains the rounding error,
     up to 2^10 where scores reach 1e10, and 2^(2^10) is infinite.
     """
     if FTZ:
@@ -48,7 +49,7 @@ def product(x, y, FTZ: tl.constexpr):
 
 @triton.jit
 def reciprocal(x, FTZ: tl.constexpr):
-    """1 / x within an ulp; FTZ, on a GPU, in one instruction."""
+    """1 / x within an ulp; with FTZ in one instruction."""
     if FTZ:
         y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     else:
@@ -58,7 +59,7 @@ def reciprocal(x, FTZ: tl.constexpr):
 
 @triton.jit
 def place(row, length, b_stride, l_stride, FLAT: tl.constexpr):
-    """Where rows of a (B, L, C) tensor start, in elements; FLAT: B is 1, and there is nothing to divide."""
+    """Offsets of rows of a (B, L, C) tensor, in elements, int64. FLAT: B is 1, and no division is needed."""
     if FLAT:
         at = row.to(tl.int64) * l_stride
     else:
@@ -68,7 +69,7 @@ def place(row, length, b_stride, l_stride, FLAT: tl.constexpr):
 
 @triton.jit
 def inside(c, C: tl.constexpr, END: tl.constexpr):
-    """c < C, as a constant where all columns before END are real: the mask then leaves the code."""
+    """c < C, for columns c below END. Where END <= C it is a constant, and the mask is not compiled."""
     if END <= C:
         mask = tl.full(c.shape, 1, tl.int32) > 0
     else:
@@ -78,19 +79,23 @@ def inside(c, C: tl.constexpr, END: tl.constexpr):
 
 @triton.jit
 def only_before(mask, row, stop):
-    """mask, if row < stop. (A scalar condition on a mask would do, but the interpreter makes integers of it.)"""
+    """mask where row < stop, else False. (The interpreter would make integers of a mask and a scalar condition.)"""
     return mask & (tl.full(mask.shape, 0, tl.int32) + row < stop)
 
 
 @triton.jit
 def fetch(at, mask):
-    """What is read once: the first to leave the first-level cache, where vectors that every row needs stay."""
+    """Loads elements that are read once. They leave the first-level cache first, where vectors that every row needs
+    stay.
+    """
     return tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
 def hold(x):
-    """x (W) as it waits for its turn: two 16-bit elements a register. Left to itself each takes one."""
+    """x (W,) while it waits: (W / 2,) int32 of two 16-bit elements, which else use a register each. A float32
+    x stays as it is.
+    """
     if x.dtype.primitive_bitwidth == 16:
         low, high = tl.split(x.to(tl.int16, bitcast=True).reshape(x.shape[0] // 2, 2))
         x = (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
@@ -99,7 +104,7 @@ def hold(x):
 
 @triton.jit
 def release(held, dtype: tl.constexpr):
-    """What `hold` was given, of dtype, in float32."""
+    """The inverse of `hold`: (W,) elements of dtype, as float32."""
     if held.dtype.is_floating():
         x = held.to(tl.float32)
     elif dtype == tl.bfloat16:
@@ -157,13 +162,13 @@ def packed(x, dtype: tl.constexpr, FTZ: tl.constexpr):
 
 @triton.jit
 def larger_of_two(a, b):
-    """The larger of two times two bfloat16 that are not negative, two a register."""
+    """The larger of two pairs of bfloat16 that are not negative, a pair in a register."""
     return tl.inline_asm_elementwise("max.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
 
 
 @triton.jit
 def largest_held(held, dtype: tl.constexpr, FTZ: tl.constexpr):
-    """The largest magnitude of all that `hold` was given; of bfloat16 on a GPU two at a time."""
+    """The largest magnitude of the elements that `hold` was given; of bfloat16 on a GPU two at a time."""
     if FTZ and dtype == tl.bfloat16:
         pair = tl.reduce(held & 0x7FFF7FFF, 0, larger_of_two)
         most = tl.maximum((pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True))
@@ -191,7 +196,9 @@ def encode_held(held, amax, data, dtype: tl.constexpr, LIMIT: tl.constexpr, FTZ:
 
 @triton.jit
 def sum_of(a, b):
-    """The sum of a row in two pieces (b None: one), added up in the threads first: one sum across them, not two."""
+    """The sum of a row in two pieces a and b (None: in one piece). The pieces are added in each thread first, so that
+    there is one sum across threads and not two.
+    """
     if b is not None:
         a = tl.sum(a.reshape(a.shape[0] // b.shape[0], b.shape[0]), 0) + b
     return tl.sum(a, 0)
@@ -199,7 +206,7 @@ def sum_of(a, b):
 
 @triton.jit
 def largest(a, b):
-    """The largest magnitudes of a and b, where a is longer (b None: of a): one an element of b."""
+    """The largest magnitude of a and b, where a is longer, for each element of b; b None: |a|."""
     a = tl.abs(a)
     if b is not None:
         a = tl.maximum(tl.max(a.reshape(a.shape[0] // b.shape[0], b.shape[0]), 0), tl.abs(b))
@@ -208,8 +215,8 @@ def largest(a, b):
 
 @triton.jit
 def glance(at, FTZ: tl.constexpr):
-    """Words that another multiprocessor may have written. (Said to have no effect, or each layout that the compiler
-    tried would read them.)
+    """Loads words that another multiprocessor may have written. (The load counts as pure, because the compiler would
+    else repeat it for each layout that it tries.)
     """
     if FTZ:
         word = tl.inline_asm_elementwise(
@@ -222,7 +229,9 @@ def glance(at, FTZ: tl.constexpr):
 
 @triton.jit
 def wait(word, at, FTZ: tl.constexpr):
-    """word, or what is at `at` once it is not 0. The interpreter runs one program after the other: it is there."""
+    """word, where it is not 0, else the word at `at` once that is not 0. The interpreter runs programs in order:
+    the word is there.
+    """
     if FTZ:
         word = tl.inline_asm_elementwise(WAIT, "=&l,l,l", [word, at.to(tl.int64)], tl.int64, True, 1)
     return word

@@ -1,4 +1,7 @@
-"""What the ops share: registration, the dtype they compute in, checks of their arguments, where kernels serve."""
+"""Registration of ops and of their kernels, checks of their arguments, and predicates on devices.
+
+Needs torch alone: an op's file imports this module where Triton is not installed, too.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,12 @@ from torch.utils._pytree import tree_flatten
 from turbocompile.errors import UnsupportedError
 
 NAMESPACE = "turbocompile"
-TRITON, FP8 = (8, 0), (8, 9)  # the compute capabilities from which Triton's kernels run, and those on e4m3
-ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of what the kernels over rows take
+TRITON, FP8 = (8, 0), (8, 9)  # the lowest compute capabilities on which Triton's kernels run, and kernels on e4m3
+ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of the activations that the kernels over rows take
 WIDEST = 32768  # channels of a row that a program holds in its registers
 GRID = 65535  # programs along a grid's second axis: batch items, or tiles of 128 rows
-# Of each launch: a product and a sum may be one instruction. Triton 3.9 warns where none says so; 3.10 parts them then.
+# Options of each launch: a product and a sum may become one instruction. Triton 3.9 warns where a launch does not say
+# so, and 3.10 then compiles two instructions.
 FUSED = {"enable_fp_fusion": True}
 
 ON_CUDA: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
@@ -27,30 +31,30 @@ ON_CUDA: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which an op on `dtype` computes: float64 for float64, float32 for all others."""
+    """The dtype in which an op computes on tensors of `dtype`: float64 for float64, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check(condition: bool, message: str) -> None:
-    """ValueError with `message` unless `condition`."""
+    """Raises ValueError with `message` unless `condition` is true."""
     if not condition:
         raise ValueError(message)
 
 
 def choose(kind: str, name: str, *names: str) -> None:
-    """ValueError unless `name` is one of `names`."""
+    """Raises ValueError unless `name` is one of `names`. kind: the noun for the message."""
     check(name in names, f"{kind} is {name!r}; it must be one of {', '.join(names)}")
 
 
 def check_channels(x: torch.Tensor, **vectors: torch.Tensor | None) -> None:
-    """ValueError unless each vector that is given has one element a channel of x (..., C)."""
+    """Raises ValueError unless each vector that is not None has C elements, one for each channel of x (..., C)."""
     for name, vector in vectors.items():
         fits = vector is None or (vector.ndim == 1 and vector.shape[0] == x.shape[-1])
         check(fits, f"the {name} is not a vector over the {x.shape[-1]} channels of the activation")
 
 
 def check_broadcast(x: torch.Tensor, **tensors: torch.Tensor | None) -> None:
-    """ValueError unless each tensor that is given broadcasts to x's shape."""
+    """Raises ValueError unless each tensor that is not None broadcasts to x's shape."""
     for name, t in tensors.items():
         fits = t is None or (
             t.ndim <= x.ndim and all(n in (1, m) for n, m in zip(t.shape[::-1], x.shape[::-1], strict=False))
@@ -66,12 +70,12 @@ def register(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
 ) -> torch._ops.OpOverload:
-    """Defines turbocompile::<name> and returns its overload.
+    """Defines the op turbocompile::<name> and returns its overload.
 
-    reference: runs on every device that has no kernel of its own.
-    fake: shapes and dtypes alone; refuses what the reference refuses.
+    reference: the implementation on every device that has no kernel of its own.
+    fake: gives shapes and dtypes alone, and refuses the same arguments as the reference.
     backward, setup_context: as torch.library.register_autograd takes them. Without them a gradient that reaches the
-        op raises UnsupportedError: silently wrong or missing gradients are worse.
+        op raises UnsupportedError: a missing or wrong gradient would be found much later.
     """
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -84,10 +88,11 @@ def register(
 def register_kernel(
     overload: torch._ops.OpOverload, reference: Callable[..., Any], takes: Callable[..., bool], launch: str
 ) -> Callable[..., Any]:
-    """Makes a kernel the op's implementation on CUDA where takes(*args) says so; the reference stays for the rest.
+    """Makes a kernel the op's implementation on CUDA for arguments with takes(*args); the reference runs on all others.
 
-    launch: "family.file.function" of this package with the op's arguments, imported at the first call: a machine
-    without a GPU may lack Triton. Returns the implementation, whose keyword arguments (a configuration) go to launch.
+    launch: "family.file.function" of this package, which takes the op's arguments. It is imported at the first call,
+    because a machine without a GPU may lack Triton.
+    Returns the implementation, whose keyword arguments (a configuration) go to launch.
     """
     module, function = launch.rsplit(".", 1)
 
@@ -109,7 +114,7 @@ def register_on_cuda(overload: torch._ops.OpOverload, function: Callable[..., An
 
 @dataclass(frozen=True)
 class Card:
-    """What the kernels' configurations depend on."""
+    """The properties of a GPU on which the kernels' configurations depend."""
 
     capability: tuple[int, int]
     processors: int  # multiprocessors
@@ -133,9 +138,10 @@ def runs_triton(device: torch.device, capability: tuple[int, int] = TRITON) -> b
 
 
 def takes_rows(x: torch.Tensor, *others: Any) -> bool:
-    """Whether the kernels over rows compute x (..., C) with the op's other arguments, one of which may be its format.
+    """Whether the kernels over rows compute an op of x (..., C) and its other arguments, one of which may be a format.
 
-    bf16, fp16 or float32; 1 to 32,768 channels; no empty axis; all on one device that has the arithmetic.
+    They take x in bf16, fp16 or float32, with 1 to 32,768 channels and no empty axis, and all tensors on one GPU; the
+    format "fp8" needs a GPU with e4m3.
     """
     leaves = tree_flatten(others)[0]
     fp8 = any(isinstance(leaf, str) and leaf == "fp8" for leaf in leaves)

@@ -17,20 +17,24 @@ from turbocompile.errors import UnsupportedError
 
 @dataclass(frozen=True)
 class RowConfig:
-    """How a kernel over rows is launched."""
+    """A configuration of a kernel over rows."""
 
     warps: int
-    rows: int  # a program takes
-    registers: int | None = None  # a thread may use at most, for a layer norm of 16-bit x: the others need less
-    near: int = 8  # neighbours in a thread at most, where it reads float32 vectors: 16, 64 bytes, are served 2 a clock
+    rows: int  # that a program takes
+    registers: int | None = (
+        None  # a thread may use at most, for a layer norm of 16-bit x, because other norms need less
+    )
+    near: int = (
+        8  # neighbouring elements in a thread at most: 16 float32 of a vector, 64 bytes, would be served 2 a clock
+    )
 
     def limit(self, x: torch.Tensor) -> dict[str, int]:
-        """The limit as a launch takes it; float32 x needs more. What needs less would fill them, too."""
+        """The limit of registers as a launch takes it; none for float32 x, which needs more registers."""
         return {} if self.registers is None or x.element_size() > 2 else {"maxnreg": self.registers}
 
 
-# The declared set, by the widest row: 32 to 48 elements a thread, so that little is spent on sums across threads (none
-# across warps at 1536), while 16 warps a multiprocessor fit, which 128 registers a thread allow.
+# The declared set, by the widest row that each takes. A thread has 32 to 48 elements of a row, so that sums across
+# threads cost little (at 1536 none is across warps) and the 16 warps fit that 128 registers a thread allow.
 ROW_CONFIGS = {
     1536: RowConfig(1, 8, 128),
     3072: RowConfig(2, 8, 128),
@@ -41,14 +45,18 @@ ROW_CONFIGS = {
 
 
 def row_config(width: int, rows: int, device: torch.device) -> RowConfig:
-    """The configuration for rows held in `width` places: fewer a program where they would not fill the card."""
+    """The configuration for `rows` rows whose pieces hold `width` elements.
+
+    A program takes fewer rows where else there were too few programs for the card.
+    """
     config = next(config for widest, config in ROW_CONFIGS.items() if width <= widest)
     return replace(config, rows=max(1, min(config.rows, rows // (16 * card(device).processors))))
 
 
 def pieces(width: int, least: int = 256, count: int = 2) -> tuple[int, ...]:
-    """`count` powers of two, the last perhaps 0, that hold `width`: the fewest in sum, but what is below `least`, or an
-    eighth of the width, is not split.
+    """`count` powers of two (the last ones may be 0) whose sum is the least that holds `width`.
+
+    A remainder below `least`, or below an eighth of the width, is not split.
     """
     whole = triton.next_power_of_2(width)
     least = max(least, whole // 8)
@@ -60,7 +68,7 @@ def pieces(width: int, least: int = 256, count: int = 2) -> tuple[int, ...]:
 
 
 def neighbours(widths: tuple[int, ...], warps: int, most: int) -> int:
-    """How many neighbours a thread holds in pieces of these widths, so that all pieces lie alike in the threads."""
+    """How many neighbouring elements a thread holds, `most` at most, so that pieces of all widths use all threads."""
     return max(1, min(most, min(w for w in widths if w) // (32 * warps)))
 
 
@@ -83,14 +91,16 @@ def view3_of_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def row_strides(t: torch.Tensor | None) -> tuple[int, int]:
-    """Strides of the first two axes of a (B, L, C) view; 0 for an axis of one, so that it compiles nothing anew."""
+    """Strides of the first two axes of a (B, L, C) view; 0 for an axis of length one, so that its stride never makes
+    Triton compile again.
+    """
     if t is None:
         return 0, 0
     return (0 if t.shape[0] == 1 else t.stride(0)), (0 if t.shape[1] == 1 else t.stride(1))
 
 
 def check_input(x: torch.Tensor, width: int) -> None:
-    """UnsupportedError for what the kernels over rows do not take: another dtype, or a row too wide for registers."""
+    """Raises UnsupportedError for a dtype that the kernels over rows do not take, or a row too wide for registers."""
     if x.dtype not in ROW_DTYPES:
         raise UnsupportedError(f"the kernel takes bfloat16, float16 and float32, not {x.dtype}: use the reference")
     if width > WIDEST:

@@ -35,7 +35,7 @@ def _load(name):
     spec.loader.exec_module(module)
 
 
-for shared in ("zoo", "asked"):
+for shared in ("zoo", "asked", "products", "videos"):
     if shared not in sys.modules:
         _load(shared)
 

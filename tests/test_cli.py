@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from videos import read_video
 
 from turbocompile.cli import main
 from turbocompile.errors import VerificationError
 from turbocompile.version import __version__
-from turbocompile.video.file import read_video
 
 ROOT = Path(__file__).parent.parent
 RECIPE = """\

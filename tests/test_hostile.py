@@ -19,7 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import turbocompile
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.files import MANIFEST
-from turbocompile.ir.serialize import ALLOWED, expr_from_json, from_json
+from turbocompile.ir.allowed_ops import ALLOWED
+from turbocompile.ir.deserialize import from_json
+from turbocompile.ir.deserialize_weights import expr_from_json
 from turbocompile.runtime.engine import load
 from turbocompile.runtime.folder import read_json, read_manifest
 from turbocompile.tools.verify_folder import verify_folder

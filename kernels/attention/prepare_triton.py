@@ -1,4 +1,4 @@
-"""What the quantized attentions make of K and V before their main kernel, in two passes over both.
+"""The operands that the quantized attentions make of K and V before their main kernel, in two passes over both.
 
     1. k_mean, v_scale, and for SLA's linear branch phi_sum = sum phi(k) and folded = phi(k)^T v W^T / phi_sum, by row;
     2. k8 = rne(127 (k - k_mean) / amax), k_scale = amax / 127          amax over a block, floored at 1e-7
@@ -32,7 +32,10 @@ TINY = tl.constexpr(1e-30)  # keeps the division of a zero row finite
 
 @triton.jit
 def features(x, channel, HEAD: tl.constexpr, D: tl.constexpr, MAP: tl.constexpr, FTZ: tl.constexpr):
-    """Rows e and divisors s with phi(x) = e / s: softmax over channels, elu + 1, or relu. Padded channels give 0."""
+    """(e, s) with phi(x) = e / s, of x (N, D): e (N, D), s (N,). MAP: softmax over channels, elu + 1, or relu.
+
+    Channels from HEAD on, which pad a head to D, give 0.
+    """
     if MAP == "softmax":
         if HEAD < D:
             x = tl.where(channel[None, :], x, float("-inf"))
@@ -194,7 +197,7 @@ def _quantize_kv(
 
 @dataclass(frozen=True)
 class Prepared:
-    """What preparation makes of K and V (d: head_dim padded to 64 or 128; BH: batch times heads of K)."""
+    """The main kernel's operands (d: head_dim padded to 64 or 128; BH: batch times heads of K)."""
 
     k8: torch.Tensor  # (BH, N, block_k, d) int8
     k_scale: torch.Tensor  # (BH, N) float32
@@ -213,7 +216,7 @@ def strides(x: torch.Tensor) -> tuple[int, int, int]:
 
 
 def padded(head_dim: int) -> int:
-    """64 or 128: what the kernels compute a head in."""
+    """The channels, 64 or 128, in which the kernels compute a head."""
     return 64 if head_dim <= 64 else 128
 
 

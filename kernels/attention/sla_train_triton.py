@@ -318,7 +318,7 @@ TRAIN_CONFIGS = (
 
 @dataclass(frozen=True)
 class _State:
-    """What both passes compute of the operands."""
+    """Tensors that the forward and the backward pass both compute from the operands."""
 
     lut: torch.Tensor  # (BH, M, count) int32
     folded: torch.Tensor  # (BH, d, d) phi(k)^T v W^T / phi_sum, dtype of q
@@ -330,7 +330,7 @@ class _State:
 
 @dataclass(frozen=True)
 class Blocks:
-    """How the operands are cut and what each query block reads."""
+    """The sizes of blocks, how many key blocks a query block reads, and the feature map."""
 
     count: int  # key blocks a query block reads
     block_q: int

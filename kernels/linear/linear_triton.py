@@ -146,9 +146,9 @@ def _linear(
                 a = data.load([first_row, step * BLOCK_K])  # (BLOCK_M, BLOCK_K)
                 b = weight.load([first_column, step * BLOCK_K])  # (BLOCK_N, BLOCK_K)
             else:
-                m_inner = (inner < k - step * BLOCK_K)[None, :]
-                a = tl.load(p_a + step * BLOCK_K, mask=m_inner, other=0.0)  # (BLOCK_M, BLOCK_K)
-                b = tl.load(p_b + step * BLOCK_K, mask=m_inner, other=0.0)  # (BLOCK_N, BLOCK_K)
+                # (BLOCK_M, BLOCK_K) and (BLOCK_N, BLOCK_K)
+                a = tl.load(p_a + step * BLOCK_K, mask=(inner < k - step * BLOCK_K)[None, :], other=0.0)
+                b = tl.load(p_b + step * BLOCK_K, mask=(inner < k - step * BLOCK_K)[None, :], other=0.0)
             if TILED:
                 # BLOCK_K is a tile's edge, and BLOCK_M and BLOCK_N divide it: two scalars a step, which are under way
                 # while wgmma runs.

@@ -1,4 +1,7 @@
-"""A range of device memory set to one word, by address: what a memset does, as a kernel (cuda_memsets.py says why)."""
+"""A kernel that does the work of a memset: a range of device memory, given by address, is set to one word.
+
+It stands in for memsets in CUDA graphs (runtime/cuda_memsets.py).
+"""
 
 # mypy: allow-untyped-defs
 # (the arguments of a jit function have types of Triton's)
@@ -9,7 +12,7 @@ import triton
 import triton.language as tl
 from turbocompile.kernels._registry import FUSED
 
-WORDS = 1024  # a program's: a memset in a step is of one word, the counter of a library's kernel
+WORDS = 1024  # that a program fills; a memset within a step sets one word, the counter of a library's kernel
 
 
 @triton.jit(do_not_specialize=["address", "word", "count"])

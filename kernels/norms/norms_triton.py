@@ -5,22 +5,23 @@
     n = n * (1 + scale) + shift               rounded to x's dtype
     data, data_scale of n                     where it is quantized (quantize.py)
 
-These are the ops of adaln.py, residual_norm.py and norm_quantize.py, whose references define them; what an op lacks is
-None here and leaves the code. x: (..., L, C), bf16, fp16 or float32; y, gate, scale, shift and the vectors may have
-other float dtypes. Strides are free; a last axis that is not contiguous costs a copy.
+These are the ops of adaln.py, residual_norm.py and norm_quantize.py, whose references define them. An operand that an
+op does not have is None, and the instructions for it are not compiled. x: (..., L, C), bf16, fp16 or float32; y, gate,
+scale, shift and the vectors may have other float dtypes. Strides are free; a last axis that is not contiguous costs a
+copy.
 
-A program takes some rows, one behind the other, each as two pieces in registers (quantize_triton.py), and loads the
-next before it computes one. The variance is of the differences from the mean, both over C alone. gate, scale, shift
-and the vectors are read again for every row, from the first-level cache: per token or per batch is then one code, and
-holding them would take the registers that keep loads in flight.
+A program takes some rows, one behind the other, and holds each as two pieces in registers (_rows.py). It loads the next
+row before it computes one. The variance is of the differences from the mean, both over C alone. gate, scale, shift
+and the vectors are read again for every row, from the first-level cache, because the same code then serves one vector a
+token and one for all, and because holding them would take the registers that keep loads in flight.
 
 int8_block has one scale for 128 rows, more than a multiprocessor holds, so its kernel reads x (and y) twice, the second
 time from the second-level cache. One grid has programs of two kinds, in the order of the row blocks of 128: some take
 rows and write each row's mean and root, one word; one a tile comes some row blocks later, reads its tile at once, waits
-for the words of its rows, writes r and quantizes. A word is 0 until it is written, in one piece, so nothing else has to
-be ordered: no fence, no atomic operation, and what is waited for is there already if the lag is long enough, while the
+for the words of its rows, writes r and quantizes. A word is 0 until it is written, in one piece, so that no fence and
+no atomic operation is needed. With a lag that is long enough the words are there when a tile asks for them, while the
 rows between are still in the cache: 15 to 25 MB of 50. A tile waits for programs with smaller ids alone, which start
-before it, as single-pass scans rely on, too; were that ever untrue, the launch ends in an error within a minute or two.
+before it, as single-pass scans assume, too. If one did not, the launch would end in an error after a minute or two.
 On an H100: 80% to 90% of a copy's rate at 1536 and 5120 channels.
 
 Bytes an element, 16-bit tensors, and milliseconds at the 3.0 TB/s of a copy:
@@ -81,14 +82,14 @@ NEAR = tl.constexpr(8)  # neighbours in a thread of a tile: 16 would have each r
 
 @triton.jit
 def _vector(at, mask):
-    """Part of a vector that every row needs, in float32: the last to leave the caches."""
+    """Loads elements of a vector that every row needs, as float32; they are the last to leave the caches."""
     return tl.load(at, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
 
 
 @triton.jit
 def _add(x, y, gate_at, mask, DTYPE: tl.constexpr, FTZ: tl.constexpr):
-    """x + gate * y rounded to DTYPE, in float32, the product rounded to float32 as in the reference: r is the same bit
-    by bit.
+    """x + gate * y, rounded to DTYPE, as float32. The product is rounded to float32 first, as in the reference, so that
+    the result equals the reference's bit by bit.
     """
     if gate_at is not None:
         y = product(_vector(gate_at, mask), y, FTZ)
@@ -97,7 +98,7 @@ def _add(x, y, gate_at, mask, DTYPE: tl.constexpr, FTZ: tl.constexpr):
 
 @triton.jit
 def _affine(n, weight_at, bias_at, scale_at, shift_at, columns, mask):
-    """n * weight + bias, then * (1 + scale) + shift. What is None is left out."""
+    """n * weight + bias, then * (1 + scale) + shift; an operand whose pointer is None is left out."""
     if weight_at is not None:
         n = n * _vector(weight_at, columns)
     if bias_at is not None:
@@ -220,7 +221,9 @@ def _norm_rows(
 
 @triton.jit
 def _again(held, FTZ: tl.constexpr):
-    """held, which is to be unpacked once more. Otherwise what it is unpacked to stays, in twice as many registers."""
+    """held, as if it were new. Without this the compiler keeps the unpacked values, in twice as many registers, until
+    held is unpacked again.
+    """
     if FTZ and held.dtype == tl.int32:
         held = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [held], tl.int32, False, 1)
     return held
@@ -255,7 +258,7 @@ def _summed(
 
 @triton.jit
 def _pieces(at, c, C: tl.constexpr, K: tl.constexpr):
-    """Rows in K pieces of columns c (1, SPAN), as they wait for their turn."""
+    """Rows in K pieces of columns c (1, SPAN), held by `hold`."""
     SPAN: tl.constexpr = c.shape[1]
     pieces = ()
     for k in tl.static_range(K):
@@ -422,7 +425,7 @@ def _norm_blocks(
 
 @dataclass(frozen=True)
 class Norm:
-    """What is done to r: the norm, its own vectors (C,), and the modulation, which broadcasts to x."""
+    """The norm of r, its own vectors (C,), and the modulation, which broadcasts to x."""
 
     kind: str  # "layer" | "rms"
     eps: float
@@ -432,7 +435,7 @@ class Norm:
     shift: _Optional = None
 
     def check(self, x: torch.Tensor) -> None:
-        """ValueError for what the references refuse."""
+        """Raises ValueError for arguments that the references refuse."""
         choose("the norm", self.kind, *NORMS)
         check_channels(x, weight=self.weight, bias=self.bias)
         check_broadcast(x, scale=self.scale, shift=self.shift)
@@ -440,7 +443,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Sum:
-    """What is added to x before its norm, and where x + gate * y goes."""
+    """The sum x + gate * y before the norm: y, gate, and the tensor that receives the sum."""
 
     y: torch.Tensor
     gate: _Optional
@@ -449,12 +452,12 @@ class Sum:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """How the kernel over row blocks is launched."""
+    """A configuration of the kernel over row blocks."""
 
     warps: int
     elements: int  # of rows a thread computes at once
     registers: int | None = None  # a thread may use at most; float32 x needs more
-    lag: float = 3  # programs a multiprocessor takes between a row block's rows and its tiles: two run at a time
+    lag: float = 3  # programs that a multiprocessor runs between a row block's rows and its tiles, two at a time
 
     def pieces(self, width: int) -> dict[str, int]:
         """Rows of `width` as a program takes them: ROWS at once, each in K pieces of SPAN, 8 neighbours in a thread."""
@@ -463,7 +466,7 @@ class BlockConfig:
         return {"K": triton.cdiv(width, span), "SPAN": span, "ROWS": min(BLOCK, 256 * self.warps // span)}
 
     def blocks_between(self, rows: int, programs: int, device: torch.device) -> int:
-        """How many row blocks, of so many programs each, the tiles are behind the rows: 1 at least."""
+        """How many row blocks the tiles come behind the rows, 1 at least. programs: of each row block."""
         return min(int(self.lag * card(device).processors) // programs + 1, triton.cdiv(rows, BLOCK))
 
     def limit(self, x: torch.Tensor) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Quantization of activations, and of a GELU's result, in Triton, and what all kernels over rows share.
+"""Quantization of activations, and of a GELU's result, in Triton.
 
     int8, fp8    a program takes some rows, one behind the other: y = act(x), amax |y|, data, scale, all in registers
     int8_block   a program takes one 128 x 128 tile of x seen as (M, K)
@@ -9,10 +9,9 @@ first. x: (..., K), bf16, fp16 or float32; a last axis that is not contiguous co
 Bytes an element, 16-bit x: 2 read + 1 written = 3. At the 3.0 TB/s of a copy: 32,760 x 1536 in 0.050 ms, 75,600 x 5120
 in 0.387 ms; behind a GELU 32,760 x 8960 in 0.294 ms, 75,600 x 13,824 in 1.045 ms.
 
-A row is held as two or three pieces whose widths are powers of two, 5120 = 4096 + 1024: as one of 8192 three eighths of
-the arithmetic would be on padding. While a row is computed the next one is on its way, two elements a register. A
-Hopper card can issue some 28 instructions for the 3 bytes of an element, and 3.5 of those of which a multiprocessor
-does 16 a clock; GELU by tanh has two of these (2^x, 1 / x).
+A row is held in pieces (_rows.py). While a row is computed the next row is on its way, two elements a register. In the
+time in which a copy moves an element's 3 bytes, a Hopper card can issue some 28 instructions, among them 3.5 of the
+kind of which a multiprocessor does 16 a clock; GELU by tanh has two of that kind (2^x, 1 / x).
 """
 
 # mypy: allow-untyped-defs
@@ -81,7 +80,10 @@ def _quantize_rows(
     C: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, NEAR: tl.constexpr,
     ACT: tl.constexpr, FORMAT: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """`per` rows of C channels of one batch item, in pieces of W0, W1 and W2 (0: none), NEAR neighbours in a thread."""
+    """Quantizes `per` rows of C channels of one batch item.
+
+    A row is pieces of W0, W1 and W2 elements (0: no such piece), with NEAR neighbours in a thread.
+    """
     first = tl.program_id(0) * per
     stop = tl.minimum(first + per, length)
     b = tl.program_id(1).to(tl.int64)
@@ -134,7 +136,7 @@ def _quantize_tiles(
     C: tl.constexpr, EDGE: tl.constexpr, FLAT: tl.constexpr, ACT: tl.constexpr, LIMIT: tl.constexpr,
     FLOOR: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """One EDGE x EDGE tile, held two elements a register between its activation and its largest magnitude."""
+    """Quantizes one EDGE x EDGE tile, which two elements a register hold between activation and largest magnitude."""
     tile = tl.program_id(1)
     row = tile * EDGE + tl.arange(0, EDGE)
     c = tl.program_id(0) * EDGE + tl.arange(0, EDGE)[None, :]

@@ -12,9 +12,10 @@ from turbocompile.backends import get_backend
 from turbocompile.backends.triton import compile_program
 
 from turbocompile.errors import EngineError, UnsupportedError
+from turbocompile.ir.deserialize import from_json
 from turbocompile.ir.execute import foldable
 from turbocompile.ir.program import SHELL
-from turbocompile.ir.serialize import from_json, to_json
+from turbocompile.ir.serialize import to_json
 
 CPU = torch.device("cpu")
 

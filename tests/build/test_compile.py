@@ -20,7 +20,8 @@ from turbocompile.runtime.engine import load
 from turbocompile.runtime.folder import read_manifest
 from turbocompile.tools.verify_folder import verify_folder
 from turbocompile.wan.example import write_example
-from turbocompile.wan.source import BlocksFrom, open_source
+from turbocompile.wan.source import open_source
+from turbocompile.wan.transformer import BlocksFrom
 
 SMALL = {"height": 64, "width": 64, "num_frames": 5}
 

@@ -18,10 +18,11 @@ from turbocompile.capture.export import capture
 from turbocompile.capture.module_weights import ModuleTensors
 from turbocompile.errors import CaptureError
 from turbocompile.ir import signature as sig
+from turbocompile.ir.deserialize_signature import read_signature
 from turbocompile.ir.emit import weight_plan
 from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import SHELL, call
-from turbocompile.ir.serialize import _signature, _signature_json
+from turbocompile.ir.serialize import signature_json
 from turbocompile.ir.weights import Load
 
 
@@ -382,7 +383,7 @@ def test_arguments_left_out_have_the_models_own_defaults():
     with pytest.raises(CaptureError, match="captured with mode=its default"):
         run(program, model, (x,), {"mode": Mode.HALF})
     signature = program.signature
-    assert _signature(json.loads(json.dumps(_signature_json(signature)))) == signature
+    assert read_signature(json.loads(json.dumps(signature_json(signature)))) == signature
 
 
 class Returns(nn.Module):

@@ -12,18 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from turbocompile.capture.export import capture
 from turbocompile.errors import UnsupportedError
 from turbocompile.hardware import GPUS
-from turbocompile.ir.cost import (
-    OpCost,
-    activation_bytes,
-    cost,
-    describe,
-    is_view,
-    kept_keys,
-    node_cost,
-    parameter_bytes,
-    parameters_by_dtype,
-)
-from turbocompile.wan.source import build_transformer
+from turbocompile.ir.cost import OpCost, cost
+from turbocompile.ir.memory import activation_bytes, parameter_bytes, parameters_by_dtype
+from turbocompile.ir.node_cost import kept_keys, node_cost
+from turbocompile.ir.node_text import describe
+from turbocompile.ir.op_schema import is_view
+from turbocompile.wan.transformer import build_transformer
 
 aten = torch.ops.aten
 ours = torch.ops.turbocompile

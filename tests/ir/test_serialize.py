@@ -13,7 +13,9 @@ from torch import nn
 import turbocompile
 from turbocompile.capture.export import capture
 from turbocompile.errors import EngineError, UnsupportedError
-from turbocompile.ir.serialize import ALLOWED, from_json, to_json
+from turbocompile.ir.allowed_ops import ALLOWED
+from turbocompile.ir.deserialize import from_json
+from turbocompile.ir.serialize import to_json
 
 
 class Odd(nn.Module):

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from turbocompile.kernels.quantize.quantize import dequantize, quantize
 
 from turbocompile.errors import EngineError
+from turbocompile.ir.deserialize_weights import expr_from_json
 from turbocompile.ir.emit import Emission
 from turbocompile.ir.evaluate import Evaluator
-from turbocompile.ir.serialize import expr_from_json, expr_json
+from turbocompile.ir.serialize import expr_json
 from turbocompile.ir.shards import write_shards
 from turbocompile.ir.stored_names import stored_name
 from turbocompile.ir.weights import (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -168,7 +167,7 @@ class FakeCard:
     """A card that compiles the kernels that it is asked to launch, as Triton's driver."""
 
     capability: int
-    compiled: dict[str, Any]  # name and hash -> triton.compiler.CompiledKernel
+    launched: dict[str, Any]  # name and hash -> triton.compiler.CompiledKernel
 
     @property
     def largest_program(self) -> int:
@@ -181,7 +180,7 @@ class FakeCard:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.capability  # Triton keeps what it has compiled by the device's number
 
     def get_current_stream(self, device: Any = None) -> int:
         return 0
@@ -213,6 +212,8 @@ def fake_card(monkeypatch):
     from triton.runtime.jit import JITFunction
     from turbocompile.kernels import _registry
 
+    compile_or_run = JITFunction.run
+
     def make(capability: int) -> FakeCard:
         card = FakeCard(capability, {})
         processors, shared, _ = CARDS[capability]
@@ -220,15 +221,12 @@ def fake_card(monkeypatch):
             name=f"sm{capability}", major=capability // 10, minor=capability % 10, multi_processor_count=processors,
             shared_memory_per_multiprocessor=shared * KIB,
         )  # fmt: skip
-        compile_or_run = JITFunction.run
 
         def run(self, *args, grid, warmup, **options):
             kernel = compile_or_run(self, *args, grid=grid, warmup=True, **options)
             if kernel is not None:
-                card.compiled[f"{self.__name__} {kernel.hash[:12]}"] = kernel
+                card.launched[f"{self.__name__} {kernel.hash[:12]}"] = kernel
 
-        for jit in [v for m in kernel_modules() for v in vars(m).values() if type(v) is JITFunction]:
-            monkeypatch.setattr(jit, "device_caches", defaultdict(jit.create_binder))
         monkeypatch.setattr(driver, "_active", card)
         monkeypatch.setattr(JITFunction, "run", run)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)

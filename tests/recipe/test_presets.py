@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from turbocompile.recipe.presets import PRESETS, TRANSFORMER_FIELDS, VARIANTS, task_of, tiny_preset
-from turbocompile.wan.source import build_transformer
+from turbocompile.wan.transformer import build_transformer
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_without_guidance_the_network_is_called_once_a_step():
         calls.append(conditional)
         return torch.zeros_like(x)
 
-    flow.sample(flow.guided(denoise, 1.0), SHAPE, generator=seeded(), steps=4)
+    flow.sample(flow.guided(denoise, 1.0), SHAPE, generator=seeded(), kind="unipc", steps=4, shift=5.0)
     assert calls == [True] * 4
 
 
@@ -95,7 +95,7 @@ def test_exact_velocity_gives_the_clean_sample(kind):
     x0 = torch.randn(SHAPE, generator=seeded(4))
     noise = torch.randn(SHAPE, generator=seeded(8))
 
-    found = flow.sample(lambda x, t, e: noise - x0, SHAPE, generator=seeded(8), kind=kind, steps=8)
+    found = flow.sample(lambda x, t, e: noise - x0, SHAPE, generator=seeded(8), kind=kind, steps=8, shift=5.0)
     # Each of 8 steps rounds a state of up to about 5 in float32.
     torch.testing.assert_close(found, x0, rtol=0, atol=8 * 5 * 2**-23)
 
@@ -107,12 +107,13 @@ def test_bfloat16_velocities_leave_the_state_in_float32():
         seen.append(x.dtype)
         return (0.1 * x).bfloat16()
 
-    found = flow.sample(denoise, SHAPE, generator=seeded(), kind="euler", steps=3)
+    found = flow.sample(denoise, SHAPE, generator=seeded(), kind="euler", steps=3, shift=5.0)
     assert {*seen, found.dtype} == {torch.float32}
 
 
 def test_same_seed_same_bits():
-    samples = [flow.sample(lambda x, t, e: torch.tanh(x), SHAPE, generator=seeded(s), steps=3) for s in (1, 1, 2)]
+    given = {"kind": "unipc", "steps": 3, "shift": 5.0}
+    samples = [flow.sample(lambda x, t, e: torch.tanh(x), SHAPE, generator=seeded(s), **given) for s in (1, 1, 2)]
     assert torch.equal(samples[0], samples[1])
     assert not torch.equal(samples[0], samples[2])
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from turbocompile.video.image import adaptive_size, image_condition, image_embeddings, image_tensor
+from turbocompile.video.image import image_condition, image_embeddings, image_tensor
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +50,3 @@ def test_pictures_are_stretched_to_the_size_and_range(picture):
     # antialiasing: shrinking noise of std 74 by 2.5 x 3.1 averages some pixels, so that its std falls by more than half
     small = image_tensor(picture, 16, 16)
     assert small.std() < 0.5 * image_tensor(picture, 40, 50).std()
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [  # at the area of 832 x 480: sqrt(399360 * 9 / 16) = 474.0 and sqrt(399360 * 16 / 9) = 842.6, to multiples of 16
-        ((1080, 1920), (480, 848)),
-        ((1920, 1080), (848, 480)),
-        ((700, 700), (624, 624)),  # sqrt(399360) = 631.95: 39.497 strides
-    ],
-)
-def test_adaptive_sizes_keep_the_ratio(size, expected):
-    assert adaptive_size(*size, 832 * 480) == expected

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from videos import read_video
 
 import turbocompile
 from turbocompile.build.from_recipe import optimize_recipe
@@ -17,8 +18,9 @@ from turbocompile.recipe.schema import Recipe, Shape
 from turbocompile.sampling import SamplingWarning, rcm
 from turbocompile.video import text as wan_text
 from turbocompile.video import vae as wan_vae
-from turbocompile.video.file import read_video
-from turbocompile.video.session import _placed, choose_shape, generate
+from turbocompile.video.components import placed
+from turbocompile.video.request import choose_shape
+from turbocompile.video.session import generate
 from turbocompile.wan.components import load_components
 from turbocompile.wan.source import open_source
 
@@ -89,7 +91,9 @@ def test_equals_the_eager_model_to_the_bit(t2v):
     def denoise(x, timestep, expert):
         return model(x.float(), timestep, text, return_dict=False)[0]
 
-    latents = rcm.sample(denoise, (1, 16, 2, 8, 8), generator=torch.Generator().manual_seed(5))
+    sampler = recipe().sampler.for_task("t2v")
+    given = {"steps": sampler.steps, "sigma_max": sampler.sigma_max, "mid_steps": sampler.mid_steps}
+    latents = rcm.sample(denoise, (1, 16, 2, 8, 8), generator=torch.Generator().manual_seed(5), **given)
     expected = wan_vae.to_frames(wan_vae.decode(parts["vae"], latents))
     assert torch.equal(generate(t2v, PROMPT, seed=5).video, expected)
 
@@ -221,9 +225,9 @@ def test_a_cpu_decodes_in_float32_whatever_the_files_hold(tmp_path):
     table = source.components.table()
     table["vae"]["dtype"] = "bfloat16"
     assert load_components(folder, table)["vae"].dtype == torch.bfloat16
-    placed = _placed(load_components(folder, table)["vae"], "vae", torch.device("cpu"))
-    assert {p.dtype for p in placed.parameters()} == {torch.float32}
-    assert _placed("a tokenizer", "tokenizer", torch.device("cpu")) == "a tokenizer"
+    vae = placed(load_components(folder, table)["vae"], "vae", torch.device("cpu"))
+    assert {p.dtype for p in vae.parameters()} == {torch.float32}
+    assert placed("a tokenizer", "tokenizer", torch.device("cpu")) == "a tokenizer"
 
 
 @pytest.mark.parametrize("change", ["altered", "added", "missing"])

@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from turbocompile.errors import EngineError, RecipeError
 from turbocompile.recipe.schema import Recipe
 from turbocompile.wan.checkpoints import CheckpointTensors, diffusers_name, infer_config, strip_prefix
-from turbocompile.wan.source import build_transformer, open_source
+from turbocompile.wan.source import open_source
 from turbocompile.wan.tensors import Tensors
+from turbocompile.wan.transformer import build_transformer
 
 C, FFN, TEXT, LAYERS = 256, 384, 32, 2  # two heads of 128
 

@@ -16,7 +16,8 @@ from turbocompile.errors import EngineError, RecipeError, TurbocompileError, Uns
 from turbocompile.numerics.recording import read_inputs
 from turbocompile.recipe.presets import Geometry, published_vae, vae_strides
 from turbocompile.recipe.schema import Recipe, Shape
-from turbocompile.video.session import generate, record_inputs
+from turbocompile.video.record import record_inputs
+from turbocompile.video.session import generate
 from turbocompile.wan.source import open_source
 
 pytestmark = pytest.mark.filterwarnings("ignore:rcm is for rCM-distilled")

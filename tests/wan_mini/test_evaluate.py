@@ -12,13 +12,13 @@ from click.testing import CliRunner
 from PIL import Image
 from rich.console import Console
 from torch import nn
+from videos import read_video
 
 import turbocompile.wan_mini.evaluate as evaluation
 from turbocompile.build.from_recipe import optimize_recipe
 from turbocompile.cli import main
 from turbocompile.errors import TurbocompileError, UnsupportedError
 from turbocompile.recipe.schema import Recipe
-from turbocompile.video.file import read_video
 from turbocompile.video.session import GenerateResult
 from turbocompile.video.vae import to_frames
 from turbocompile.wan.example import write_example
@@ -224,7 +224,7 @@ def drawing(truth, monkeypatch) -> list[dict]:
     def draw(engine, prompt, *, seed, shape, steps, guidance, progress):
         calls.append({"prompt": prompt, "seed": seed, "shape": shape, "steps": steps, "guidance": guidance})
         progress("denoise", 0.5)
-        return GenerateResult(truth(world.parse_prompt(prompt), seed)[None], {})
+        return GenerateResult(truth(next(c for c in world.combinations() if c.prompt == prompt), seed)[None], {})
 
     monkeypatch.setattr(evaluation, "generate", draw)
     monkeypatch.setattr(evaluation, "component", lambda engine, name: Coarse(0.0))

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
+from videos import read_video
 
 from turbocompile.build.from_recipe import optimize_recipe
 from turbocompile.recipe.schema import load_recipe
-from turbocompile.video.file import read_video
 from turbocompile.video.session import generate
 from turbocompile.wan_mini.judge import judge
 from turbocompile.wan_mini.statistics import Share

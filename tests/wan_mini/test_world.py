@@ -29,16 +29,8 @@ def drawn(held_back):
 
 def test_a_prompt_says_its_combination_and_no_other():
     assert len({c.prompt for c in EVERY}) == len(EVERY) == 640
-    assert [world.parse_prompt(c.prompt) for c in EVERY] == EVERY
     assert [c.index for c in EVERY] == list(range(640))
     assert Combination(7, "orange", "left", True).prompt == "an orange seven moves left and bounces"
-    assert world.parse_prompt("  A red  zero moves UP. ") == Combination(0, "red", "up", False)
-
-
-@pytest.mark.parametrize("prompt", ["", "a cat", "a red ten moves left", "a seven moves left", "an red one moves up"])
-def test_another_prompt_is_refused(prompt):
-    with pytest.raises(UnsupportedError, match="no prompt of the world of digits; one is 'a red seven moves left"):
-        world.parse_prompt(prompt)
 
 
 def test_a_fifth_is_held_out_and_every_pair_is_left_with_six_partners():

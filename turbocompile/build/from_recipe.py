@@ -25,12 +25,13 @@ from turbocompile.ir.program import Program
 from turbocompile.numerics.original import NOT_COMPARED, Comparison, Original
 from turbocompile.numerics.recording import Recorded, read_inputs
 from turbocompile.recipe.options import CompileOptions, resolve
-from turbocompile.recipe.presets import Geometry
+from turbocompile.recipe.presets import Geometry, boundary_of
 from turbocompile.recipe.schema import Recipe, Shape
 from turbocompile.report.report import Report
 from turbocompile.runtime.folder import new_folder
 from turbocompile.runtime.tuning import merge
-from turbocompile.wan.source import BOUNDARY, BlocksFrom, Source, TransformerSource, open_source
+from turbocompile.wan.source import Source, open_source
+from turbocompile.wan.transformer import BlocksFrom, TransformerSource
 
 TWIN = (3, 8, 8)  # patches of frames, height and width: 192 tokens are some blocks of every kernel, and ragged
 COMPARED_SHARE = 0.08  # of a build's time that its blocks are compared in
@@ -97,7 +98,7 @@ def recorded_of(recipe: Recipe, source: Source) -> dict[str, Recorded]:
     names = list(source.transformers)
     if len(names) == 1:
         return {names[0]: recorded}
-    edge = 1000.0 * (BOUNDARY[source.task] if source.boundary_ratio is None else source.boundary_ratio)
+    edge = 1000.0 * boundary_of(source.boundary_ratio, source.task)
     found = {names[0]: recorded.between(edge, math.inf), names[1]: recorded.between(-math.inf, edge)}
     for name, word in zip(names, ("of at least", "below"), strict=True):
         if not found[name].calls:

@@ -24,6 +24,8 @@ from turbocompile.ir.serialize import to_json
 from turbocompile.ir.shards import write_shards
 from turbocompile.ir.weights import nbytes
 from turbocompile.recipe.schema import Recipe, Settings
+from turbocompile.report.collect import collect
+from turbocompile.report.page import page
 from turbocompile.report.report import Report
 from turbocompile.rewrite.pipeline import foreign_operators
 from turbocompile.runtime.engine import Engine, module_entry
@@ -106,7 +108,7 @@ def finish(
     report.save(folder / "report.json")
     if tuning:
         (folder / TUNING).write_text(json.dumps(tuning, indent=1) + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(report.to_html(), encoding="utf-8")
+    (folder / "report.html").write_text(page(report, {name: views for name, _, views in graphs}), encoding="utf-8")
     seal(folder, {
         "recipe": settings.to_dict(), "target": settings.target, "versions": versions(), **manifest,
     })  # fmt: skip
@@ -126,7 +128,7 @@ def make_report(
     predicted = None if None in sizes else sum(size or 0 for size in sizes) + components
     reports = {}
     for name, item in compiled.items():
-        reports[name] = Report.from_results(
+        reports[name] = collect(
             item.results, item.programs, unmeasured=item.unmeasured or _unmeasured(settings), times=item.times,
             measured_on=item.measured_on, compared=item.compared, module=name, model=origin.model,
             target=settings.target, dtype=settings.dtype, backend=settings.backend, weights=origin.weights,

@@ -1,9 +1,9 @@
 """Capture: a module and one example call become a Program.
 
-The module is lent parameters that have a shape but no memory, exported once (`torch.export`, non-strict), turned into a
-graph whose weights are named tensors of the checkpoint, and cut into a shell and its repeated blocks. The module itself
-is traced, not a copy, because a wrapped `forward`, a hook or a closure would lead out of a copy; then the module gets
-its own parameters back, with whatever else the trace changed (isolation.py).
+The module is lent parameters that have a shape but no memory, and is exported once (`torch.export`, non-strict). The
+exported graph becomes one whose weights are named tensors of the checkpoint, and is cut into a shell and its repeated
+blocks (blocks.py). The module itself is traced, not a copy, because a wrapped `forward`, a hook or a closure would lead
+out of a copy. Then the module gets its own parameters back, and everything else that the trace changed (isolation.py).
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def capture(
 ) -> Program:
     """The Program of `model` at the shapes of the example call.
 
-    model: any module; its parameters may be on the meta device. No other thread may call it meanwhile. args, kwargs: as
-    the model is called, which is how it is traced; tensors may be on any device, meta included, their values are not
-    read. numbers: paths of the Python floats that are inputs of the Program, not fixed. float_timesteps: integer
-    timesteps are tried as float32 first, since samplers give either.
+    model: any module; its parameters may be on the meta device. No other thread may call it meanwhile. args, kwargs: a
+    call of the model, which is traced as it is spelled; its tensors may be on any device, meta included, and their
+    values are not read. numbers: paths of the Python floats that become inputs of the Program; other floats are fixed.
+    float_timesteps: integer timesteps are captured as float32 if the model allows it, because samplers give either.
 
     Raises CaptureError where the model cannot be exported, with the module and the line at fault; UnsupportedError for
     a weight that torchao quantized in a format that is not known here.
@@ -85,11 +85,11 @@ def capture(
 
 @contextlib.contextmanager
 def lent(model: nn.Module, mode: FakeTensorMode, **more: Any) -> Iterator[None]:
-    """The model, ready to be traced: parameters are fake CPU tensors (no memory), other tensors real ones on the CPU,
-    dropout is off. more: what the trace may change, too, by a name.
+    """The model, ready to be traced: parameters are fake CPU tensors without memory, others real ones on the CPU, and
+    dropout is off. more: name -> a further object that the trace may change, and that is put back.
 
-    Buffers keep their values because those that are not persistent are in no checkpoint. What torchao quantized becomes
-    a tensor of the dtype that it stands for: its operations must not be in the graph.
+    Buffers keep their values, because a buffer that is not persistent is in no checkpoint. A weight that torchao
+    quantized becomes a tensor of the dtype that it stands for, because torchao's operations must not be in the graph.
     """
     state = State(model=model, **more)
     given: dict[int, torch.Tensor] = {}
@@ -140,13 +140,13 @@ def _check_buffers(model: nn.Module) -> None:
 
 
 class _Record:
-    """Holds what the model returned; export undoes changes to a module's own attributes."""
+    """Holds the tree that the model returned. Export would undo a change to an attribute of a module."""
 
     output: dict[str, Any]
 
 
 class _Flat(nn.Module):
-    """Calls the model as its user does with flat tensors, and returns flat tensors; records what tree they were in."""
+    """Calls the model with flat tensors as its user does, returns flat tensors, and records the tree of the results."""
 
     def __init__(self, model: nn.Module, signature: sig.Signature, spelling: sig.Spelling) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ def _export(
     mode: FakeTensorMode,
     float_timesteps: bool,
 ) -> tuple[sig.Signature, torch.export.ExportedProgram, _Flat]:
-    """Exports; integer timesteps are first tried as float32, since samplers give either."""
+    """Exports the model, with integer timesteps as float32 if it allows that; and the signature of the export."""
     attempts = [sig.float_timesteps(signature)] if float_timesteps else [signature]
     if attempts[0] != signature:
         attempts.append(signature)
@@ -205,9 +205,9 @@ def _is_plain(node: fx.Node) -> bool:
 
 
 class _DataIsTraced(TorchFunctionMode):
-    """`t.data` leaves the trace: what it gives would be a constant, and a write to it no operation.
+    """Traces `t.data` as `t.detach()`, which is the same tensor where no gradients are recorded.
 
-    Where no gradients are recorded, `t.detach()` is the same tensor and does not leave it.
+    `t.data` itself leaves the trace: its value would become a constant, and a write to it no operation.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -241,7 +241,7 @@ def _explain(model: nn.Module, error: Exception) -> str:
 
 
 def _native_attention() -> contextlib.AbstractContextManager[Any]:
-    """diffusers chooses attention kernels process-wide; SDPA is the form that the passes know."""
+    """Has diffusers use SDPA, because the passes know that form; diffusers chooses for the whole process."""
     dispatch = sys.modules.get("diffusers.models.attention_dispatch")
     if dispatch is None:
         return contextlib.nullcontext()
@@ -292,7 +292,7 @@ def _program(
 
 
 def _refuse_writes(graph: fx.Graph) -> None:
-    """In-place operations may reach only what the graph itself made: two calls must be alike."""
+    """Refuses a graph that writes into its inputs or weights, because two calls of it would not be alike."""
     base: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
@@ -310,7 +310,7 @@ def _refuse_writes(graph: fx.Graph) -> None:
 
 
 def _user_outputs(exported: torch.export.ExportedProgram, node: fx.Node) -> list[fx.Node]:
-    """The model's own results; what a functional export adds for changed buffers or inputs is refused."""
+    """The model's own results. Raises CaptureError if the export has outputs for changed buffers or inputs."""
     kinds = torch.export.graph_signature.OutputKind
     specs = exported.graph_signature.output_specs
     for spec in specs:
@@ -335,7 +335,7 @@ def _strip(stack: Any) -> dict[str, tuple[str, str]]:
 def _weight(
     program: Program, exported: Any, spec: Any, node: fx.Node, state: Mapping[str, Quantized | None]
 ) -> fx.Node:
-    """A lifted tensor as a get_attr: by name where a checkpoint has it, by value where none does."""
+    """A lifted tensor as a get_attr: a Load if a checkpoint has the tensor, else a Constant with its value."""
     value = node.meta.get("val")
     if spec is None or not isinstance(value, torch.Tensor):
         raise CaptureError(f"the graph has an input {node.name!r} that is neither a tensor of the call nor a weight")
@@ -353,7 +353,7 @@ def _weight(
                 f"the model computes the tensor {name!r} outside its graph while it is captured; "
                 "register it as a buffer in __init__"
             )
-        tensor = tensor.detach().cpu().clone()  # what is done to the model later does not reach the Program
+        tensor = tensor.detach().cpu().clone()  # a later change of the model must not reach the Program
         if spec.kind == torch.export.graph_signature.InputKind.CONSTANT_TENSOR:
             name = "lifted." + hashlib.sha256(_bytes(tensor)).hexdigest()[:16]
         program.shell.weights[name] = Constant(name, shape, dtype)
@@ -363,7 +363,7 @@ def _weight(
 
 
 def _stored(name: str, shape: tuple[int, ...], dtype: torch.dtype, parts: Quantized | None) -> Expr:
-    """A tensor of the model; where torchao quantized it, its parts."""
+    """The expression of a tensor of the model: a Load, or a Dequantize of its parts if torchao quantized it."""
     if parts is None:
         return Load(name, shape, dtype)
     data = Load(name + DATA, shape, parts.data.dtype)
@@ -377,7 +377,10 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 
 def _operation(graph: fx.Graph, node: Any, env: dict[fx.Node, fx.Node]) -> fx.Node | None:
-    """A copy of an operation without device literals: the device is the engine's, chosen when it is loaded."""
+    """A copy of an operation without its device, because the engine's device is chosen when it is loaded.
+
+    None for an operation that only asserts; the operand itself for a cast to the operand's own dtype.
+    """
     target, args, kwargs = node.target, node.args, dict(node.kwargs)
     if isinstance(target, torch._ops.HigherOrderOperator):
         raise CaptureError(
@@ -425,9 +428,10 @@ _IN_DEFAULT_DTYPE = (
 def _with_dtype(
     graph: fx.Graph, target: Any, args: Any, kwargs: dict[str, Any], value: Any
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """An operation whose floating result does not depend on torch's default dtype, which another process may set.
+    """The operation in a form whose result does not depend on torch's default dtype, which another process may set.
 
-    What makes a tensor out of numbers says its dtype; integers are cast before they are computed with.
+    An operator that makes a tensor of numbers gets its dtype as an argument; integer operands are cast to the result's
+    dtype before the operation.
     """
     if not isinstance(value, torch.Tensor) or not (value.dtype.is_floating_point or value.dtype.is_complex):
         return target, args, kwargs

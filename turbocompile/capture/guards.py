@@ -1,4 +1,4 @@
-"""Models and calls that would be answered wrongly without a word; they are refused before capture."""
+"""Refuses models and calls, before capture, whose engine would give wrong results without an error."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import nn
 from turbocompile.errors import CaptureError, UnsupportedError
 from turbocompile.ir.program import Signature
 
-TEXT_TOKENS = 512  # what the cross-attention of diffusers' Wan takes off the end of [image tokens, text tokens]
+TEXT_TOKENS = 512  # diffusers' Wan splits [image tokens, text tokens] so many tokens before the end
 
 
-# Where a parameter's class is defined: what its bytes are. torchao's are read (quantized.py) and not listed.
+# The module that defines a parameter's class -> the format of its bytes. torchao's is read (module_weights.py).
 _FOREIGN = {
     "diffusers.quantizers.gguf": "GGUF",
     "transformers.quantizers.quantizer_gguf": "GGUF",
@@ -25,7 +25,7 @@ _FOREIGN = {
 def check_parameters(model: nn.Module) -> None:
     """Raises UnsupportedError for a module whose weights another library keeps as packed bytes.
 
-    Such a parameter has another shape than its weight, and is read by that library's own linear alone.
+    Such a parameter has another shape than its weight, and only that library's own linear can read it.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         kind = _foreign(tensor)
@@ -38,7 +38,7 @@ def check_parameters(model: nn.Module) -> None:
 
 
 def _foreign(tensor: torch.Tensor) -> str | None:
-    """The library that packed a tensor, None for one that is what it seems. Nothing is imported for it."""
+    """The library that packed a tensor; None for a plain tensor. No library is imported to find out."""
     for cls in type(tensor).__mro__:
         if cls.__name__ == "GGUFParameter":
             return "GGUF"
@@ -51,8 +51,8 @@ def _foreign(tensor: torch.Tensor) -> str | None:
 def check_call(model: nn.Module, signature: Signature) -> None:
     """Refuses image tokens beside a text of another length than 512.
 
-    diffusers' Wan concatenates image and text tokens and splits them again by a literal 512, so that with another text
-    length text would be attended to as image, or the other way round.
+    diffusers' Wan concatenates image and text tokens and splits them again by a literal 512. With another text length
+    it would attend to text tokens as if they were of the image, or the other way round.
     """
     shapes = {i.path: i.shape for i in signature.inputs}
     if type(model).__name__ != "WanTransformer3DModel" or "encoder_hidden_states_image" not in shapes:

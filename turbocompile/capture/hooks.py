@@ -1,6 +1,7 @@
 """Hooks of other libraries that a graph cannot hold: offloading, casting in storage, feature caches.
 
-They change weights, or decide what to compute, while the model runs. Each is named with what to do instead.
+Such a hook changes weights, or decides what to compute, while the model runs. The error names the hook, and what to do
+instead of it.
 """
 
 from __future__ import annotations

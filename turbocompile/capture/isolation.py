@@ -40,7 +40,7 @@ from turbocompile.capture.kept_values import (
     weak_mapping,
 )
 
-# Packages whose functions and classes are not walked: their state is not a model's, or `process_kept` knows it.
+# Packages whose functions and classes are not walked, because their state is not a model's or `process_kept` keeps it.
 FOREIGN = frozenset(
     {
         *sys.stdlib_module_names, "PIL", "_pytest", "accelerate", "av", "huggingface_hub", "hypothesis", "numpy",
@@ -48,7 +48,7 @@ FOREIGN = frozenset(
         "triton", "turbocompile",
     }
 )  # fmt: skip
-# Of diffusers, transformers and peft the modules that load, save and convert models: no forward comes through them.
+# Modules of diffusers, transformers and peft that load, save and convert models: no forward runs their code.
 MACHINERY = (
     "diffusers.configuration_utils", "diffusers.loaders", "diffusers.models.modeling_utils", "diffusers.pipelines",
     "diffusers.quantizers", "diffusers.utils", "peft.helpers", "peft.mapping", "peft.peft_model", "peft.utils",
@@ -60,14 +60,14 @@ OPAQUE = (  # state that is not data, or that nobody may put back
     torch.dtype, torch.device, type(threading.Lock()), type(threading.RLock()), threading.Thread, torch.Size,
 )  # fmt: skip
 WEAK = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
-COPIED = 64 << 20  # bytes of a tensor or an array whose values are kept; a larger one that is written to stays so
+COPIED = 64 << 20  # bytes of a tensor or an array whose values are kept; a write into a larger one is not undone
 _CACHE = type(functools.lru_cache(lambda: None))
 
 
 class State:
-    """What a model and the functions that it calls can reach, as it was when the State was made.
+    """The values that a model and the functions that it calls can reach, as they were when the State was made.
 
-    roots: name -> object, as {"model": model}. Names in messages start with them.
+    roots: name -> object, as in model=model. The places in messages start with these names.
     """
 
     def __init__(self, **roots: Any) -> None:
@@ -86,7 +86,7 @@ class State:
         return [label for kept in self._kept for label in kept.changed()]
 
     def restore(self) -> None:
-        """Puts back all that changed, and empties caches that took something in."""
+        """Puts every changed value back, and empties the caches that took in a value since."""
         for kept in self._kept:
             kept.restore()
         for cache, misses in self._caches:
@@ -94,12 +94,12 @@ class State:
                 cache.cache_clear()
 
     def empty_caches(self) -> None:
-        """Empties what `functools.lru_cache` holds: tensors in it cannot be replaced, and are computed again."""
+        """Empties each `functools.lru_cache`, because the tensors in it cannot be replaced; they are computed again."""
         for cache, _ in self._caches:
             cache.cache_clear()
 
     def replace(self, made: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Puts `made(t)` in the place of each tensor t that is held; names of Python files and classes stay."""
+        """Puts `made(t)` in the place of each tensor t, except in global names and attributes of classes."""
         for kept in self._kept:
             new = kept.saved if kept.shared else _replaced(kept.saved, made)
             if new is not kept.saved:
@@ -218,7 +218,7 @@ class State:
             self._visit_name(function.__globals__, name, names, name in stored)
 
     def _visit_name(self, held: dict[str, Any], name: str, names: frozenset[str], stored: bool) -> None:
-        """A name that a function reads or writes in its Python file, and what it reads there of other files."""
+        """A global name that a function reads or writes, and the names that it reads through an imported module."""
         value = held.get(name, MISSING)
         if value is MISSING and not stored:
             return
@@ -238,7 +238,7 @@ def _root(module: Any) -> str:
 
 
 def _foreign(module: Any) -> bool:
-    """Whether a Python file is not a model's own."""
+    """Whether a module of this name holds no state of a model."""
     return _root(module) in FOREIGN or str(module).startswith(MACHINERY)
 
 
@@ -272,7 +272,7 @@ def _replaced(value: Any, made: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 
 def _inner(value: Any, made: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """What a container holds: tensors and tuples of them; other containers are kept by themselves."""
+    """An element of a container, with other tensors in it. Containers below are kept by themselves, except tuples."""
     if isinstance(value, torch.Tensor):
         return made(value)
     if type(value) is tuple:

@@ -14,10 +14,13 @@ MISSING: Any = object()  # stands for a name that is not there
 
 
 class Kept:
-    """Something that holds values: how to read it, and how to put back what it held. label: its place, for messages."""
+    """The values of one holder (a dictionary, a cell, an attribute), as they were.
+
+    label: the holder's place, for messages. read, write: give its values, and set them.
+    """
 
     def __init__(self, label: str, read: Callable[[], Any], write: Callable[[Any], None], shared: bool = False) -> None:
-        """shared: by more than the model, as the names of a Python file are."""
+        """shared: whether the holder belongs to more than the model, as a global name does."""
         self.label, self._read, self._write, self.shared = label, read, write, shared
         self.saved = read()
 
@@ -32,7 +35,7 @@ class Kept:
         return not same(now, was)
 
     def changed(self) -> list[str]:
-        """The places below it whose values are others now."""
+        """The places in the holder whose values have changed."""
         now = self._read()
         if not isinstance(now, dict):
             return [self.label] if self.differs() else []
@@ -80,7 +83,7 @@ def weak_mapping(label: str, held: Any) -> Kept:
 
 
 class _Values(Kept):
-    """The values of a tensor or of a numpy array, which may be written to in place."""
+    """The elements of a tensor or of a numpy array, which code may write in place."""
 
     def __init__(self, label: str, held: Any, copied: Callable[[Any], Any], write: Callable[[Any], None]) -> None:
         super().__init__(label, lambda: held, write, shared=True)
@@ -138,7 +141,7 @@ def cell_of(label: str, cell: types.CellType) -> Kept:
 
 
 def global_name(label: str, names: dict[str, Any], name: str) -> Kept:
-    """One name of a Python file."""
+    """One global name of a Python file. names: the file's `__dict__`."""
 
     def write(value: Any) -> None:
         if value is MISSING:

@@ -1,15 +1,14 @@
 """The tensors of a module as a source of weights; weights that torchao quantized are recognized and taken as they are.
 
-`quantize_` replaces the weights of linears by tensor subclasses. They are recognized on the module, before it is
-captured (once exported, such a linear is 23 operations), by where their class is defined: torchao is not imported here.
-What is taken is the weight alone:
+`quantize_` replaces the weights of linears by tensor subclasses. These are recognized on the module, before it is
+captured, because an exported linear of this kind is 23 operations; and by the module that defines their class, so that
+torchao is not imported here. Only the weight is taken:
 
     Int8Tensor     data int8 (N, K), scale (N, 1)    w8a8 format int8
     Float8Tensor   data e4m3 (N, K), scale (N, 1)    w8a8 format fp8
 
-One scale for a whole weight is the same scale in each row. Activations are quantized as the engine does it, per token
-and symmetrically; what the weight asks for instead and that does not stand for (a static scale, a zero point, a clamp)
-is refused.
+A weight with a single scale has the same scale in each row. The engine quantizes activations per token and
+symmetrically; a weight that asks for something else (a static scale, a zero point, a clamp) is refused.
 """
 
 from __future__ import annotations

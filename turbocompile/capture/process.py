@@ -30,7 +30,7 @@ def compiling() -> Iterator[None]:
 
 
 def _torch_settings() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
-    """(read, write) of what a model's code, or what traces it, may set for the whole process or thread."""
+    """(read, write) of each setting of the process or the thread that a model's code, or its trace, may change."""
     cudnn, matmul, compiler = torch.backends.cudnn, torch.backends.cuda.matmul, torch.compiler
     pairs: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
         (torch.is_grad_enabled, torch._C._set_grad_enabled),
@@ -82,7 +82,7 @@ def process_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        if get_dynamic_layer_stack_depth() > depth:  # what an error inside torch.vmap or torch.func leaves behind
+        if get_dynamic_layer_stack_depth() > depth:  # an error inside torch.vmap or torch.func leaves levels behind
             pop_dynamic_layer_stack_and_undo_to_depth(depth)
         for was, read, write in settings:
             if read() != was:

@@ -24,7 +24,7 @@ SOURCE = "source"  # in the meta of a node of generated code: the program's node
 
 
 class Runner:
-    """Runs a Program: `runner(*tensors) -> tuple of tensors`."""
+    """Runs a Program: `runner(*tensors)` returns the output tensors, flat. Tensors are on the runner's device."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Runner:
 
 @contextlib.contextmanager
 def _supported() -> Iterator[None]:
-    """UnsupportedError for an operator that torch lacks for a device or a dtype: shapes alone do not tell."""
+    """Raises UnsupportedError for an operator that torch lacks for a device or a dtype, which shapes do not tell."""
     try:
         yield
     except NotImplementedError as error:
@@ -61,7 +61,7 @@ def _supported() -> Iterator[None]:
 
 
 class _Bound(nn.Module):
-    """A compiled graph with the weights of one call."""
+    """The generated code of a graph, with the weights of one call."""
 
     code: fx.GraphModule
 
@@ -80,7 +80,7 @@ class _Bound(nn.Module):
 
 
 class _Compiled:
-    """One graph as generated code: weights and folded constants first, then the activations."""
+    """One graph as generated code. Its arguments are the weights, the folded constants, then the activations."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class _Compiled:
 
 
 def with_device(node: fx.Node, kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Keyword arguments with the device for operators that make a tensor out of nothing."""
+    """The keyword arguments of a node; with the device, for an operator that makes a tensor of no other tensor."""
     overload = isinstance(node.target, torch._ops.OpOverload) and not node.all_input_nodes
     if overload and any(a.name == "device" for a in node.target._schema.arguments):  # type: ignore[union-attr]
         return {**kwargs, "device": device}
@@ -146,9 +146,9 @@ def with_device(node: fx.Node, kwargs: dict[str, Any], device: torch.device) -> 
 
 
 def foldable(sub: Subgraph) -> set[fx.Node]:
-    """Operations whose value is the same in every call: they read only weights that no call has of its own.
+    """The operations whose value is the same in every call, because they read only weights that all calls share.
 
-    A graph that writes in place is left alone, since a folded tensor could be written to.
+    None in a graph that writes in place, because a folded tensor could be written to.
     """
     found: set[fx.Node] = set()
     for node in _pure(sub):
@@ -158,9 +158,9 @@ def foldable(sub: Subgraph) -> set[fx.Node]:
 
 
 def foldable_in_layer(sub: Subgraph, folded: set[fx.Node]) -> set[fx.Node]:
-    """Operations whose value is the same in every run of a layer: they read only its constants, and what is folded.
+    """The operations whose value is the same in every run of a layer: they read its constants and folded values alone.
 
-    A larger value than LAYER_BYTES is computed anew in each run, since every layer would hold one.
+    A value of more than LAYER_BYTES is computed anew in each run, because every layer would hold one.
     """
     found: set[fx.Node] = set()
     for node in _pure(sub):
@@ -181,7 +181,7 @@ def _is_fixed(expr: Expr) -> bool:
 
 
 def _pure(sub: Subgraph) -> list[fx.Node]:
-    """The operations of a graph that are no calls and draw no random numbers; none where one writes in place."""
+    """The operations that call no block and draw no random numbers; none in a graph that writes in place."""
     operations = [n for n in sub.graph.nodes if n.op == "call_function"]
     schemas = [n.target._schema for n in operations if isinstance(n.target, torch._ops.OpOverload)]
     if any(s.is_mutable for s in schemas):
@@ -191,7 +191,7 @@ def _pure(sub: Subgraph) -> list[fx.Node]:
 
 
 def _read_outside(nodes: set[fx.Node]) -> list[fx.Node]:
-    """Those of the nodes that others read."""
+    """The nodes of the set that nodes outside it read."""
     return [n for n in nodes if any(u not in nodes for u in n.users)]
 
 
@@ -203,7 +203,7 @@ def _evaluate(
     weight: Callable[[fx.Node], torch.Tensor],
     known: Mapping[fx.Node, Any] = {},
 ) -> dict[fx.Node, Any]:
-    """The values of the kept nodes, computed in order from those known; intermediates are freed at the end."""
+    """The values of the kept nodes, computed from weights and known values; other values are freed at the end."""
     env: dict[fx.Node, Any] = dict(known)
     with torch.no_grad(), _supported():
         for node in sub.graph.nodes:
@@ -218,7 +218,7 @@ def _evaluate(
 
 
 def _own(value: Any) -> Any:
-    """A small slice of a large table on its own, so that the table need not stay; anything else as it is."""
+    """A copy of a small slice of a large table, so that the table is freed; any other value as it is."""
     if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() > 2 * value.nbytes:
         return value.clone()
     return value

@@ -16,7 +16,8 @@ import torch
 from torch import fx
 
 from turbocompile.errors import TurbocompileError
-from turbocompile.ir.cost import SHORT, schema_name, tensor_text
+from turbocompile.ir.node_text import SHORT, tensor_text
+from turbocompile.ir.op_schema import schema_name
 from turbocompile.ir.program import SHELL, Program, Subgraph, call, module_path
 from turbocompile.ir.weights import (
     AddLora,

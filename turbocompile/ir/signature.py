@@ -33,7 +33,7 @@ OUTPUT_CLASSES = {  # what a loaded engine may construct; anything else becomes 
     "diffusers.models.transformers.transformer_2d.Transformer2DModelOutput",
 }
 BY_DEFAULT = {"container": "default", "keys": []}  # of an argument left out whose default is no data: it stays out
-_seen_classes: dict[str, type] = {}  # classes met by captures of this process, which may be given back as they were
+seen_classes: dict[str, type] = {}  # classes met by captures of this process, which may be given back as they were
 
 
 class Output(OrderedDict[str, Any]):
@@ -420,7 +420,7 @@ def describe_output(value: Any, flat: list[torch.Tensor]) -> dict[str, Any]:
     else:
         raise CaptureError(f"the model returned a {type(value).__name__}; return tensors, tuples, dicts or dataclasses")
     name = f"{type(value).__module__}.{type(value).__qualname__}"
-    _seen_classes[name] = type(value)
+    seen_classes[name] = type(value)
     named = {"named_tuple": True} if isinstance(value, tuple) else {}
     return {"kind": "class", "name": name, "keys": keys, "items": [describe_output(v, flat) for v in items], **named}
 
@@ -452,9 +452,9 @@ def _wrap(tree: dict[str, Any], flat: Sequence[torch.Tensor]) -> Any:
 
 
 def _output_class(name: str) -> type | None:
-    if name not in _seen_classes and name in OUTPUT_CLASSES:
+    if name not in seen_classes and name in OUTPUT_CLASSES:
         module, _, attribute = name.rpartition(".")
         found = getattr(importlib.import_module(module), attribute, None)
         if isinstance(found, type):
-            _seen_classes[name] = found
-    return _seen_classes.get(name)
+            seen_classes[name] = found
+    return seen_classes.get(name)

@@ -1,9 +1,10 @@
-"""Calibration: what 8 bits do to each linear in each layer, and which layers keep the model's dtype for it.
+"""Calibration measures the error of each 8-bit linear in each layer, and decides which layers keep the model's dtype.
 
-A block's graph stands for many layers, each with its own weights and its own, true, input. The truth is the graph
-before w8a8 in float32 (errors of 1 to 4% are judged), run layer by layer with one layer's weights in memory; at each
-site the 8-bit linear is computed from the true input, in the dtypes of the engine, and compared. A site over its budget
-stays wide in that layer only: layers that keep the same sites share a graph.
+The graph of a block stands for many layers, and each layer has its own weights and its own input. The truth is the
+graph before w8a8 in float32, because errors of 1 to 4% are judged. It is run layer by layer, with the weights of one
+layer in memory. The 8-bit linear of each site is computed from the true input, in the dtypes of the engine, and
+compared with the true product. A site over its budget keeps the model's dtype in that layer alone; layers that keep the
+same sites share a graph.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ def calibrate(
     inputs: Inputs,
     device: torch.device = CPU,
 ) -> Plan:
-    """Measures a normalized Program, which is left as it was.
+    """Measures a Program in normal form, which is left as it was, and decides.
 
-    options: as they were resolved. inputs: tensors that the Program takes. device: where to compute.
+    source: the weights. options: as `resolve` gives them. inputs: the calls to measure on. device: where the Program is
+    run. Raises Uncomputed where the Program cannot be computed on the inputs.
     """
     prepared = before_smooth(program, options)
     w8a8 = options.w8a8
@@ -62,7 +64,9 @@ def calibrate(
 
 
 def before_smooth(program: Program, options: CompileOptions) -> Program:
-    """The Program as smooth finds it, but with attention in floating point: its quantization is judged by itself."""
+    """The Program as the pass `smooth` finds it, but with attention in floating point, because the error of a quantized
+    attention is judged by itself.
+    """
     made = program.copy()
     run_passes(made, options.in_floating_point(), passes=story("smooth")[:-1])
     return made

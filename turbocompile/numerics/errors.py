@@ -8,22 +8,24 @@ from dataclasses import dataclass
 
 import torch
 
-# Of the largest value, in float64: a result that has one right bit in float32 has a condition number below 2^23, and
-# what is left of float64's 2^-53 is 2^-30.
+# The largest difference in float64, as part of the largest value. A result with one right bit in float32 has a
+# condition number below 2^23, and 2^23 times float64's rounding of 2^-53 is 2^-30.
 TIGHT = 2.0**-30
-# Errors before and after are both chance. Of equally many roundings the largest differs by less than 2 from one draw to
-# another, and a rewrite may round in twice as many places. A narrower type is seen: bfloat16 for float16 rounds 8 times
-# as much, a 16-bit type for float32 at least 2^13 times.
+# The error after a rewrite, as a multiple of the error before. Both are chance: the largest of equally many roundings
+# differs by less than 2 from one draw to another, and a rewrite may round in twice as many places. A narrower dtype
+# exceeds this: bfloat16 rounds 8 times as much as float16, and a 16-bit dtype at least 2^13 times as much as float32.
 ALLOWED = 4.0
-EXACT = 1e-5  # the floor in float32, of the largest true value: a few dozen roundings of 2^-24
-STEP = 1 / 12  # one step of an 8-bit value, of the largest: 1 of 127, or e4m3's 32 of 448
-HALF_STEP = 1 / 64  # the mean magnitude of a quarter of the largest value, and a half of 1 / 127 of it: relative L1
+EXACT = 1e-5  # the floor in float32, as part of the largest true value: a few dozen roundings of 2^-24
+STEP = 1 / 12  # one step of an 8-bit value, as part of the largest: 1 of 127, or e4m3's 32 of 448
+HALF_STEP = 1 / 64  # relative L1: half a step of 1 / 127 of the largest value, where the mean is a quarter of it
 NATIVE = "native"
 
 
 @dataclass(frozen=True)
 class Error:
-    """How far numbers are from the truth: cosine, relative L1 (sum|a-b| / sum|b|), and max|a-b| / max|b|."""
+    """How far values a are from the truth b: their cosine, relative L1 (sum|a-b| / sum|b|), the largest difference
+    max|a-b|, and max_rel = max|a-b| / max|b|.
+    """
 
     cosine: float
     rel_l1: float
@@ -35,9 +37,10 @@ class Error:
 
 
 def compare(found: torch.Tensor, truth: torch.Tensor) -> Error:
-    """The error of `found`. A NaN or an infinity that the truth lacks makes every figure infinite.
+    """The error of `found`, a tensor of the truth's shape and of any dtype.
 
-    Where the truth is not finite `found` must be the same, and that place counts no further.
+    A NaN or an infinity that the truth lacks makes every figure infinite. Where the truth itself is not finite, `found`
+    must be equal to it; such an element counts in no figure.
     """
     a, b = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (found, truth))
     a, b = a.double().flatten(), b.double().flatten()
@@ -61,7 +64,7 @@ def compare(found: torch.Tensor, truth: torch.Tensor) -> Error:
 
 
 def floor_of(dtype: torch.dtype) -> Error:
-    """What a value of a dtype may be off where the error before is none: one rounding, in float32 a few dozen."""
+    """The error that is allowed where the error before happens to be zero: one rounding, in float32 a few dozen."""
     if dtype.itemsize == 1:
         return Error(1.0, HALF_STEP, 0.0, STEP)
     if not dtype.is_floating_point:
@@ -71,9 +74,10 @@ def floor_of(dtype: torch.dtype) -> Error:
 
 
 def differs(after: Error, dtype: torch.dtype, wide: torch.dtype | None) -> str:
-    """How far a value computed in `wide` is from what it replaces, where it is not the same function; else empty.
+    """Why a new node is another function than the node that it replaces, in words; empty if it is the same.
 
-    An 8-bit value may fall on the other side of a tie: rarely, and by one step.
+    after: the error of the new node's value against the old one, both computed in `wide` (None: in `dtype`). dtype: of
+    the old node. An 8-bit value may rarely fall on the other side of a tie, which is one step.
     """
     bound = TIGHT if wide == torch.float64 else floor_of(wide or dtype).max_rel
     if dtype.itemsize == 1:
@@ -88,7 +92,10 @@ def differs(after: Error, dtype: torch.dtype, wide: torch.dtype | None) -> str:
 
 
 def rounds_more(after: Error, before: Sequence[Error], dtype: torch.dtype) -> str:
-    """How much more a value in the engine's dtype is off than the values before, where it is too much; else empty."""
+    """Why a new node rounds too much, in words; empty if it does not.
+
+    after: the error of its value in the engine's dtype. before: errors of the old node's value. dtype: the new node's.
+    """
     floor = floor_of(dtype)
     name = str(dtype).removeprefix("torch.")
     for what in ("max_rel", "rel_l1"):
@@ -101,5 +108,5 @@ def rounds_more(after: Error, before: Sequence[Error], dtype: torch.dtype) -> st
 
 
 def worst(errors: list[Error]) -> Error | None:
-    """The error of the worst site, by relative L1."""
+    """The error with the largest relative L1; None where there is no error."""
     return max(errors, key=lambda e: (e.rel_l1, e.max_rel), default=None)

@@ -12,7 +12,10 @@ from turbocompile.ir.program import Program
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the model is run on: the tensors of some calls, in the order and dtypes of the Program's inputs."""
+    """Calls that a Program is run on: for each the tensors in the order, shapes and dtypes of the Program's inputs.
+
+    recorded: whether a user recorded them; else they are random.
+    """
 
     calls: Sequence[Sequence[torch.Tensor]]
     recorded: bool = False
@@ -26,11 +29,11 @@ class Inputs:
 def random_inputs(
     program: Program, seed: int = 0, example: Sequence[torch.Tensor] = (), *, zeros: bool = False
 ) -> list[torch.Tensor]:
-    """Random tensors of the Program's inputs: N(0, 1), timesteps in (0, 1000), ones for masks and integers.
+    """Random tensors for the Program's inputs: N(0, 1), timesteps in (0, 1000), ones for masks and integers.
 
-    example: the tensors of a call of these shapes. Its masks and integers are taken as they are, for what they may be
-    is the model's own: indices, lengths, classes. One that is all zeros becomes ones unless `zeros` says otherwise: a
-    mask of zeros would take every key away, and positions of zero would rotate nothing.
+    example: the tensors of a call of these shapes. Masks and integers of the example are taken as they are, because
+    only the model knows what they may be: indices, lengths, classes. A tensor of zeros among them becomes ones unless
+    `zeros` is set, because a mask of zeros would hide every key, and positions of zero would rotate nothing.
     """
     generator = torch.Generator().manual_seed(seed)
     made = []

@@ -16,7 +16,7 @@ from turbocompile.numerics.program_values import is_float64
 
 
 class _Held:
-    """A source that keeps what was read of one layer: its weights are asked for again, to be quantized."""
+    """A source that keeps the tensors of one layer, because the same weights are read again to be quantized."""
 
     def __init__(self, source: TensorSource) -> None:
         self.source = source
@@ -36,7 +36,7 @@ class _Held:
 
 @dataclass(frozen=True)
 class Layer:
-    """One call of a block: its true values for each input, by node name, and its weights."""
+    """One call of a block. values: for each input the true values of nodes, by name. evaluate: gives the weights."""
 
     graph: str
     prefix: str
@@ -55,9 +55,10 @@ def each_layer(
     wanted: Mapping[str, set[str]],
     device: torch.device = CPU,
 ) -> Iterator[Layer]:
-    """The calls in the order they run, each with the true values of the wanted nodes of its graph.
+    """The calls of blocks in the order in which they run, each with the true values of the wanted nodes of its graph.
 
-    All inputs go through a layer before the next one's weights are read.
+    The truth is float32, or float64 for a float64 model. wanted: graph -> names of nodes. All inputs go through a layer
+    before the weights of the next layer are read, so that the weights of one layer are in memory.
     """
     held = _Held(source)
     evaluate = Evaluator(held, program.constants)
@@ -91,7 +92,7 @@ def each_layer(
 
 
 def _sent(run: Any, value: Any) -> Any:
-    """What a generator yields next; None at its end."""
+    """Sends a value to a generator; returns the next value that it yields, or None at its end."""
     try:
         return run.send(value)
     except StopIteration:

@@ -26,7 +26,11 @@ from turbocompile.rewrite.scale_folding import Fold, fold_of
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear that w8a8 would rewrite. name, x: its name before, and that of what it reads. node: the w8a8_linear."""
+    """A linear that w8a8 would rewrite.
+
+    name, x: the names of the linear's node and of its input's node before the rewrite. node: the w8a8_linear that the
+    pass made of it, in the graph `sub`.
+    """
 
     site: str
     graph: str
@@ -41,20 +45,21 @@ class Linear:
 
     @property
     def wanted(self) -> set[str]:
-        """The nodes before w8a8 whose true values the measurement takes."""
+        """The names of the nodes before the rewrite whose true values the measurement needs."""
         bias = self.node.args[4]
         return {self.name, self.x} | ({bias.name} if isinstance(bias, fx.Node) else set())
 
     def weight(self, layer: Layer) -> torch.Tensor:
-        """The weight in floating point, where the engine quantizes it."""
+        """The weight (N, K) in floating point, of a linear whose weight the engine itself quantizes."""
         expr = self.sub.weights[str(self.node.args[2].target)]  # type: ignore[union-attr]
         assert isinstance(expr, Quantize)  # others are in no group
         return layer.evaluate(expr.of, layer.prefix)
 
     def error(self, layer: Layer, weight: Sequence[torch.Tensor], s: torch.Tensor | None = None) -> Error:
-        """How far the 8-bit product is from the true one, on the worst input.
+        """The error of the 8-bit product against the true one, on the input where it is largest.
 
-        weight: its data and scale. s: what the input is divided by, a power of two for each channel.
+        weight: the data (N, K) and the scale of the quantized weight. s: (K,) powers of two that divide the channels of
+        the input; None divides by nothing.
         """
         node, bias, found = self.node, self.node.args[4], []
         for values in layer.values:
@@ -86,14 +91,14 @@ def find_linears(program: Program, w8a8: W8A8Options) -> list[Linear]:
 
 @dataclass(frozen=True)
 class Group:
-    """Linears that share an input which can be scaled."""
+    """Linears that share one input, which a scale can be folded out of."""
 
     linears: tuple[Linear, ...]
     fold: Fold
 
     @property
     def site(self) -> str:
-        """The site that the pass smooth knows the group by."""
+        """The name that the pass `smooth` has for the group."""
         return self.linears[0].site
 
     def vectors(self, prefix: str, s: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -103,7 +108,7 @@ class Group:
 
 
 def find_groups(program: Program, linears: Sequence[Linear]) -> tuple[list[Group], dict[str, str]]:
-    """The groups of linears whose input can be scaled, and why that of the other sites cannot."""
+    """The groups of linears whose input can be scaled, and site -> why the input of any other linear cannot."""
     groups: list[Group] = []
     reasons: dict[str, str] = {}
     known = {(s.graph, s.name): s for s in linears}
@@ -143,9 +148,10 @@ def measure(
     device: torch.device = CPU,
     smoothing: Smoothing = Smoothing(),
 ) -> tuple[dict[str, dict[str, Error]], Scales]:
-    """Site -> prefix of a call -> the error of the 8-bit linear there, on the input where it is largest.
+    """Site -> prefix of a call -> the error of the 8-bit linear in that call, on the input where it is largest; and
+    group -> prefix of a call -> the scale that lowers the group's errors most.
 
-    Also group -> prefix -> the scale that helps it most.
+    program: before w8a8. device: where the Program is run.
     """
     wanted = _wanted(linears)
     errors: dict[str, dict[str, Error]] = {s.site: {} for s in linears}
@@ -163,7 +169,7 @@ def measure(
 
 @torch.no_grad()
 def _scale(group: Group, layer: Layer, smoothing: Smoothing, plain: Mapping[str, float], device: torch.device) -> Scale:
-    """The scale that helps a group most in a layer."""
+    """The scale that lowers a group's errors most in a layer. plain: site -> relative L1 without a scale."""
     weights = {s.site: s.weight(layer).to(device) for s in group.linears}
     x = torch.stack([_amax(values[group.linears[0].x]) for values in layer.values]).amax(dim=0)
     w = torch.stack([_amax(weight) for weight in weights.values()]).amax(dim=0)

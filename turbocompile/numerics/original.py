@@ -1,9 +1,9 @@
-"""The first truth is the user's module itself: its own calls, compared with what was captured of it.
+"""The first truth is the user's module itself: its own calls are compared with the graph that was captured of it.
 
-Whatever goes wrong at capture or before is on both sides of every later comparison, since those start at the captured
-graph. So two calls of the module, made as its user makes them, are compared with two runs of the graph before any pass.
-The second call has other tensors (and other numbers), because a model that keeps something between calls is right at
-its first; where its Python state still moves then, more calls follow.
+Every later comparison starts at the captured graph, so that a fault of capture is on both sides of it. Therefore two
+calls of the module, made as its user makes them, are compared with two runs of the graph before any pass. The second
+call has other tensors and other numbers, because a model that keeps something between calls is right at its first call.
+Where the model's Python state still changes at the second call, more calls follow.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from turbocompile.ir.program import Program, Signature
 from turbocompile.kernels.quantize.quantize import dequantize
 from turbocompile.numerics.errors import compare
 from turbocompile.numerics.inputs import random_inputs
+from turbocompile.numerics.interpreter import is_out_of_memory
 
 CALLS = 2
 CALLS_OF_STATE = 8  # where a model's attributes change from call to call
-# Largest difference as part of the largest value. The graph makes the module's own operations in the module's own
-# dtypes, so that most are equal to the bit; a sum in another order moves a few roundings of 2^-24.
+# The largest difference as part of the largest value. The graph has the module's own operations in the module's own
+# dtypes, so that most results are equal to the bit; a sum in another order moves a result by a few roundings of 2^-24.
 EXACT = 1e-5
 EXACT_16 = 2.0**-7  # relative L1 in a 16-bit type: two of its roundings
-MULTIPLE = 8  # of what one rounding of the inputs moves, where a model makes more of a rounding than that
+MULTIPLE = 8  # of the difference that one rounding of the inputs makes, in a model that amplifies roundings
 NO_MEMORY = "needs more memory than there is"
 STATELESS = "compile a model whose forward depends on its arguments alone"
 Leaves = dict[str, Any]
@@ -44,8 +45,8 @@ Leaves = dict[str, Any]
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of it. calls: how many were compared; wrong: why the graph is not the module, "" where it is; words:
-    for the report; warnings: what a user should know all the same.
+    """The result of the comparison. calls: the number of compared calls. wrong: why the graph is not the module; empty
+    where it is. words: for the report. warnings: for the user, even where the graph is right.
     """
 
     calls: int = 0
@@ -59,8 +60,11 @@ NOT_COMPARED = Comparison()
 
 @dataclass
 class _Made:
-    """Calls that were made of a module and their results, flat; what of its Python state all of them changed, and the
-    second one by itself; whose random numbers they drew; why there are no more.
+    """Calls that were made of a module.
+
+    results: the output tensors of each call. kept: the places of the module's Python state that the calls changed.
+    moving: the places that the second call changed. drawn: whose random numbers were drawn. failure: why no further
+    call was made.
     """
 
     calls: list[Leaves] = field(default_factory=list)
@@ -74,8 +78,8 @@ class _Made:
 class Original:
     """A module and one call of it, as its user makes it.
 
-    args, kwargs: the call; where its tensors are on the meta device, random ones stand for them. default_device: where
-    the module's own code makes tensors, if the user set that. Calls are made on the module's own device, without
+    args, kwargs: the call; random tensors stand for tensors on the meta device. default_device: the device on which
+    the module's own code makes tensors, if the user set one. Calls are made on the module's own device, without
     gradients and with dropout off; afterwards the module and the process are as they were.
     """
 
@@ -93,7 +97,7 @@ class Original:
         self._first: tuple[sig.Spelling, Leaves, list[torch.Tensor]] | None = None
 
     def compare(self, program: Program, source: TensorSource) -> Comparison:
-        """Compares the module with its captured Program. source: the weights' values."""
+        """Compares the module with its captured Program. source: gives the weights' values."""
         drawn = _drawn(program)
         if drawn:
             reason = f"{self.name} draws random numbers ({drawn}), so that no two calls of it are alike"
@@ -112,7 +116,9 @@ class Original:
                 return self._not_compared(made.failure)
             try:
                 differences = self._differences(_Graph(program, source, self.device), made)
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 return self._not_compared(NO_MEMORY)
         for number, (difference, bound) in enumerate(differences):
             if not difference <= bound:
@@ -129,7 +135,7 @@ class Original:
         return Comparison(count, "", words, (warned,) if made.moving else ())
 
     def _differences(self, run: _Graph, made: _Made) -> list[tuple[float, float]]:
-        """How far the graph is from each of the module's results, and how far it may be."""
+        """For each call, how far the graph's result is from the module's, and how far it may be."""
         pairs = zip(made.calls, made.results, strict=True)
         return [run.difference(leaves, outputs) for leaves, outputs in pairs]
 
@@ -161,7 +167,7 @@ class Original:
             made = random_inputs(like, seed + 1, tensors, zeros=True)
             leaves = _leaves(signature, made)
             for i in signature.inputs:
-                if i.number:  # numbers may have a range of their own: a step towards one keeps within most
+                if i.number:  # a number may have a range of its own: three quarters of it lie within most ranges
                     value = float(_leaves(signature, tensors)[i.path])
                     leaves[i.path] = value if not len(calls) else 0.75 * value if value else 0.5
             calls.append(leaves)
@@ -192,16 +198,20 @@ class Original:
         return made
 
     def _make(self, made: _Made, spelling: sig.Spelling, leaves: Leaves) -> bool:
-        """Makes a call, or the first one again: random tensors are not for every model. Whether one was made."""
+        """Makes a call; where it fails, the first call again, because not every model takes random tensors.
+
+        Returns whether one of the two was made.
+        """
         for attempt in (leaves, *made.calls[:1]):
             try:
                 made.results.append(self._call(spelling, attempt))
                 made.calls.append(attempt)
                 made.failure = ""
                 return True
-            except torch.OutOfMemoryError:
-                made.failure = "" if made.results else NO_MEMORY
             except Exception as error:  # the user's code may raise anything; the report says what it was
+                if is_out_of_memory(error):
+                    made.failure = "" if made.results else NO_MEMORY
+                    continue
                 reason = (str(error).strip().split("\n") or [""])[0][:200]
                 made.failure = f"raises {type(error).__name__} at call {len(made.calls) + 1} ({reason})"
         return False
@@ -240,7 +250,7 @@ class _Graph:
         return list(self.runner(*placed))
 
     def difference(self, leaves: Leaves, outputs: Sequence[torch.Tensor]) -> tuple[float, float]:
-        """How far the graph is from the module's results, and how far rounding may take it."""
+        """How far the graph's results are from the module's `outputs`, and how far rounding alone may move them."""
         found = self(leaves)
         if len(found) != len(outputs) or any(a.shape != b.shape for a, b in zip(found, outputs, strict=True)):
             return float("inf"), 0.0
@@ -257,7 +267,7 @@ class _Graph:
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
-    """How far a is from b, and the bound of that. Infinite where they are not of one kind, or not finite alike."""
+    """How far a is from b, and the bound for that. Infinite where their dtypes differ, or their places not finite."""
     if a.dtype != b.dtype:
         return float("inf"), 0.0
     if not (b.is_floating_point() or b.is_complex()):
@@ -305,7 +315,7 @@ def _is_off(node: fx.Node) -> bool:
 
 
 def _randomness() -> dict[str, Any]:
-    """The states of Python's and numpy's random numbers, by whose they are."""
+    """The states of the random generators of Python and of numpy, by their names."""
     found: dict[str, Any] = {"Python's random": random.getstate()}
     if "numpy" in sys.modules:
         kind, keys, *rest = sys.modules["numpy"].random.get_state()
@@ -314,7 +324,7 @@ def _randomness() -> dict[str, Any]:
 
 
 def _dequantized(tensor: torch.Tensor) -> torch.Tensor:
-    """The weight that one which torchao quantized stands for: how activations are quantized is the passes' matter."""
+    """A tensor that torchao quantized, in its own dtype. Its activations stay as they are: passes quantize these."""
     parts = quantized("a weight", tensor)
     if parts is None:
         return tensor

@@ -17,12 +17,12 @@ MAX_KINDS = 4  # graphs that one kind of block may become: each is compiled, tun
 
 @dataclass(frozen=True)
 class Plan:
-    """What calibration decided.
+    """The decisions of calibration.
 
-    inputs: on what it was measured, in words. names: graph -> prefix of a call -> the graph it runs, where a graph is
-    split. keep: site (of the split graphs) -> why it stays wide. smoothed: the sites whose input is scaled; unsmoothed:
-    why others are not. vectors: the scales, by the names that the weights' expressions have for them. sites: every
-    figure, for the report.
+    inputs: the inputs of the measurement, in words. names: graph -> prefix of a call -> the graph that the call runs,
+    for graphs that are split. keep: site (of the graphs after the split) -> why it keeps the model's dtype. smoothed:
+    the sites whose input is scaled. unsmoothed: site -> why its input is not scaled. vectors: the scales (K,), float32,
+    by the names that the weights' expressions have for them. sites: the errors of every site and layer, for the report.
     """
 
     inputs: str
@@ -34,22 +34,23 @@ class Plan:
     sites: tuple[SiteError, ...] = ()
 
     def worst_quantized(self) -> dict[str, float] | None:
-        """The largest error that 8 bits cause somewhere in the model."""
+        """The error of the site and layer where 8 bits cause the largest one, of those that are quantized."""
         errors = [e.error for row in self.sites for e in row.layers if e.quantized]
         return max(errors, key=lambda e: e["rel_l1"], default=None)
 
     def split(self, program: Program) -> None:
-        """Gives the layers of a Program the graphs that they need."""
+        """Gives the layers of a Program that keep different sites wide graphs of their own, in place."""
         for graph, names in self.names.items():
             program.split(graph, names)
 
 
 @dataclass
 class Measured:
-    """What was measured of each site, by prefix of the call.
+    """The measurements of each site in each call.
 
-    plain: errors without smoothing. budgets: of the sites. reasons: why a site is not smoothed. errors: as the engine
-    is built. alphas: (site, prefix) -> alpha, where it is smoothed.
+    plain: site -> prefix of a call -> error without smoothing. errors: the same with the smoothing that the engine is
+    built with. budgets: site -> the largest relative L1 allowed. reasons: site -> why it is not smoothed. alphas:
+    (site, prefix) -> SmoothQuant's exponent, for sites that are smoothed.
     """
 
     plain: Mapping[str, Mapping[str, Error]]
@@ -85,7 +86,10 @@ class Measured:
 
 
 def decide(program: Program, linears: Sequence[Linear], found: Measured, inputs: str) -> Plan:
-    """Which layers keep which sites wide, and the graphs that this takes."""
+    """Which layers keep which sites in the model's dtype, and the graphs that these layers run.
+
+    program: with the sites of `linears`. inputs: the inputs of the measurement, in words.
+    """
     names: dict[str, dict[str, str]] = {}
     keep: dict[str, str] = {}
     sites: list[SiteError] = []
@@ -111,9 +115,10 @@ def decide(program: Program, linears: Sequence[Linear], found: Measured, inputs:
 
 
 def few_kinds(wide: Mapping[str, frozenset[str]]) -> tuple[dict[str, frozenset[str]], set[str]]:
-    """At most MAX_KINDS sets of wide sites, by prefix, and the sites that are wide in all layers for that alone.
+    """At most MAX_KINDS sets of wide sites, by prefix, and the sites that are wide in all layers for that reason alone.
 
-    One site after the other is kept everywhere: that which is wide in the most layers already, so costs the least.
+    wide: prefix of a call -> the sites that are over their budget there. Until the sets are few enough, one site after
+    the other becomes wide in all layers; the site that is wide in most layers is next, because that costs the least.
     """
     wide, everywhere = dict(wide), set()
     while len(set(wide.values())) > MAX_KINDS:
@@ -159,7 +164,7 @@ def with_smoothing(
     reasons: Mapping[str, str],
     vectors: Mapping[str, torch.Tensor],
 ) -> Plan:
-    """The plan with what is smoothed, by the names that the sites have in the split graphs."""
+    """The plan with the smoothed sites, by the names that these have in the graphs after the split."""
 
     def named(site: str) -> list[str]:
         graph, _, path = site.partition(":")

@@ -1,17 +1,18 @@
 """Verification: numbers, not shapes, say whether a rewrite is right.
 
-Truth is the captured graph in float64. Two questions are asked of what is to be equal to rounding: the normal form of
-each graph, each site of an exact pass, and each graph after such a pass.
+The truth is the captured graph in float64. The normal form of each graph (normal_forms.py), each site of an exact pass
+and each graph after such a pass (exact_sites.py) must be equal to it but for rounding. Two questions are asked of them:
 
-* Is it the same function? Before and after are computed in float64 from the same inputs, with the weights of the first
-  call and of the last, and may differ by TIGHT of the largest value: a fault is seen however small it is beside the
-  rounding of the model's own dtype. Casts between floating types are widened in this, those of constants are not.
-* Does it round no more? Both are run in the model's dtype, and the error after may be ALLOWED times the error before,
-  which is measured at that very place, on the same inputs; and a floor, as an error before may be zero by luck.
+* Is it the same function? The graphs before and after are computed in float64 from the same inputs, with the weights of
+  the first call and of the last. They may differ by TIGHT of the largest value, so that a fault is found even if it is
+  small beside the rounding of the model's own dtype. The float64 run drops casts between floating dtypes, except the
+  casts of constants.
+* Does it round no more? Both are run in the model's dtype. The error after may be ALLOWED times the error before, which
+  is measured at the same site and on the same inputs, plus a floor, because an error before may be zero by chance.
 
-A quantizing pass has a budget, relative L1 of each site in the engine's dtypes. What fails is left as it was: a site
-by itself, a graph whose normal form differs as it was captured. A semantic pass (another function, meant so) sets a new
-truth: the graph after it. The error of the output of the block, run as a whole, is a second figure.
+A quantizing pass has a budget: the relative L1 of each site in the engine's dtypes. A site that fails stays as it was;
+a graph whose normal form fails stays as it was captured. A semantic pass makes another function, and means to: the
+graph after it is the new truth. The error at the output of the block, which is run as a whole, is a second figure.
 """
 
 from __future__ import annotations
@@ -51,10 +52,12 @@ def refused(sites: list[str], reason: str) -> Judgement:
 
 
 class Verifier:
-    """Judges passes on a Program (the twin at a small shape); the hook of `pipeline.run_passes`.
+    """Judges the passes that rewrite a Program, which may be a twin of the built one at a small shape.
 
-    evaluate: the weights' values. inputs: tensors of the call in the Program's dtypes; random by default. The shell and
-    the first call of each kind of block are run, the block fed by the shell's own values.
+    evaluate: gives the weights' values. options: for the budgets of passes. inputs: the tensors of a call in the
+    Program's dtypes; random by default. The shell and the first call of each kind of block are run, and the block is
+    given the shell's own values. `truth` has the float64 value of each node of the present graphs, so that each new
+    site is judged on exact inputs. Raises Uncomputed where the Program cannot be computed on the inputs.
     """
 
     def __init__(
@@ -72,7 +75,10 @@ class Verifier:
         self._rebase(program)
 
     def after(self, program: Program, before: Program, result: PassResult) -> Judgement:
-        """Measures a pass; returns its verdict, and the sites to leave alone with the reasons."""
+        """Measures a pass; returns its verdict, and the sites to leave alone with the reasons.
+
+        Raises torch.OutOfMemoryError, because a machine that is too small says nothing of the pass.
+        """
         everything = [r.site for _, rewrites in result.raw.values() for r in rewrites]
         if result.kind == "semantic":
             try:
@@ -105,7 +111,7 @@ class Verifier:
         return self.weights(program.graphs[graph], first_and_last(program, graph)[0], wide)
 
     def _true_inputs(self, program: Program, graph: str) -> Values:
-        """True values of what a graph is given, in the engine's dtypes."""
+        """The true values that a graph is given, in the engine's dtypes."""
         return {n.name: as_engine(self.truth[graph][n.name], n) for n in given_to(program, graph)}
 
     def _rebase(self, program: Program) -> None:
@@ -129,7 +135,7 @@ class Verifier:
     # ------------------------------------------------------------------------------------------------- sites
 
     def _exact(self, program: Program, before: Program, result: PassResult) -> tuple[list[Error], dict[str, str]]:
-        """The errors of an exact pass's sites, and those that it got wrong -> why."""
+        """The errors of an exact pass's sites, and site -> why it is wrong."""
         errors: list[Error] = []
         bad: dict[str, str] = {}
         for graph, (sub, rewrites) in result.raw.items():
@@ -154,7 +160,7 @@ class Verifier:
     def _quantized(
         self, program: Program, before: Program, result: PassResult
     ) -> tuple[list[Error], dict[str, str], dict[str, tuple[Error, float]]]:
-        """The errors of a quantizing pass's sites; those over their budget -> by how much; each (error, budget)."""
+        """The errors of a quantizing pass's sites, site -> why it is refused, and site -> (error, budget)."""
         options = PassOptions(True) if self.options is None else self.options.of(result.name)
         errors: list[Error] = []
         bad: dict[str, str] = {}
@@ -183,7 +189,11 @@ class Verifier:
         return errors, bad, site_errors
 
     def _graph_sites(self, program: Program, graph: str, sub: Subgraph, rewrites: list[Any]) -> dict[str, Error]:
-        """Runs the new nodes on true inputs, in order; a measured node hands on the truth, not what it computed."""
+        """New node -> its error on true inputs, of the nodes that stand for an old one.
+
+        The nodes run in order in the engine's dtypes. A measured node hands the truth on, not its own value, so that
+        one site's error is in no other's.
+        """
         truth = self.truth[graph]
         was = {new: old for rewrite in rewrites for old, new in rewrite.replaced if old in truth}
         interpreter = Interpreter(sub, self.weights(sub, first_and_last(program, graph)[0], None), None)
@@ -217,10 +227,10 @@ class Verifier:
         return errors
 
     def _learn(self, graph: str, node: fx.Node, true: Any) -> None:
-        """Notes a new node's true value, and that of the new nodes which it only lays out anew or casts.
+        """Notes the true value of a new node, and of the new nodes behind it that it only lays out anew or casts.
 
-        Clean-up may remove the last permute of a site; the op under it must still be known to hold the truth, else the
-        next pass would be charged with this one's error.
+        Clean-up may remove the last permute of a site. The operator before it must have its true value, too, because
+        the next pass would be charged with the error of this one otherwise.
         """
         learned = self.learned.setdefault(graph, {})
         while True:
@@ -263,7 +273,7 @@ def _reason(error: Uncomputed | TurbocompileError) -> str:
 
 
 def _made_for(sub: Subgraph, rewrite: Any) -> set[str]:
-    """The nodes that a site's new nodes are computed by."""
+    """The names of all nodes that a site's new nodes are computed from."""
     todo, found = [n for n in sub.graph.nodes if n.name in {new for _, new in rewrite.replaced}], set()
     while todo:
         node = todo.pop()
@@ -274,7 +284,7 @@ def _made_for(sub: Subgraph, rewrite: Any) -> set[str]:
 
 
 def _formats(sub: Subgraph, rewrite: Any) -> set[str]:
-    """The quantization formats named by a site's new nodes and what feeds them."""
+    """The quantization formats that a site's new nodes, or the operators that feed them, name in their arguments."""
     names = {n.name: n for n in sub.graph.nodes}
     found: set[str] = set()
     for _, new in rewrite.replaced:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 TEXT_TOKENS = 512  # Wan pads or cuts every prompt to this many tokens
+BOUNDARY = {"i2v": 0.9, "t2v": 0.875}  # flow time of Wan2.2, by task, below which its second expert denoises
 
 # What diffusers' WanTransformer3DModel takes; here so that recipes are checked without importing diffusers.
 TRANSFORMER_FIELDS = (
@@ -323,7 +324,7 @@ def _tiny(variant: str, head_dim: int) -> Preset:
         text_encoder=_text_encoder(64),
         image_encoder=_image_encoder(32, 32, 8) if variant == "i2v-image" else None,
         experts=experts,
-        boundary_ratio=0.9 if experts == 2 else None,
+        boundary_ratio=BOUNDARY["i2v"] if experts == 2 else None,
         height=256,
         width=256,
         num_frames=17,
@@ -344,6 +345,14 @@ VARIANTS: Mapping[str, str] = MappingProxyType(
 def tiny_preset(variant: str = "t2v", head_dim: int = 64) -> Preset:
     """The tiny preset of a variant (see VARIANTS) and head dimension (64 or 128); KeyError where there is none."""
     return PRESETS[_tiny(variant, head_dim).name]
+
+
+def boundary_of(ratio: float | None, task: str) -> float:
+    """The flow time in [0, 1] below which the second of two experts denoises. ratio: the model's own, if it has one.
+
+    task: "t2v" or "i2v".
+    """
+    return BOUNDARY[task] if ratio is None else float(ratio)
 
 
 def preset_for(transformer: Mapping[str, Any], experts: int = 1, boundary_ratio: float | None = None) -> Preset:
@@ -393,7 +402,7 @@ _PRESETS = (
         "Wan2.2-I2V-A14B-Diffusers",
         _transformer(40, 128, 13824, 40, in_channels=36),
         experts=2,
-        boundary_ratio=0.9,
+        boundary_ratio=BOUNDARY["i2v"],
         height=720,
         width=1280,
     ),

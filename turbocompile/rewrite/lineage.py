@@ -12,8 +12,10 @@ from dataclasses import replace
 
 from torch import fx
 
-from turbocompile.ir.cost import node_cost, op_name, tensor_text
 from turbocompile.ir.graph_view import CALL, INPUT, OUTPUT, GraphView, NodeView
+from turbocompile.ir.node_cost import node_cost
+from turbocompile.ir.node_text import tensor_text
+from turbocompile.ir.op_schema import op_name
 from turbocompile.ir.printer import code
 from turbocompile.ir.program import SHELL, Program, call, module_path
 from turbocompile.rewrite.facts import facts, hand_on, note

@@ -23,9 +23,10 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from turbocompile.errors import TurbocompileError
 from turbocompile.ir.program import dtype, infer, shape
 from turbocompile.rewrite.facts import FACTS, PLACE
-from turbocompile.rewrite.match import COMMUTATIVE, Bound, Op, Var, matches, op
+from turbocompile.rewrite.match import COMMUTATIVE, Bound, Op, Pattern, Var, matches, op
 
 aten = torch.ops.aten
 Node = Any  # an fx.Node, whose arguments fx types too widely to read them
@@ -112,12 +113,14 @@ SIZES = _Of("SIZES", lambda node: list(shape(node)))
 DTYPE = _Of("DTYPE", dtype)
 
 
-def row(pattern: Op, becomes: Any, where: Callable[..., bool] | None = None) -> Local:
+def row(pattern: Pattern, becomes: Any, where: Callable[..., bool] | None = None) -> Local:
     """The rule pattern -> becomes, at nodes where the condition `where` holds of the variables that it names.
 
     It answers nothing where the replacement is the node itself, or an existing node of another shape or dtype.
     """
 
+    if not isinstance(pattern, Op):
+        raise TurbocompileError(f"a row replaces a call, and {pattern} is none")
     first = _first_look(pattern)
 
     def apply(node: Node, make: Maker) -> Answer:

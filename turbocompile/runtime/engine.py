@@ -24,9 +24,10 @@ from turbocompile.backends import BACKENDS, NO_TUNING, Tuning, get_backend
 from turbocompile.errors import CaptureError, EngineError
 from turbocompile.files import inside
 from turbocompile.ir import signature as sig
+from turbocompile.ir.allowed_ops import dtype_name, parse_dtype
+from turbocompile.ir.deserialize import from_json
 from turbocompile.ir.emit import weight_plan
 from turbocompile.ir.program import Program
-from turbocompile.ir.serialize import dtype_name, from_json, parse_dtype
 from turbocompile.report.report import Report
 from turbocompile.runtime.adapters import FixedWeights
 from turbocompile.runtime.cuda_graph import CudaGraph, Pool

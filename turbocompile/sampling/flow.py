@@ -58,9 +58,9 @@ def sample(
     latents_shape: Sequence[int],
     *,
     generator: torch.Generator,
-    kind: str = "unipc",
-    steps: int = 50,
-    shift: float = 5.0,
+    kind: str,
+    steps: int,
+    shift: float,
     boundary: float | None = None,
     progress: Progress | None = None,
 ) -> torch.Tensor:
@@ -78,13 +78,13 @@ def solve(
     denoise: Denoise,
     noise: torch.Tensor,
     *,
-    kind: str = "unipc",
-    steps: int = 50,
-    shift: float = 5.0,
+    kind: str,
+    steps: int,
+    shift: float,
     boundary: float | None = None,
     progress: Progress | None = None,
 ) -> torch.Tensor:
-    """What `sample` gives of a noise (B, C, T, H, W), float32, that was drawn elsewhere."""
+    """As `sample`, from a noise (B, C, T, H, W), float32, that the caller drew."""
     scheduler = make_scheduler(kind, shift)
     scheduler.set_timesteps(steps, device=noise.device)
     scheduler.set_begin_index(0)

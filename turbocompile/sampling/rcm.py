@@ -23,7 +23,6 @@ from collections.abc import Sequence
 import torch
 
 from turbocompile.errors import UnsupportedError
-from turbocompile.recipe.schema import RCM_MID_STEPS as MID_STEPS
 from turbocompile.sampling import (
     LOW_NOISE,
     TRAIN_TIMESTEPS,
@@ -43,7 +42,7 @@ def flow_time(trig_time: float) -> float:
     return sine / (sine + cosine)
 
 
-def schedule(steps: int, sigma_max: float = 80.0, mid_steps: Sequence[float] = MID_STEPS) -> list[float]:
+def schedule(steps: int, sigma_max: float, mid_steps: Sequence[float]) -> list[float]:
     """steps + 1 falling rectified-flow times, from sigma_max / (1 + sigma_max) to 0.
 
     sigma_max: 80 for text-to-video, 200 for Wan2.2's image-to-video. mid_steps: TrigFlow times; the first steps - 1 of
@@ -71,9 +70,9 @@ def sample(
     latents_shape: Sequence[int],
     *,
     generator: torch.Generator,
-    steps: int = 4,
-    sigma_max: float = 80.0,
-    mid_steps: Sequence[float] = MID_STEPS,
+    steps: int,
+    sigma_max: float,
+    mid_steps: Sequence[float],
     ode: bool = False,
     boundary: float | None = None,
     progress: Progress | None = None,

@@ -76,23 +76,6 @@ def _encode(path: Path, frames: np.ndarray, fps: int) -> None:
         container.mux(stream.encode())
 
 
-def read_video(path: str | Path) -> tuple[torch.Tensor, float]:
-    """Frames, uint8 (F, H, W, 3), and frames a second of a file that `write_video` wrote. Raises UnsupportedError."""
-    import av
-
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            frames = [
-                frame.reformat(format="rgb24", src_colorspace=BT709, src_color_range=LIMITED_RANGE).to_ndarray()
-                for frame in container.decode(stream)
-            ]
-            rate = float(stream.average_rate or 0)
-    except (av.error.FFmpegError, IndexError) as error:
-        raise UnsupportedError(f"{path} cannot be read as a video ({error})") from error
-    return torch.from_numpy(np.stack(frames)), rate
-
-
 def write_frames(folder: str | Path, frames: torch.Tensor) -> list[Path]:
     """Writes frames, uint8 (F, H, W, 3), as frame-0000.png and so on into `folder`, which is made; their paths."""
     from PIL import Image

@@ -7,27 +7,14 @@ as many channels as a latent frame has frames, and the latent those of the VAE.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from turbocompile.recipe.presets import Geometry, vae_strides
+from turbocompile.errors import UnsupportedError
+from turbocompile.recipe.presets import vae_strides
 from turbocompile.video import vae as wan_vae
-
-
-def adaptive_size(image_height: int, image_width: int, area: int, geometry: Geometry | None = None) -> tuple[int, int]:
-    """Height and width that keep the image's aspect ratio at about the given area in pixels.
-
-    They are multiples of what a token has of pixels: of 16, or what the geometry says.
-    """
-    made = geometry or Geometry()
-    ratio = image_height / image_width
-    rows, columns = (made.spatial * patch for patch in made.patch[1:])
-    height = round(math.sqrt(area * ratio) / rows) * rows
-    width = round(math.sqrt(area / ratio) / columns) * columns
-    return max(height, rows), max(width, columns)
 
 
 def image_tensor(image: Any, height: int, width: int) -> torch.Tensor:
@@ -63,3 +50,16 @@ def image_embeddings(image_encoder: Any, image_processor: Any, image: Any) -> to
     pixels = image_processor(images=image, return_tensors="pt")["pixel_values"]
     output = image_encoder(pixels.to(parameter.device, parameter.dtype), output_hidden_states=True)
     return output.hidden_states[-2]
+
+
+def open_image(image: Any) -> Any:
+    """A PIL image of a path or of itself."""
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(image, Image.Image):
+        return image
+    try:
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise UnsupportedError(f"{image} cannot be read as an image ({error})") from error

@@ -7,16 +7,10 @@ and its weights stay a `TensorSource` until the emitter asks for them, so that p
 from __future__ import annotations
 
 import re
-import sys
-import urllib.error
-import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
 
 from turbocompile.errors import EngineError, RecipeError, UnsupportedError
 from turbocompile.ir.evaluate import TensorSource
@@ -24,20 +18,19 @@ from turbocompile.recipe.parse import HUB_ID
 from turbocompile.recipe.presets import (
     HUB_PRESETS,
     PRESETS,
-    TEXT_TOKENS,
     TRANSFORMER_FIELDS,
     Geometry,
     Preset,
+    boundary_of,
     preset_for,
     published_vae,
     task_of,
-    vae_strides,
     with_transformer,
     wrong_field,
-    wrong_latents,
 )
-from turbocompile.recipe.schema import Recipe, Shape
+from turbocompile.recipe.schema import Recipe
 from turbocompile.wan.checkpoints import CheckpointTensors, infer_config
+from turbocompile.wan.checks import check_channels, check_frames, geometry_of
 from turbocompile.wan.components import (
     Components,
     FolderComponents,
@@ -46,137 +39,17 @@ from turbocompile.wan.components import (
     read_index,
     read_json,
 )
-from turbocompile.wan.leftovers import refusal
+from turbocompile.wan.hub import fetch
 from turbocompile.wan.tensors import SyntheticTensors, checkpoint_file, gguf_refusal, safetensors_folder
+from turbocompile.wan.transformer import TransformerSource, build_transformer, images_of
 
 CLIP_TOKENS = 257  # image tokens of the CLIP encoder that Wan2.1 I2V was trained with: 16 x 16 patches and the class
-BOUNDARY = {"i2v": 0.9, "t2v": 0.875}  # of Wan2.2's two experts, in units of the 1000 training timesteps
 TRANSFORMERS = ("transformer", "transformer_2")
-PROBE_SECONDS = 5.0
-ENCODED = 4  # frames that diffusers' AutoencoderKLWan encodes at a time after the first
 IMAGE_PIPELINE = "WanImageToVideoPipeline"
 ONE_TIMESTEP = (
     "the engine takes one timestep for all tokens, which in text-to-video are the same; a diffusers pipeline with "
     "expand_timesteps gives each token its own, so set expand_timesteps=False in the one that calls the engine"
 )
-PUBLISHED = Geometry()
-QUANTIZED = ("int8_weight", "scale")  # TurboDiffusion's two parts of a weight
-_OF_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
-_SLA = re.compile(r"blocks\.\d+\.attn1\.proj_l\.(weight|bias)")  # read by the pass for sparse-linear attention
-
-
-@dataclass(frozen=True)
-class TransformerSource:
-    """One transformer: its configuration, how it is built, and where its weights are.
-
-    dtype: what `from_pretrained(torch_dtype=...)` would be given. image_tokens: of the image encoder, None without one.
-    geometry: how a video's size becomes that of its latent. notes: what of the checkpoint is not used, as sentences.
-    """
-
-    name: str
-    config: Mapping[str, Any]
-    tensors: TensorSource
-    dtype: torch.dtype
-    image_tokens: int | None = None
-    where: str = ""
-    geometry: Geometry = PUBLISHED
-    notes: tuple[str, ...] = ()
-
-    def build(self) -> nn.Module:
-        """diffusers' WanTransformer3DModel with parameters on meta, in from_pretrained's dtypes, and real buffers.
-
-        Raises EngineError where the weights do not fit the configuration, or some are left over.
-        """
-        model = build_transformer(self.config, self.dtype)
-        available = set(self.tensors.keys())
-        parameters = dict(model.named_parameters())
-        self._check_all_used(available, set(parameters))
-        for name, parameter in parameters.items():
-            if name not in available:
-                raise EngineError(f"{self.where}: the checkpoint lacks {name}, which its configuration asks for")
-            shape, stored = self.tensors.spec(name)
-            if not stored.is_floating_point:
-                raise EngineError(
-                    f"{self.where}: {name} holds whole numbers ({stored}), which are no weights by themselves"
-                )
-            if shape != tuple(parameter.shape):
-                raise EngineError(
-                    f"{self.where}: {name} has the shape {shape}, the configuration asks for {tuple(parameter.shape)}"
-                )
-        return model
-
-    def _check_all_used(self, available: set[str], parameters: set[str]) -> None:
-        """Every tensor must be a parameter, or one of a block that the recipe leaves out (num_layers)."""
-        layers = self.config["num_layers"]
-
-        def used(name: str) -> bool:
-            block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-            like = f"blocks.0.{block[2]}" if block and int(block[1]) >= layers else name
-            if like in parameters or _SLA.fullmatch(like):
-                return True
-            (path, _, leaf), own = like.rpartition("."), name.rpartition(".")[0]
-            both = all(f"{own}.{part}" in available for part in QUANTIZED)
-            return leaf in QUANTIZED and both and f"{path}.weight" in parameters
-
-        left = [name for name in available if not used(name)]
-        if left:
-            raise refusal(self.where, left)
-
-    def load(self) -> nn.Module:
-        """The model with its weights, on the CPU: the eager one that an engine is compared with."""
-        model = self.build()
-        for key, parameter in list(model.named_parameters()):
-            path, _, leaf = key.rpartition(".")
-            value = self.tensors.get(key).to(parameter.dtype).clone()
-            setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
-        return model
-
-    def example_inputs(self, shape: Shape) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) of the call that diffusers' pipelines make, as tensors without storage (device meta).
-
-        hidden_states (B, C, T, H, W) with T, H, W the latent's; timestep (B,) float32; encoder_hidden_states
-        (B, 512, text_dim); encoder_hidden_states_image (B, image_tokens, image_dim) where the model takes it;
-        (2 B, image_tokens, image_dim) for a model of first and last frames.
-        """
-        frames, height, width = self.geometry.latent(shape)
-
-        def empty(*size: int, dtype: torch.dtype = self.dtype, images: int = 1) -> torch.Tensor:
-            return torch.empty(images * shape.batch, *size, dtype=dtype, device="meta")
-
-        kwargs: dict[str, Any] = {
-            "hidden_states": empty(self.config["in_channels"], frames, height, width),
-            "timestep": empty(dtype=torch.float32),
-            "encoder_hidden_states": empty(TEXT_TOKENS, self.config["text_dim"]),
-        }
-        if self.image_tokens is not None:
-            kwargs["encoder_hidden_states_image"] = empty(
-                self.image_tokens, self.config["image_dim"], images=images_of(self.config)
-            )
-        kwargs["return_dict"] = False
-        return (), kwargs
-
-
-class BlocksFrom:
-    """The tensors of a checkpoint with blocks `first` and the next under the names of the first two, and no others."""
-
-    def __init__(self, tensors: TensorSource, first: int) -> None:
-        self._tensors = tensors
-        self._names: dict[str, str] = {}
-        for name in tensors.keys():  # noqa: SIM118 (no mapping)
-            block = _OF_BLOCK.fullmatch(name)
-            if block is None:
-                self._names[name] = name
-            elif first <= int(block[1]) < first + 2:
-                self._names[f"blocks.{int(block[1]) - first}.{block[2]}"] = name
-
-    def keys(self) -> Iterable[str]:
-        return self._names.keys()
-
-    def spec(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        return self._tensors.spec(self._names[name])
-
-    def get(self, name: str) -> torch.Tensor:
-        return self._tensors.get(self._names[name])
 
 
 @dataclass(frozen=True)
@@ -208,29 +81,6 @@ class Source:
     def sla(self) -> bool:
         """Whether the checkpoint has SLA projections (`proj_l`): it was trained with sparse-linear attention."""
         return any(".proj_l." in name for t in self.transformers.values() for name in t.tensors.keys())  # noqa: SIM118
-
-
-def build_transformer(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
-    """WanTransformer3DModel for inference: parameters on meta, buffers real.
-
-    diffusers keeps the modules named in `_keep_in_fp32_modules` in float32 whatever dtype is asked for, by whole
-    components of the parameter's name; so does this.
-    """
-    from diffusers import WanTransformer3DModel
-
-    with torch.device("meta"):
-        model: Any = WanTransformer3DModel(**config)
-    # The rotary tables are in no checkpoint, so that their module is built for real.
-    model.rope = type(model.rope)(config["attention_head_dim"], tuple(config["patch_size"]), config["rope_max_seq_len"])
-    lost = [name for name, buffer in model.named_buffers() if buffer.is_meta]
-    if lost:
-        raise UnsupportedError(
-            f"this version of diffusers has the table {lost[0]} in its Wan transformer, which is not known"
-        )
-    kept = set(WanTransformer3DModel._keep_in_fp32_modules or ())
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if kept.intersection(name.split(".")) else dtype)
-    return model.eval().requires_grad_(False)
 
 
 def open_source(recipe: Recipe) -> Source:
@@ -278,67 +128,17 @@ def _source(
                     f"{config[key]}; two experts work on the same latents, so give two of one model"
                 )
     vae = components.vae_config() or own.vae_config()
-    made = _geometry(config, vae if vae is not None else published_vae(config["out_channels"]), where)
+    made = geometry_of(config, vae if vae is not None else published_vae(config["out_channels"]), where)
     if vae is not None and components.vae_config() is not None:
-        _check_channels(config, vae, task, made, where)
+        check_channels(config, vae, task, made, where)
     try:
         recipe.check_sizes(made)
     except RecipeError as error:
         raise RecipeError(f"{error}, because of the VAE and the patches of {where}") from None
     if task == "i2v" and vae is not None:
-        _check_frames(recipe, made, where)
+        check_frames(recipe, made, where)
     placed = {name: replace(t, geometry=made) for name, t in transformers.items()}
     return Source(placed, components, task, boundary, synthetic, where, recipe.model.seed)
-
-
-def _geometry(config: Mapping[str, Any], vae: Mapping[str, Any], where: str) -> Geometry:
-    try:
-        return Geometry(*vae_strides(vae), tuple(config["patch_size"]))
-    except ValueError as error:
-        raise EngineError(f"{where}: the VAE's configuration cannot be: {error}") from None
-
-
-def _check_channels(
-    config: Mapping[str, Any], vae: Mapping[str, Any], task: str, geometry: Geometry, where: str
-) -> None:
-    """The transformer must take what the VAE makes. Raises EngineError, UnsupportedError."""
-    wrong = wrong_latents(vae)
-    if wrong is not None:
-        raise EngineError(f"{where}: the VAE's configuration cannot be: {wrong}")
-    channels = vae.get("z_dim", 16)
-    given, made = config["in_channels"], config["out_channels"]
-    if made != channels:
-        raise EngineError(
-            f"{where}: the transformer makes latents of {made} channels (out_channels), and its VAE decodes {channels} "
-            "(z_dim), so they are of two models; name the folder of its own VAE as components.source, or build with "
-            "components: none"
-        )
-    if task == "i2v" and given != 2 * channels + geometry.temporal:
-        raise UnsupportedError(
-            f"{where}: the transformer takes {given} channels (in_channels), and image-to-video is "
-            f"{2 * channels + geometry.temporal}: {channels} of noise, {channels} of the first frame and a mask of "
-            f"{geometry.temporal}; build with components: none and call the engine in the model's own pipeline"
-        )
-    if task == "t2v" and given != channels:
-        raise UnsupportedError(
-            f"{where}: the transformer takes {given} channels (in_channels) and makes {made} (out_channels), and "
-            "text-to-video is as many; build with components: none and call the engine in the model's own pipeline"
-        )
-
-
-def _check_frames(recipe: Recipe, geometry: Geometry, where: str) -> None:
-    """diffusers' VAE encodes the first frame, then fours of frames, whatever its stride."""
-    if ENCODED % geometry.temporal:
-        raise UnsupportedError(
-            f"{where}: the VAE makes one latent frame of {geometry.temporal}, and diffusers encodes {ENCODED} at a "
-            "time, so that image-to-video cannot encode its first frame; take a VAE of a temporal stride of 1, 2 or 4"
-        )
-    for i, shape in enumerate(recipe.shapes):
-        if (shape.num_frames - 1) % ENCODED:
-            raise RecipeError(
-                f"shapes.{i}.num_frames must be {ENCODED}k + 1 for image-to-video, not {shape.num_frames}, because "
-                f"diffusers' VAE encodes {ENCODED} frames at a time"
-            )
 
 
 def _open_preset(recipe: Recipe, preset: Preset) -> Source:
@@ -465,13 +265,6 @@ def _check_layers(tensors: TensorSource, written: Any, asked: int, where: str) -
         )
 
 
-def images_of(config: Mapping[str, Any]) -> int:
-    """How many images the transformer takes tokens of: two (the first and the last frame) where it has a table of
-    positions over them, which diffusers' WanImageEmbedding adds to pairs.
-    """
-    return 2 if config.get("pos_embed_seq_len") is not None else 1
-
-
 def _tokens_an_image(config: Mapping[str, Any], encoder: int | None, where: str) -> int | None:
     """CLIP tokens of one image; None where the transformer takes none. encoder: what the image encoder makes.
 
@@ -513,7 +306,7 @@ def _open_file(recipe: Recipe, path: Path) -> Source:
         own = SyntheticComponents(preset_for(high.config), recipe.model.seed, recipe.torch_dtype)
     else:
         _need_components(recipe, path, high)
-    boundary = BOUNDARY[task_of(high.config)] if len(files) == 2 else None
+    boundary = boundary_of(None, task_of(high.config)) if len(files) == 2 else None
     return _source(recipe, transformers, own, boundary, synthetic, str(path))
 
 
@@ -549,49 +342,3 @@ def _components(recipe: Recipe, own: Components) -> Components:
             raise RecipeError(f"components.source: there is no folder {source}, and it is no hub id (owner/name)")
         folder = fetch(source, None, without_transformers=True)
     return FolderComponents(folder, recipe.torch_dtype)
-
-
-def fetch(repo: str, revision: str | None, without_transformers: bool = False) -> Path:
-    """The folder of a hub model: from the local cache, else downloaded. Raises RecipeError in one sentence.
-
-    Whether the hub can be reached is asked once, for 5 seconds: on a machine without a network nothing is retried.
-    """
-    import huggingface_hub
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
-    ignored = ["transformer*/*.safetensors"] if without_transformers else None
-    options: dict[str, Any] = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": ignored}
-    try:
-        return Path(huggingface_hub.snapshot_download(repo, local_files_only=True, **options))
-    except LocalEntryNotFoundError:
-        pass
-    if constants.HF_HUB_OFFLINE or not _reachable(f"{constants.ENDPOINT}/api/models/{repo}"):
-        raise RecipeError(_no_weights(repo, "this machine cannot reach the hub"))
-    print(f"downloading {repo}", file=sys.stderr)
-    try:
-        return Path(huggingface_hub.snapshot_download(repo, **options))
-    except HfHubHTTPError as e:
-        status = getattr(e.response, "status_code", None)
-        raise RecipeError(_no_weights(repo, f"the hub refuses it ({status})")) from e
-
-
-def _reachable(url: str) -> bool:
-    """Whether anything answers; a refusal is an answer."""
-    try:
-        with urllib.request.urlopen(url, timeout=PROBE_SECONDS):
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError):
-        return False
-
-
-def _no_weights(repo: str, why: str) -> str:
-    preset = HUB_PRESETS.get(repo)
-    instead = "add --set model.weights=synthetic" if preset else "write model: {preset: wan-tiny}"
-    return (
-        f"{repo} is not in the Hugging Face cache and {why}: get the weights where there is a network with "
-        f"`hf download {repo} --local-dir DIR` and set model.path to DIR, or {instead} to try it with synthetic weights"
-    )

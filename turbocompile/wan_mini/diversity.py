@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from turbocompile.wan_mini import world
-from turbocompile.wan_mini.judge import look
+from turbocompile.wan_mini.frame import look
 from turbocompile.wan_mini.statistics import RESAMPLES, Mean
 
 

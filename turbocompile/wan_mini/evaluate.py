@@ -27,7 +27,9 @@ from turbocompile.sampling import SamplingWarning
 from turbocompile.sampling.flow import make_scheduler
 from turbocompile.video import file as video_file
 from turbocompile.video import vae as wan_vae
-from turbocompile.video.session import choose_sampler, component, default_device, generate, recipe_of
+from turbocompile.video.components import component
+from turbocompile.video.request import choose_sampler, recipe_of
+from turbocompile.video.session import default_device, generate
 from turbocompile.wan_mini import world
 from turbocompile.wan_mini.diversity import diversity
 from turbocompile.wan_mini.judge import Verdict, judge

@@ -321,7 +321,7 @@ def sample_videos(
 
     shape = (VAE["z_dim"], 1 + (world.FRAMES - 1) // 4, world.SIZE // 8, world.SIZE // 8)
     noise = torch.cat([torch.randn((1, *shape), generator=torch.Generator().manual_seed(s)) for s in seeds])
-    x = flow.solve(flow.guided(velocity, guidance), noise.to(device), steps=steps, shift=FLOW_SHIFT)
+    x = flow.solve(flow.guided(velocity, guidance), noise.to(device), kind="unipc", steps=steps, shift=FLOW_SHIFT)
     return torch.cat([wan_vae.to_frames(wan_vae.decode(vae, part)) for part in x.split(8)])
 
 

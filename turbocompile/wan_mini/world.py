@@ -89,21 +89,6 @@ def combinations() -> list[Combination]:
     ]
 
 
-def parse_prompt(prompt: str) -> Combination:
-    """The combination that a prompt of this world says. Raises UnsupportedError for any other text."""
-    found = _BY_PROMPT.get(" ".join(prompt.lower().split()).removesuffix("."))
-    if found is None:
-        raise UnsupportedError(
-            f"{prompt!r} is no prompt of the world of digits; one is {_EXAMPLE.prompt!r}: the colours are "
-            f"{', '.join(COLOURS)}, the directions {', '.join(DIRECTIONS)}"
-        )
-    return found
-
-
-_BY_PROMPT = {c.prompt: c for c in combinations()}
-_EXAMPLE = Combination(7, "red", "left", True)
-
-
 def evaluation_set(count: int = 200, seed: int = 0) -> list[Combination]:
     """`count` different combinations, every second one held out; the same for the same arguments."""
     rng = random.Random(seed)

@@ -336,3 +336,23 @@ def test_every_path_for_the_sanitizer(device):
             for keep in (False, True):
                 _, keys = case.keys(128, pool=keep, keep=keep, config=config)
                 assert keys.k_scale.isfinite().all()
+
+
+# --- compiled for cards that are not here
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(80, BF16), (89, FP16)])
+def test_the_instructions_are_those_of_the_card(fake_card, capability, dtype):
+    """Squares by tensor cores, and the larger magnitude in one instruction where the card has it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from turbocompile.kernels.attention.keys_triton import quantized_keys
+
+    card = fake_card(capability)
+    with FakeTensorMode():
+        x, weight = (torch.empty(*shape, dtype=dtype, device="cuda") for shape in ((1, 4680, 256), (256,)))
+        cos = [torch.empty(n, d, device="cuda") for n, d in zip((3, 30, 52), columns(128, 3), strict=True)]
+        quantized_keys(x, weight, EPS, 2, cos, cos, [3, 30, 52], 128)
+    codes = {name.split()[0]: kernel.asm["ptx"] for name, kernel in card.launched.items()}
+    assert set(codes) == {"_lay_out", "_keys"}
+    assert all("m16n8k8" in code for code in codes.values())
+    assert ("xorsign" in codes["_keys"]) == (capability >= 86)

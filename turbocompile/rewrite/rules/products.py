@@ -40,9 +40,10 @@ def matmul_keeps_batch_dims(node: Node, make: Maker) -> Answer:
 
 def is_bias(node: Node, y: Node) -> bool:
     """Whether y is a stored vector of the last axis, added to a linear of the same dtype that nothing else reads."""
+    if y.op != "get_attr" or shape(y) != shape(node)[-1:]:
+        return False
     (product,) = (n for n in node.args if n is not y)
-    vector = y.op == "get_attr" and shape(y) == shape(node)[-1:]
-    return vector and len(product.users) == 1 and dtype(y) == dtype(product) == dtype(node)
+    return len(product.users) == 1 and dtype(y) == dtype(product) == dtype(node)
 
 
 PRODUCTS = Rules(

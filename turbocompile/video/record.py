@@ -1,0 +1,80 @@
+"""Records what a recipe's original transformers are called with while they sample, to calibrate a build on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from turbocompile.errors import RecipeError, UnsupportedError
+from turbocompile.files import check_file
+from turbocompile.numerics.recording import CALLS, MAX_TOKENS, Recording, recording_calls
+from turbocompile.recipe.presets import boundary_of
+from turbocompile.recipe.schema import Recipe
+from turbocompile.video.components import placed
+from turbocompile.video.image import open_image
+from turbocompile.video.latents import Pipeline, Progress, Stages, make_latents
+from turbocompile.video.request import check_images, choose_sampler, prompts_of
+from turbocompile.wan.source import open_source
+
+
+@torch.no_grad()
+def record_inputs(
+    recipe: Recipe,
+    out: str | Path,
+    prompts: Sequence[str],
+    *,
+    negative_prompt: str | None = None,
+    image: Any = None,
+    calls: int = CALLS,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> Recording:
+    """Samples with a recipe's original model, in eager PyTorch, and writes some of its inputs to `out` (recording.py).
+
+    prompts: one video each, at the recipe's first shape, with its sampler. calls: how many are kept, spread over all
+    steps of all videos. image, steps, guidance: as for `generate`. device: by default a GPU where there is one.
+
+    Raises TurbocompileError.
+    """
+    recording, stages = Recording(calls), Stages(progress)
+    out = check_file(out, ".safetensors")
+    if not prompts:
+        raise RecipeError("calibrate: there is no prompt; give one at least")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with stages("open"):
+        source = open_source(recipe)
+        if not {"tokenizer", "text_encoder", "vae"} <= set(source.components.names):
+            raise RecipeError("calibrate: the recipe has no text encoder, and sampling takes one; name its components")
+    if (image is None) == (source.task == "i2v"):
+        what = "needs an image to start from (--image)" if image is None else "makes videos from text alone, no image"
+        raise UnsupportedError(f"calibrate: the model {what}")
+    check_images(source.transformers["transformer"].config)
+    size = recipe.shapes[0]
+    if (tokens := source.geometry.tokens(size)) > MAX_TOKENS:
+        raise RecipeError(
+            f"calibrate: the shape {size.name} has {tokens} tokens, and a build measures on {MAX_TOKENS} at most; "
+            "record a smaller one, as with "
+            "--set shapes.0.height=256 --set shapes.0.width=256 --set shapes.0.num_frames=33"
+        )
+    sampler = choose_sampler(recipe.sampler, source.task, steps, guidance)
+    with stages("load"):
+        experts = {name: t.load().to(place) for name, t in source.transformers.items()}
+        parts = {name: placed(part, name, place) for name, part in source.components.load().items()}
+    first = source.transformers["transformer"]
+    pipeline = Pipeline(experts, first.config, recipe.torch_dtype, place, parts.__getitem__, source.geometry)
+    boundary = None
+    if len(experts) > 1:
+        boundary = boundary_of(source.boundary_ratio, source.task)
+    picture = open_image(image) if image is not None else None
+    with recording_calls(recording, *experts.values()):
+        for number, prompt in enumerate(prompts):
+            given = (prompts_of(prompt, size.batch), negative_prompt, picture)
+            make_latents(pipeline, *given, sampler, size, boundary, seed + number, stages)
+    recording.save(out)
+    return recording

@@ -1,0 +1,133 @@
+"""What a call of `generate` asks for, completed by the engine's recipe and checked before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from turbocompile.errors import EngineError, UnsupportedError
+from turbocompile.recipe.presets import boundary_of
+from turbocompile.recipe.schema import Recipe, SamplerSpec, Shape
+from turbocompile.report.attentions import untuned
+from turbocompile.report.report import Report
+from turbocompile.runtime.engine import Engine
+from turbocompile.sampling import SamplingWarning
+from turbocompile.video.components import check_component
+from turbocompile.wan.transformer import images_of
+
+
+def recipe_of(engine: Engine) -> Recipe:
+    if "recipe" not in engine.manifest or not engine.manifest.get("components"):
+        raise EngineError(
+            "the engine holds no text encoder and VAE, so it makes no videos by itself; build it from a recipe "
+            "without `components: none`, or call it in a pipeline of your own"
+        )
+    return Recipe.from_dict(engine.manifest["recipe"], f"the recipe of {engine.folder}")
+
+
+def choose_sampler(spec: SamplerSpec, task: str, steps: int | None, guidance: float | None) -> SamplerSpec:
+    """The recipe's sampler with the given steps and guidance, complete for the task. Raises RecipeError."""
+    changes: dict[str, Any] = {"steps": steps, "guidance": guidance}
+    changed = dataclasses.replace(spec, **{k: v for k, v in changes.items() if v is not None})
+    return changed.for_task(task)
+
+
+def choose_shape(shapes: Sequence[Shape], wanted: Shape | str | None) -> Shape:
+    """The shape of the engine that is meant; the first where nothing is said. Raises UnsupportedError."""
+    if wanted is None:
+        return shapes[0]
+    name = wanted.name if isinstance(wanted, Shape) else wanted.lower().replace(" ", "")
+    for shape in shapes:
+        if name in (shape.name, shape.name.rpartition("x")[0]):
+            return shape
+    known = ", ".join(shape.name for shape in shapes)
+    raise UnsupportedError(
+        f"the engine has no shape {name} (height x width x frames, and the batch); it has {known}: "
+        "take one of these or add it to the recipe's shapes and build again"
+    )
+
+
+def prompts_of(prompt: str | Sequence[str], batch: int) -> list[str]:
+    prompts = [prompt] * batch if isinstance(prompt, str) else list(prompt)
+    if len(prompts) != batch:
+        raise UnsupportedError(f"this shape of the engine makes {batch} videos at once, and got {len(prompts)} prompts")
+    return prompts
+
+
+def check_request(engine: Engine, task: str, sampler: SamplerSpec, negative_prompt: str | None, image: Any) -> None:
+    if negative_prompt and sampler.guidance == 1.0:
+        raise UnsupportedError(
+            f"a negative prompt works through guidance, and the sampler {sampler.kind} has none here; leave it out"
+        )
+    if task == "i2v" and image is None:
+        raise UnsupportedError("the engine makes videos from an image; give one with image= (--image)")
+    if task != "i2v" and image is not None:
+        raise UnsupportedError("the engine makes videos from text alone; leave the image out")
+    check_images(engine.config)
+    missing = [n for n in _needed(engine) if n not in engine.manifest["components"]]
+    if missing:
+        raise EngineError(f"the engine lacks its component {missing[0]}; build it from a complete pipeline")
+    for name in _needed(engine):
+        if name != "text_encoder":  # the largest, and the first to be read
+            check_component(engine, name)
+
+
+def check_images(config: Mapping[str, Any]) -> None:
+    """Raises UnsupportedError for a transformer of first and last frames (FLF2V)."""
+    if images_of(config) != 1:
+        raise UnsupportedError(
+            "the model goes from a first frame to a last one (it has positions for two images: pos_embed_seq_len), and "
+            "here one image is given; call the engine in diffusers' WanImageToVideoPipeline(image=..., last_image=...)"
+        )
+
+
+def check_size(made: torch.Tensor, size: Shape) -> None:
+    """Raises EngineError where the VAE made a video of another size than was asked for."""
+    asked = (size.batch, size.num_frames, size.height, size.width)
+    if tuple(made.shape[:4]) != asked:
+        found = " x ".join(map(str, made.shape[1:4]))
+        raise EngineError(
+            f"the VAE made videos of {found} (frames, height, width) where {size.name} was asked for: its strides are "
+            "not what its configuration says; build the engine with the VAE that belongs to the model"
+        )
+
+
+def _needed(engine: Engine) -> list[str]:
+    """The components that a video takes."""
+    image = ["image_encoder", "image_processor"] if engine.config.get("image_dim") is not None else []
+    return ["tokenizer", "text_encoder", "vae", *image]
+
+
+def tell_quality(recipe: Recipe, report: Report | None) -> None:
+    """Warns where the video cannot be good: random weights; else rCM of a model that was not distilled, SLA of one that
+    was not trained with it.
+    """
+    if recipe.model.weights == "synthetic":
+        warnings.warn("the weights are synthetic, so the picture is noise", SamplingWarning, stacklevel=4)
+        return
+    if recipe.sampler.kind == "rcm" and not recipe.sampler.distilled:
+        warnings.warn(
+            "rcm is for rCM-distilled checkpoints, and the recipe does not say that this is one "
+            "(sampler.distilled: true); others need kind: unipc and some 50 steps",
+            SamplingWarning,
+            stacklevel=4,
+        )
+    modules = [report, *report.others.values()] if report is not None else []
+    if sites := untuned(site for module in modules for site in module.attention):
+        warnings.warn(
+            f"the checkpoint was not trained with SLA, which the engine has at {', '.join(sites)}, so the picture is "
+            "wrong; build with passes.attention.kind: auto",
+            SamplingWarning,
+            stacklevel=4,
+        )
+
+
+def expert_boundary(engine: Engine, task: str) -> float | None:
+    """The flow time below which the low-noise expert takes over; None with one transformer."""
+    if "transformer_2" not in engine.experts:
+        return None
+    return boundary_of(engine.manifest.get("boundary_ratio"), task)

@@ -1,0 +1,62 @@
+"""Whether the parts of an opened model belong together: the experts, the VAE, and the recipe's sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from turbocompile.errors import EngineError, RecipeError, UnsupportedError
+from turbocompile.recipe.presets import Geometry, vae_strides, wrong_latents
+from turbocompile.recipe.schema import Recipe
+
+ENCODED = 4  # frames that diffusers' AutoencoderKLWan encodes at a time after the first
+
+
+def geometry_of(config: Mapping[str, Any], vae: Mapping[str, Any], where: str) -> Geometry:
+    try:
+        return Geometry(*vae_strides(vae), tuple(config["patch_size"]))
+    except ValueError as error:
+        raise EngineError(f"{where}: the VAE's configuration cannot be: {error}") from None
+
+
+def check_channels(
+    config: Mapping[str, Any], vae: Mapping[str, Any], task: str, geometry: Geometry, where: str
+) -> None:
+    """The transformer must take what the VAE makes. Raises EngineError, UnsupportedError."""
+    wrong = wrong_latents(vae)
+    if wrong is not None:
+        raise EngineError(f"{where}: the VAE's configuration cannot be: {wrong}")
+    channels = vae.get("z_dim", 16)
+    given, made = config["in_channels"], config["out_channels"]
+    if made != channels:
+        raise EngineError(
+            f"{where}: the transformer makes latents of {made} channels (out_channels), and its VAE decodes {channels} "
+            "(z_dim), so they are of two models; name the folder of its own VAE as components.source, or build with "
+            "components: none"
+        )
+    if task == "i2v" and given != 2 * channels + geometry.temporal:
+        raise UnsupportedError(
+            f"{where}: the transformer takes {given} channels (in_channels), and image-to-video is "
+            f"{2 * channels + geometry.temporal}: {channels} of noise, {channels} of the first frame and a mask of "
+            f"{geometry.temporal}; build with components: none and call the engine in the model's own pipeline"
+        )
+    if task == "t2v" and given != channels:
+        raise UnsupportedError(
+            f"{where}: the transformer takes {given} channels (in_channels) and makes {made} (out_channels), and "
+            "text-to-video is as many; build with components: none and call the engine in the model's own pipeline"
+        )
+
+
+def check_frames(recipe: Recipe, geometry: Geometry, where: str) -> None:
+    """diffusers' VAE encodes the first frame, then fours of frames, whatever its stride."""
+    if ENCODED % geometry.temporal:
+        raise UnsupportedError(
+            f"{where}: the VAE makes one latent frame of {geometry.temporal}, and diffusers encodes {ENCODED} at a "
+            "time, so that image-to-video cannot encode its first frame; take a VAE of a temporal stride of 1, 2 or 4"
+        )
+    for i, shape in enumerate(recipe.shapes):
+        if (shape.num_frames - 1) % ENCODED:
+            raise RecipeError(
+                f"shapes.{i}.num_frames must be {ENCODED}k + 1 for image-to-video, not {shape.num_frames}, because "
+                f"diffusers' VAE encodes {ENCODED} frames at a time"
+            )

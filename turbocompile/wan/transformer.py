@@ -1,0 +1,166 @@
+"""One Wan transformer that was opened and not yet read: its configuration, how it is built, where its weights are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from turbocompile.errors import EngineError, UnsupportedError
+from turbocompile.ir.evaluate import TensorSource
+from turbocompile.recipe.presets import TEXT_TOKENS, Geometry
+from turbocompile.recipe.schema import Shape
+from turbocompile.wan.leftovers import refusal
+
+PUBLISHED = Geometry()
+QUANTIZED = ("int8_weight", "scale")  # TurboDiffusion's two parts of a weight
+_OF_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_SLA = re.compile(r"blocks\.\d+\.attn1\.proj_l\.(weight|bias)")  # read by the pass for sparse-linear attention
+
+
+@dataclass(frozen=True)
+class TransformerSource:
+    """One transformer: its configuration, how it is built, and where its weights are.
+
+    dtype: what `from_pretrained(torch_dtype=...)` would be given. image_tokens: of the image encoder, None without one.
+    geometry: how a video's size becomes that of its latent. notes: what of the checkpoint is not used, as sentences.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    tensors: TensorSource
+    dtype: torch.dtype
+    image_tokens: int | None = None
+    where: str = ""
+    geometry: Geometry = PUBLISHED
+    notes: tuple[str, ...] = ()
+
+    def build(self) -> nn.Module:
+        """diffusers' WanTransformer3DModel with parameters on meta, in from_pretrained's dtypes, and real buffers.
+
+        Raises EngineError where the weights do not fit the configuration, or some are left over.
+        """
+        model = build_transformer(self.config, self.dtype)
+        available = set(self.tensors.keys())
+        parameters = dict(model.named_parameters())
+        self._check_all_used(available, set(parameters))
+        for name, parameter in parameters.items():
+            if name not in available:
+                raise EngineError(f"{self.where}: the checkpoint lacks {name}, which its configuration asks for")
+            shape, stored = self.tensors.spec(name)
+            if not stored.is_floating_point:
+                raise EngineError(
+                    f"{self.where}: {name} holds whole numbers ({stored}), which are no weights by themselves"
+                )
+            if shape != tuple(parameter.shape):
+                raise EngineError(
+                    f"{self.where}: {name} has the shape {shape}, the configuration asks for {tuple(parameter.shape)}"
+                )
+        return model
+
+    def _check_all_used(self, available: set[str], parameters: set[str]) -> None:
+        """Every tensor must be a parameter, or one of a block that the recipe leaves out (num_layers)."""
+        layers = self.config["num_layers"]
+
+        def used(name: str) -> bool:
+            block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+            like = f"blocks.0.{block[2]}" if block and int(block[1]) >= layers else name
+            if like in parameters or _SLA.fullmatch(like):
+                return True
+            (path, _, leaf), own = like.rpartition("."), name.rpartition(".")[0]
+            both = all(f"{own}.{part}" in available for part in QUANTIZED)
+            return leaf in QUANTIZED and both and f"{path}.weight" in parameters
+
+        left = [name for name in available if not used(name)]
+        if left:
+            raise refusal(self.where, left)
+
+    def load(self) -> nn.Module:
+        """The model with its weights, on the CPU: the eager one that an engine is compared with."""
+        model = self.build()
+        for key, parameter in list(model.named_parameters()):
+            path, _, leaf = key.rpartition(".")
+            value = self.tensors.get(key).to(parameter.dtype).clone()
+            setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+        return model
+
+    def example_inputs(self, shape: Shape) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) of the call that diffusers' pipelines make, as tensors without storage (device meta).
+
+        hidden_states (B, C, T, H, W) with T, H, W the latent's; timestep (B,) float32; encoder_hidden_states
+        (B, 512, text_dim); encoder_hidden_states_image (B, image_tokens, image_dim) where the model takes it;
+        (2 B, image_tokens, image_dim) for a model of first and last frames.
+        """
+        frames, height, width = self.geometry.latent(shape)
+
+        def empty(*size: int, dtype: torch.dtype = self.dtype, images: int = 1) -> torch.Tensor:
+            return torch.empty(images * shape.batch, *size, dtype=dtype, device="meta")
+
+        kwargs: dict[str, Any] = {
+            "hidden_states": empty(self.config["in_channels"], frames, height, width),
+            "timestep": empty(dtype=torch.float32),
+            "encoder_hidden_states": empty(TEXT_TOKENS, self.config["text_dim"]),
+        }
+        if self.image_tokens is not None:
+            kwargs["encoder_hidden_states_image"] = empty(
+                self.image_tokens, self.config["image_dim"], images=images_of(self.config)
+            )
+        kwargs["return_dict"] = False
+        return (), kwargs
+
+
+def build_transformer(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+    """WanTransformer3DModel for inference: parameters on meta, buffers real.
+
+    diffusers keeps the modules named in `_keep_in_fp32_modules` in float32 whatever dtype is asked for, by whole
+    components of the parameter's name; so does this.
+    """
+    from diffusers import WanTransformer3DModel
+
+    with torch.device("meta"):
+        model: Any = WanTransformer3DModel(**config)
+    # The rotary tables are in no checkpoint, so that their module is built for real.
+    model.rope = type(model.rope)(config["attention_head_dim"], tuple(config["patch_size"]), config["rope_max_seq_len"])
+    lost = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if lost:
+        raise UnsupportedError(
+            f"this version of diffusers has the table {lost[0]} in its Wan transformer, which is not known"
+        )
+    kept = set(WanTransformer3DModel._keep_in_fp32_modules or ())
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if kept.intersection(name.split(".")) else dtype)
+    return model.eval().requires_grad_(False)
+
+
+def images_of(config: Mapping[str, Any]) -> int:
+    """How many images the transformer takes tokens of: two (the first and the last frame) where it has a table of
+    positions over them, which diffusers' WanImageEmbedding adds to pairs.
+    """
+    return 2 if config.get("pos_embed_seq_len") is not None else 1
+
+
+class BlocksFrom:
+    """The tensors of a checkpoint with blocks `first` and the next under the names of the first two, and no others."""
+
+    def __init__(self, tensors: TensorSource, first: int) -> None:
+        self._tensors = tensors
+        self._names: dict[str, str] = {}
+        for name in tensors.keys():  # noqa: SIM118 (no mapping)
+            block = _OF_BLOCK.fullmatch(name)
+            if block is None:
+                self._names[name] = name
+            elif first <= int(block[1]) < first + 2:
+                self._names[f"blocks.{int(block[1]) - first}.{block[2]}"] = name
+
+    def keys(self) -> Iterable[str]:
+        return self._names.keys()
+
+    def spec(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        return self._tensors.spec(self._names[name])
+
+    def get(self, name: str) -> torch.Tensor:
+        return self._tensors.get(self._names[name])

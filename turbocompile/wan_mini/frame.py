@@ -1,0 +1,161 @@
+"""What stands out from the ground in one frame of a video: flaw, colour, centroid, mask of opacity."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from turbocompile.wan_mini.world import COLOURS, GROUND, SIZE
+
+# The classifier's view: a window of 192 pixels around the centroid, in 32 x 32 cells of 6 pixels.
+VIEW = 32
+WINDOW = 192
+AGREE = 0.8  # of a video's frames must show the same colour, and the same digit
+
+# A frame is judged at half resolution: a mean over 2 x 2 pixels takes noise away, and no stroke (12 pixels).
+_CELL = 2  # pixels a side of a judged cell
+_CELLS = SIZE // _CELL
+# Distances are Euclidean in sRGB 0..255. The colour nearest to the ground is green, at 153: half of it tells digit from
+# ground, whatever the colour.
+_PRESENT = 0.5 * min(math.dist(c, (GROUND,) * 3) for c in COLOURS.values())
+# The cells that stand out most must do so by more: green at 60 % of its opacity.
+_PEAK = 1.2 * _PRESENT
+_PEAK_CELLS = 64  # 256 pixels; the slightest digit covers 15 % of a square of 120 pixels, 2,160
+# The ground's own colour may be off by this much (the median over the cells that do not stand out).
+_GROUND_ERROR = 0.3 * _PRESENT
+# The scans' masks are 0.71 to 0.84 of the square high and 0.23 to 0.71 wide, on squares of 120 to 140 pixels: 85 to 118
+# by 28 to 99 pixels. 15 % either way for soft edges and other hands.
+_HEIGHT = (0.85 * 85, 1.15 * 118)
+_WIDTH = (0.85 * 28, 1.15 * 99)
+# Row and column sums are cut at these shares, so that a speck does not count as the digit's end.
+_EXTENT_SHARE = 0.01
+# Strokes of one digit may lie apart (the bar of a five), by up to 16 pixels in the scans: masks on cells of 4 pixels
+# are widened by 2 on each side, which joins over 16 pixels. What is still apart may be a tenth: the scans' largest is
+# 7 %.
+_LINK = 2
+_APART = 0.1
+# Cells off the line from ground to colour by this much are of another colour: orange is 70 off yellow's, the least of
+# all pairs. Blurred edges of one colour stay on its line; a tenth may be an artefact.
+_OFF_LINE = 50.0
+_OFF_LINE_SHARE = 0.1
+
+FLAWS = (
+    "",
+    "values that are not finite",
+    "nothing stands out from the ground",
+    "the ground is not grey",
+    "what stands out has not the extent of a digit",
+    "more than one thing stands out",
+    "more than one colour",
+)
+
+
+@dataclass(frozen=True)
+class Look:
+    """N frames.
+
+    flaw: (N,) int64, the number in `FLAWS` of the first that a frame has. colour: (N, 3), sRGB 0..255, of the core.
+    centroid: (N, 2), (x, y) in pixels. glyph: (N, 32, 32), the mask around it, in [0, 1].
+    """
+
+    flaw: torch.Tensor
+    colour: torch.Tensor
+    centroid: torch.Tensor
+    glyph: torch.Tensor
+
+
+def look(pixels: torch.Tensor) -> Look:
+    """What is in frames (N, 3, 256, 256), float32 in 0..255."""
+    finite = pixels.flatten(1).isfinite().all(1)
+    cells = F.avg_pool2d(pixels.nan_to_num(GROUND, GROUND, GROUND), _CELL)
+    difference = cells - GROUND
+    distance = difference.square().sum(1).sqrt()  # (N, 128, 128)
+    peak = distance.flatten(1).topk(_PEAK_CELLS, dim=1).values[:, -1]
+    present = distance > _PRESENT
+
+    core = distance > 0.85 * peak[:, None, None].clamp(min=_PRESENT)
+    count = core.sum((1, 2)).clamp(min=1)
+    colour = (cells * core[:, None]).sum((2, 3)) / count[:, None]
+    line = colour - GROUND
+    alpha = (difference * line[:, :, None, None]).sum(1) / line.square().sum(1).clamp(min=1.0)[:, None, None]
+    off_line = (difference - alpha[:, None] * line[:, :, None, None]).square().sum(1).sqrt()
+    # A third of the opacity and less is taken for ground: its noise over 15,000 cells would pull the centroid.
+    alpha = alpha.clamp(0.0, 1.0)
+    alpha = torch.where(alpha > 1 / 3, alpha, 0.0)
+
+    area = present.sum((1, 2)).clamp(min=1)
+    ground = torch.where(present, torch.nan, distance).flatten(1).nanmedian(1).values
+    width, height = (_CELL * _extent(present.sum(axis)) for axis in (1, 2))
+    flaws = (
+        ~finite,
+        ~(peak > _PEAK),
+        ~(ground < _GROUND_ERROR),
+        ~((height > _HEIGHT[0]) & (height < _HEIGHT[1]) & (width > _WIDTH[0]) & (width < _WIDTH[1])),
+        ~(_share_apart(present) < _APART),
+        ~((present & (off_line > _OFF_LINE)).sum((1, 2)) / area < _OFF_LINE_SHARE),
+    )
+    flaw = torch.zeros_like(area)
+    for number, wrong in reversed(list(enumerate(flaws, start=1))):
+        flaw = torch.where(wrong, number, flaw)
+    centroid = centroid_of(alpha)
+    return Look(flaw, colour, centroid * _CELL, _crop(alpha, centroid))
+
+
+def _extent(sums: torch.Tensor) -> torch.Tensor:
+    """In cells, the length between the shares of 1 and 99 % of sums (N, 128) along an axis."""
+    share = sums.cumsum(1) / sums.sum(1, keepdim=True).clamp(min=1)
+    return ((share > _EXTENT_SHARE) & (share < 1 - _EXTENT_SHARE)).sum(1) + 1
+
+
+def _share_apart(present: torch.Tensor) -> torch.Tensor:
+    """The share (N,) of the cells present (N, 128, 128) that is not linked to the largest thing.
+
+    The largest is looked for from the place that is most densely covered, and, where that was not most of it, once more
+    in what is left.
+    """
+    coarse = F.max_pool2d(present[:, None].float(), 2)
+    linked = F.max_pool2d(coarse, 2 * _LINK + 1, stride=1, padding=_LINK)
+    total = coarse.sum((1, 2, 3)).clamp(min=1)
+    first = _reach(linked)
+    share = (coarse * first).sum((1, 2, 3)) / total
+    if (share < 0.5).any():
+        second = _reach(linked - first)
+        share = torch.maximum(share, (coarse * second).sum((1, 2, 3)) / total)
+    return 1 - share
+
+
+def _reach(linked: torch.Tensor) -> torch.Tensor:
+    """What is connected, in masks (N, 1, C, C) of 0 and 1, with the most densely covered place."""
+    start = (F.avg_pool2d(linked, 5, stride=1, padding=2) * linked).flatten(1).argmax(1)
+    reached = torch.zeros_like(linked)
+    reached.flatten(1).scatter_(1, start[:, None], 1.0)
+    reached = reached * linked
+    while True:
+        wider = reached
+        for _ in range(8):  # a look at the result stops a GPU, so not after each step
+            wider = F.max_pool2d(wider, 3, stride=1, padding=1) * linked
+        if torch.equal(wider, reached):
+            return reached
+        reached = wider
+
+
+def centroid_of(alpha: torch.Tensor) -> torch.Tensor:
+    """(N, 2): (x, y) in cells of masks (N, C, C); the middle where a mask is empty."""
+    places = torch.arange(alpha.shape[-1], device=alpha.device, dtype=torch.float32) + 0.5
+    mass = alpha.sum((1, 2))
+    x = (alpha.sum(1) * places).sum(1) / mass
+    y = (alpha.sum(2) * places).sum(1) / mass
+    return torch.stack((x, y), dim=1).nan_to_num(alpha.shape[-1] / 2)
+
+
+def _crop(alpha: torch.Tensor, centroid: torch.Tensor) -> torch.Tensor:
+    """(N, 32, 32): a window of 192 pixels of masks (N, 128, 128) around their centroids (N, 2), in cells."""
+    side = WINDOW // _CELL
+    offsets = torch.arange(side, device=alpha.device, dtype=torch.float32) + 0.5 - side / 2
+    places = (centroid[:, :, None] + offsets) * (2.0 / _CELLS) - 1.0  # (N, 2, side)
+    x, y = places[:, 0, None, :].expand(-1, side, -1), places[:, 1, :, None].expand(-1, -1, side)
+    window = F.grid_sample(alpha[:, None], torch.stack((x, y), dim=-1), align_corners=False)
+    return F.avg_pool2d(window, side // VIEW)[:, 0]
