@@ -12,7 +12,7 @@ from torch import nn
 
 import turbocompile
 
-COMPILER = {"numerics", "passes", "build", "wan", "recipe", "tools", "video", "training", "sampling"}
+COMPILER = {"capture", "numerics", "passes", "build", "wan", "recipe", "tools", "video", "training", "sampling"}
 LIBRARIES = ("tokenizers", "diffusers", "transformers", "onnx", "onnxruntime", "safetensors.numpy")
 
 LOADING = """
