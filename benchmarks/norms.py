@@ -29,16 +29,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timing import replayed, versions
+from turbocompile.kernels._rows import RowConfig
 from turbocompile.kernels.attention import keys_triton
 from turbocompile.kernels.attention import prepare_triton as preparing
-from turbocompile.kernels.attention.keys_triton import KeysConfig
+from turbocompile.kernels.attention.keys_tables_triton import KeysConfig
 from turbocompile.kernels.attention.sage_attention import e4m3, quantize_rows
 from turbocompile.kernels.norms import adaln, norm_quantize, residual_norm
 from turbocompile.kernels.norms import norms_triton as norms
 from turbocompile.kernels.norms.norms_triton import BlockConfig
 from turbocompile.kernels.quantize import gelu_quantize, quantize
 from turbocompile.kernels.quantize import quantize_triton as quantizing
-from turbocompile.kernels.quantize.quantize_triton import RowConfig
 from turbocompile.kernels.rotary import qk_norm_rope
 from turbocompile.kernels.rotary.rotary_triton import launch_qk_norm_rope
 

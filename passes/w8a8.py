@@ -13,9 +13,10 @@ from typing import Any
 from torch import fx
 from turbocompile.kernels import ops
 from turbocompile.kernels.linear.w8a8_linear import ALIGNED
+from turbocompile.kernels.quantize.quantize import BLOCK
 
 from turbocompile.ir.program import SHELL, dtype, shape
-from turbocompile.ir.weights import BLOCK, Cat, Expr, Quantize
+from turbocompile.ir.weights import Cat, Expr, Quantize
 from turbocompile.recipe.options import W8A8Options
 from turbocompile.rewrite.attention_sites import is_of_heads
 from turbocompile.rewrite.linears import all_linears, dequantized, first_weight, held, rows

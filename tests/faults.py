@@ -26,8 +26,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import random_dits
 
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
+from turbocompile.ir.arguments import arguments
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import Program, Subgraph, is_op
-from turbocompile.ir.weights import RELATIVE, Cat, Evaluator, Expr, Load, ModuleTensors, Permute
+from turbocompile.ir.weights import RELATIVE, Cat, Expr, Load, Permute
 from turbocompile.numerics.errors import compare
 from turbocompile.numerics.inputs import random_inputs
 from turbocompile.numerics.interpreter import Interpreter
@@ -36,7 +39,6 @@ from turbocompile.recipe.options import resolve
 from turbocompile.recipe.schema import Settings
 from turbocompile.rewrite import normalize as normal_form
 from turbocompile.rewrite import pipeline, run_pass
-from turbocompile.rewrite.match import arguments
 
 aten = torch.ops.aten
 SEEN = 1e-8  # of the largest value, in float64: what differs by less is no fault

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import is_op
-from turbocompile.ir.weights import Evaluator, ModuleTensors
 from turbocompile.numerics.verifier import Verifier
 from turbocompile.rewrite.match import Pass, rewrite, variables
 from turbocompile.rewrite.normalize import normalize

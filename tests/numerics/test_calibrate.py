@@ -14,9 +14,9 @@ from turbocompile.kernels import ops
 
 import turbocompile
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
 from turbocompile.ir.program import SHELL, is_op
 from turbocompile.ir.site_errors import LayerError, SiteError, ranges
-from turbocompile.ir.weights import ModuleTensors
 from turbocompile.numerics.calibrate import calibrate
 from turbocompile.numerics.errors import Error, compare
 from turbocompile.numerics.inputs import Inputs, random_inputs

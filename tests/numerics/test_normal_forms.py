@@ -8,8 +8,9 @@ from products import Model, made, products
 from torch import nn
 
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import is_op
-from turbocompile.ir.weights import Evaluator, ModuleTensors
 from turbocompile.numerics.errors import compare
 from turbocompile.numerics.inputs import random_inputs
 from turbocompile.numerics.interpreter import Interpreter

@@ -11,9 +11,10 @@ from torch import nn
 from turbocompile.passes.norm_attention import WITH_NORM
 
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
 from turbocompile.ir.cost import node_cost
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import is_op
-from turbocompile.ir.weights import Evaluator, ModuleTensors
 from turbocompile.numerics.verifier import Verifier
 from turbocompile.recipe.options import resolve
 from turbocompile.recipe.schema import Settings

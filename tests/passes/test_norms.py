@@ -9,7 +9,8 @@ from torch import nn
 from turbocompile.passes.norms import PASS
 
 from turbocompile.capture.export import capture
-from turbocompile.ir.weights import Evaluator, ModuleTensors
+from turbocompile.capture.module_weights import ModuleTensors
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.numerics.interpreter import Interpreter
 from turbocompile.recipe.options import PassOptions
 from turbocompile.rewrite.normalize import normalize

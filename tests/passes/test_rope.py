@@ -10,8 +10,9 @@ from turbocompile.passes.rope import PASS
 
 import turbocompile
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import is_op
-from turbocompile.ir.weights import Evaluator, ModuleTensors
 from turbocompile.numerics.interpreter import Interpreter
 from turbocompile.recipe.options import PassOptions
 from turbocompile.rewrite.normalize import normalize

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import call, is_op, module_path
-from turbocompile.ir.weights import Constant, Evaluator, ModuleTensors
+from turbocompile.ir.weights import Constant
 from turbocompile.numerics.interpreter import Interpreter
 from turbocompile.rewrite.match import exact
 from turbocompile.rewrite.normalize import clean, normalize

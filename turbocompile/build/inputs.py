@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from turbocompile.errors import RecipeError, VerificationError
+from turbocompile.ir.evaluate import Evaluator, TensorSource
 from turbocompile.ir.program import SHELL, Program, is_op
-from turbocompile.ir.weights import Evaluator, TensorSource
 from turbocompile.numerics.inputs import Inputs, random_inputs
 from turbocompile.numerics.recording import MAX_TOKENS, Recorded
 from turbocompile.numerics.verifier import Verifier

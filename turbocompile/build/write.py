@@ -16,10 +16,13 @@ from turbocompile.backends import get_backend
 from turbocompile.build.compile import Compiled
 from turbocompile.build.stages import Stages, warnings_collected
 from turbocompile.errors import EngineError
+from turbocompile.ir.emit import Emission
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.graph_view import GraphView
 from turbocompile.ir.program import Program
 from turbocompile.ir.serialize import to_json
-from turbocompile.ir.weights import Emission, Evaluator, nbytes, write_shards
+from turbocompile.ir.shards import write_shards
+from turbocompile.ir.weights import nbytes
 from turbocompile.recipe.schema import Recipe, Settings
 from turbocompile.report.report import Report
 from turbocompile.rewrite.pipeline import foreign_operators

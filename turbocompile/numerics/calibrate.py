@@ -13,8 +13,8 @@ from dataclasses import replace
 
 import torch
 
+from turbocompile.ir.evaluate import TensorSource, WithVectors
 from turbocompile.ir.program import Program
-from turbocompile.ir.weights import TensorSource, WithVectors
 from turbocompile.numerics.inputs import Inputs
 from turbocompile.numerics.interpreter import CPU
 from turbocompile.numerics.linear_errors import Smoothing, find_groups, find_linears, measure

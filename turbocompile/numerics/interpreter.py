@@ -9,12 +9,13 @@ import torch
 from torch import fx
 
 from turbocompile.errors import TurbocompileError, brief
+from turbocompile.ir.arguments import arguments
 from turbocompile.ir.attention_ops import SAGE, SLA
 from turbocompile.ir.execute import with_device
 from turbocompile.ir.program import Subgraph, call, is_op
 from turbocompile.ir.weights import Constant
 from turbocompile.kernels import ops
-from turbocompile.rewrite.match import arguments, default_eps
+from turbocompile.rewrite.match import default_eps
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")

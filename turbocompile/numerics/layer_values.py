@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from turbocompile.ir.evaluate import Evaluator, TensorSource
 from turbocompile.ir.program import Program, Subgraph
-from turbocompile.ir.weights import Evaluator, TensorSource
 from turbocompile.numerics.inputs import Inputs
 from turbocompile.numerics.interpreter import CPU, Interpreter, Values
 from turbocompile.numerics.program_values import is_float64

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from turbocompile.ir.evaluate import TensorSource
 from turbocompile.ir.program import SHELL, Program, Subgraph, is_op
-from turbocompile.ir.weights import Quantize, TensorSource
+from turbocompile.ir.weights import Quantize
 from turbocompile.kernels import ops
 from turbocompile.numerics.errors import Error, compare, worst
 from turbocompile.numerics.inputs import Inputs

@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from turbocompile.errors import TurbocompileError, VerificationError, brief
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import Program
-from turbocompile.ir.weights import Evaluator
 from turbocompile.numerics.errors import compare, differs, rounds_more
 from turbocompile.numerics.interpreter import Interpreter, Uncomputed
 from turbocompile.numerics.program_values import (

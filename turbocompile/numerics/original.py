@@ -23,9 +23,9 @@ from turbocompile.capture.module_weights import quantized
 from turbocompile.capture.process import compiling, process_kept
 from turbocompile.ir import signature as sig
 from turbocompile.ir.emit import weight_plan
+from turbocompile.ir.evaluate import Evaluator, TensorSource
 from turbocompile.ir.execute import Runner
 from turbocompile.ir.program import Program, Signature
-from turbocompile.ir.weights import Evaluator, TensorSource
 from turbocompile.kernels.quantize.quantize import dequantize
 from turbocompile.numerics.errors import compare
 from turbocompile.numerics.inputs import random_inputs

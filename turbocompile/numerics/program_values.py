@@ -8,19 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import SHELL, Program, Subgraph
-from turbocompile.ir.weights import (
-    AddLora,
-    Cast,
-    Cat,
-    Evaluator,
-    Expr,
-    Mul,
-    Permute,
-    Reshape,
-    Slice,
-    is_relative,
-)
+from turbocompile.ir.weights import AddLora, Cast, Cat, Expr, Mul, Permute, Reshape, Slice, is_relative
 from turbocompile.numerics.interpreter import Interpreter, Uncomputed, Values, is_wide_float
 
 

@@ -25,8 +25,8 @@ from torch import fx
 
 from turbocompile.errors import TurbocompileError, brief
 from turbocompile.ir.attention_ops import SAGE, SLA
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import Program, Subgraph, is_op
-from turbocompile.ir.weights import Evaluator
 from turbocompile.kernels import ops
 from turbocompile.numerics.errors import NATIVE, Error, compare, worst
 from turbocompile.numerics.exact_sites import RewrittenGraph

@@ -335,8 +335,9 @@ def test_repeated_calls_are_equal_bit_by_bit(make):
 
 
 def test_the_declared_configurations_agree(make, unit):
+    from turbocompile.kernels._rows import ROW_CONFIGS, RowConfig
     from turbocompile.kernels.norms.norms_triton import launch_adaln
-    from turbocompile.kernels.quantize.quantize_triton import ROW_CONFIGS, RowConfig, launch_quantize
+    from turbocompile.kernels.quantize.quantize_triton import launch_quantize
 
     for shape in ((2, 101, 1536), (1, 50, 5120)):
         x, scale = make(*shape), make(1, 1, shape[-1], dtype=F32)

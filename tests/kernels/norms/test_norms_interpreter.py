@@ -21,7 +21,7 @@ WIDTHS = [40, 300]  # one piece with padding; 256 + 64
 @pytest.fixture
 def config():
     """Two rows a program, so that odd numbers of rows leave a program with one."""
-    from turbocompile.kernels.quantize.quantize_triton import RowConfig
+    from turbocompile.kernels._rows import RowConfig
 
     return RowConfig(warps=1, rows=2)
 
@@ -69,7 +69,7 @@ def assert_quantized(data, scale, format, expected, unit):
     ],
 )
 def test_pieces_hold_a_width_with_little_padding(width, least, expected):
-    from turbocompile.kernels.quantize.quantize_triton import pieces
+    from turbocompile.kernels._rows import pieces
 
     assert pieces(width, least, len(expected)) == expected
 
