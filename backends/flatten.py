@@ -1,7 +1,7 @@
 """A Program as one module of plain ATen operators, for backends that take a whole graph.
 
-The calls of blocks are replaced by the blocks' nodes, turbocompile's operators by what they are in ATen, and what
-depends on constants alone (RoPE tables) by its value, once for all calls of a block.
+The nodes of a block take the place of each call of it, ATen's operators take the place of turbocompile's, and a value
+takes the place of the nodes that depend on constants alone (RoPE tables), once for all calls of a block.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from turbocompile.ir.attention_ops import SAGE, SLA
 from turbocompile.ir.cost import arguments
 from turbocompile.ir.execute import foldable
 from turbocompile.ir.program import SHELL, Program, Subgraph, call, is_op, walk_tensors
-from turbocompile.ir.weights import Constant, emitted_name, full_name
+from turbocompile.ir.stored_names import constant_name, stored_name
+from turbocompile.ir.weights import Constant, full_name
 from turbocompile.rewrite.normalize import normalize
 from turbocompile.rewrite.pipeline import load_pass
 from turbocompile.rewrite.run_pass import run_pass
@@ -29,7 +30,7 @@ from turbocompile.rewrite.run_pass import run_pass
 aten = torch.ops.aten
 
 _EIGHT_BITS = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
-_QUANTIZED_INSIDE = (*SAGE, *SLA)  # floating point goes in and comes out
+_QUANTIZED_INSIDE = (*SAGE, *SLA)  # their inputs and outputs are floating point
 
 
 def _where_bool(condition: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -44,7 +45,7 @@ def _or(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(a).bool() | torch.as_tensor(b).bool()
 
 
-# What torch has in dtypes that ONNX, or onnxruntime, has not.
+# Operators in dtypes that torch has, and ONNX or onnxruntime lacks -> the same in operators that these have.
 _INSTEAD: dict[Any, dict[torch.dtype, Any]] = {
     aten.where.self: {torch.bool: _where_bool, torch.int16: _where_int16},
     aten.add.Tensor: {torch.bool: _or},
@@ -55,8 +56,8 @@ _INSTEAD: dict[Any, dict[torch.dtype, Any]] = {
 class Flat:
     """A Program as one module: `module(*tensors) -> tuple of tensors`.
 
-    names: the module's buffers -> the names under which the engine stores them; computed tables have names of their own
-    that start with "folded.". example: inputs of the Program's shapes without values.
+    names: the module's buffers -> the names under which the engine stores them; tables that are computed here have
+    names that start with "folded.". example: inputs with the Program's shapes and dtypes, of arbitrary values.
     """
 
     module: fx.GraphModule
@@ -67,8 +68,8 @@ class Flat:
 def flatten(program: Program, weights: Mapping[str, torch.Tensor], backend: str) -> Flat:
     """The Program and its weights (stored name -> tensor) as one module on the CPU; the Program is left as it is.
 
-    Raises UnsupportedError for an operator that computes in 8 bits: it has no form in plain operators that is worth
-    running. EngineError where a weight is missing.
+    Raises UnsupportedError for an operator that computes in 8 bits, because plain operators would be slower than the
+    model without it; EngineError where a weight is missing.
     """
     refuse_quantized(program, backend)
     plain = _plain(program, weights)
@@ -80,7 +81,7 @@ def flatten(program: Program, weights: Mapping[str, torch.Tensor], backend: str)
 
 
 def refuse_quantized(program: Program, backend: str) -> None:
-    """UnsupportedError, with the operator and what to switch off, where a graph computes in 8 bits."""
+    """Raises UnsupportedError, with the operator and the option to switch off, where a graph computes in 8 bits."""
     for sub in program.graphs.values():
         for node in sub.graph.nodes:
             if getattr(node.target, "namespace", "") != "turbocompile":
@@ -102,32 +103,32 @@ def _plain(program: Program, weights: Mapping[str, torch.Tensor]) -> Program:
     for name, sub in plain.graphs.items():
         for node in sub.graph.nodes:
             if node.op == "call_function" and node.target in DECOMPOSITIONS:
-                node.target = DECOMPOSITIONS[node.target]  # traced through by the normalization below
+                node.target = DECOMPOSITIONS[node.target]  # the normalization below traces through it
         for expr in sub.weights.values():
             for key in plain.keys(name, expr):
-                if f"constants.{key}" in weights:
-                    plain.constants[key] = weights[f"constants.{key}"].cpu()
+                if (name := constant_name(key)) in weights:
+                    plain.constants[key] = weights[name].cpu()
     normalize(plain)
     run_pass(
         plain, load_pass("norms"), {"target": "cpu"}
-    )  # what the operators' definitions write out is one operator again
+    )  # a norm that an operator's definition wrote out becomes one operator again
     return plain
 
 
 class _Flattener:
-    """Copies graphs into one, each call with its own weights; tables are shared by all calls of a block."""
+    """Copies graphs into one, each call with its own weights; all calls of a block share its tables."""
 
     def __init__(self, program: Program, weights: Mapping[str, torch.Tensor]) -> None:
         self.program, self.weights = program, weights
         self.graph, self.root = fx.Graph(), nn.Module()
         self.names: dict[str, str] = {}
-        self.buffers: dict[str, fx.Node] = {}  # stored name -> where it is read
+        self.buffers: dict[str, fx.Node] = {}  # stored name -> the node that reads the buffer
         self.folded = {
             name: _fold(sub, lambda n, s=sub, g=name: self._weight(n, s, g, "")) for name, sub in program.graphs.items()
         }
 
     def inline(self, name: str, prefix: str, args: Sequence[fx.Node]) -> list[fx.Node]:
-        """Copies the graph `name` for one call and gives its outputs; the shell's become the flat graph's."""
+        """Copies the graph `name` for one call and returns its outputs. The shell's become the flat graph's outputs."""
         sub = self.program.graphs[name]
         kept, skip = self.folded[name]
         env: dict[fx.Node, Any] = dict(zip(sub.inputs(), args, strict=True))
@@ -155,7 +156,9 @@ class _Flattener:
         return outputs
 
     def _operation(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-        """What runtimes do not have in this form or dtype is written out in a function, which the export traces."""
+        """A node's copy. Where runtimes lack the operator in this form or dtype, the copy calls a function of plain
+        operators, which the export traces through. Raises UnsupportedError for a dropout.
+        """
         dtype = getattr(node.meta["val"], "dtype", None)
         target = node.target
         if target is aten.scaled_dot_product_attention.default:
@@ -168,7 +171,7 @@ class _Flattener:
         elif dtype in _INSTEAD.get(target, {}):
             target = _INSTEAD[target][dtype]
         elif dtype == torch.float64 and isinstance(target, torch._ops.OpOverload):
-            # ONNX's exporter writes a number beside a tensor in float32, whatever the tensor's dtype is.
+            # The number becomes a buffer, because ONNX's exporter writes numbers in float32, whatever the dtype.
             args = tuple(
                 self._buffer(f"folded.{a!r}", torch.tensor(a, dtype=dtype))
                 if isinstance(a, float) and isinstance(given.type, torch.TensorType) else a
@@ -177,10 +180,10 @@ class _Flattener:
         return self.graph.call_function(target, args, kwargs)
 
     def _weight(self, node: fx.Node, sub: Subgraph, graph: str, prefix: str) -> tuple[str, torch.Tensor]:
-        """The stored name and the values of a weight; constants in another form than stored have their own name."""
+        """The stored name and the values of a weight. A constant of the normal form has a name of its own."""
         local = str(node.target)
         expr = sub.weights[local]
-        key = emitted_name(graph == SHELL, graph, local, expr, prefix)
+        key = stored_name(graph, local, expr, prefix)
         if key in self.weights:
             return key, self.weights[key].cpu()
         if isinstance(expr, Constant) and (own := full_name(expr.key, prefix)) in self.program.constants:
@@ -196,7 +199,7 @@ class _Flattener:
         return self.buffers[name]
 
     def _table(self, name: str, value: torch.Tensor) -> fx.Node:
-        """A folded value; where it is a broadcast, the small tensor is held and broadcast in the graph."""
+        """The node of a folded value. Of a broadcast the small tensor is held, and the graph broadcasts it."""
         small = value
         for dim, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
             if size > 1 and stride == 0:
@@ -210,7 +213,7 @@ class _Flattener:
 
 
 def _fold(sub: Subgraph, weight: Any) -> tuple[dict[fx.Node, torch.Tensor], set[fx.Node]]:
-    """The values that the rest of the graph reads of what depends on constants alone, and all nodes of that part."""
+    """The values of the nodes that depend on constants alone and that other nodes read, and all such nodes."""
     folded = foldable(sub)
     env: dict[fx.Node, Any] = {}
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """ONNX files: the whole model at one shape in standard operators (opset 23), run by onnxruntime.
 
-The file holds the graph. The weights stay where the engine has them: ONNX finds external data by file, offset and
-length, and a safetensors shard is such a file, so that all shapes of an engine share one copy of the weights.
+The file holds the graph alone. The weights stay in the engine's safetensors shards, because ONNX finds external data by
+file, offset and length. So all shapes of an engine share one copy of the weights.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from turbocompile.backends.trial import Trial, too_large
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.files import inside
 from turbocompile.ir.program import Program
+from turbocompile.ir.stored_names import SHARDS
 
-SMALL = 256  # elements of a constant that is no weight: shapes, axes, scalars, epsilons
+SMALL = 256  # elements at most of a constant that is no weight: shapes, axes, scalars, epsilons
 OPSET = 23  # the first with Attention and RMSNormalization
 EXTRA = 'pip install "turbocompile[onnx]"'
 
-# The number that a file gives a dtype (onnx.TensorProto.DataType), and the name that onnxruntime gives it.
+# dtype -> its number in a file (onnx.TensorProto.DataType), and its name in onnxruntime.
 _ONNX_TYPES = {
     torch.float32: (1, "float"), torch.uint8: (2, "uint8"), torch.int8: (3, "int8"), torch.int16: (5, "int16"),
     torch.int32: (6, "int32"), torch.int64: (7, "int64"), torch.bool: (9, "bool"), torch.float16: (10, "float16"),
@@ -41,22 +42,22 @@ _ONNX_TYPES = {
 
 
 def check(target: str) -> None:
-    """The file serves every target; raises UnsupportedError where a package is missing."""
+    """Raises UnsupportedError where a package is missing. A file serves every target."""
     require("onnx", ("onnx", "onnxscript", "onnxruntime"), EXTRA)
 
 
 def require(backend: str, packages: Sequence[str], install: str) -> None:
-    """UnsupportedError that names the packages that are not installed and how to install them."""
+    """Raises UnsupportedError where a package is not installed. backend: its name; install: the command that does."""
     missing = [p for p in packages if importlib.util.find_spec(p) is None]
     if missing:
         raise UnsupportedError(f"the {backend} backend needs {' and '.join(missing)}; {install}")
 
 
 def emit(program: Program, weights: Mapping[str, torch.Tensor], folder: Path, name: str, target: str) -> list[str]:
-    """Writes `name.onnx`, and `name.onnx.data` for what no safetensors file of the folder holds.
+    """Writes `name.onnx`, and `name.onnx.data` for the tensors that no safetensors file of the folder holds.
 
-    The file is run once, and what it gives compared with the program. Raises UnsupportedError where it cannot be
-    written or run, VerificationError where its numbers differ; nothing is left in the folder then.
+    The file is run once, and its results are compared with the program's. Raises UnsupportedError where the file cannot
+    be written or run, VerificationError where its numbers differ; nothing is left in the folder then.
     """
     check(target)
     files = write_model(program, weights, folder, name, "onnx")
@@ -70,17 +71,17 @@ def emit(program: Program, weights: Mapping[str, torch.Tensor], folder: Path, na
 
 
 def prove(program: Program, weights: Mapping[str, torch.Tensor], device: torch.device, target: str) -> Runner | None:
-    """What runs the program on `device`, tried once: as `compile_program`, at a build."""
+    """The callable that runs the program on `device`, compared with the program once; as `compile_program`."""
     return compile_program(program, weights, device)
 
 
 def _try(
     path: Path, program: Program, weights: Mapping[str, torch.Tensor], must_run: bool, runner: Runner | None = None
 ) -> None:
-    """Runs a file once on the CPU and compares it with the program, or warns of why not.
+    """Runs a file once on the CPU and compares it with the program, or warns why it was not run.
 
-    must_run: the file is meant for a CPU, so that what onnxruntime cannot run there is an UnsupportedError. runner: of
-    the file on the CPU, where there is one already. Raises UnsupportedError, VerificationError.
+    must_run: the file is meant for a CPU, so that UnsupportedError is raised where onnxruntime cannot run it there.
+    runner: of the file on the CPU, where there is one already. Raises VerificationError where the numbers differ.
     """
     reason = too_large(program)
     if reason is None:
@@ -102,7 +103,10 @@ def _try(
 def write_model(
     program: Program, weights: Mapping[str, torch.Tensor], folder: Path, name: str, backend: str
 ) -> list[str]:
-    """As `emit`; backend is who asks, for messages. Raises UnsupportedError for what ONNX cannot express."""
+    """Writes the files that `emit` writes, and returns their names. backend: the name in messages.
+
+    Raises UnsupportedError for an operator that ONNX cannot express.
+    """
     import onnx_ir as ir
 
     flat = flatten(program, weights, backend)
@@ -124,7 +128,7 @@ def _export(flat: Flat, backend: str) -> Any:
                 input_names=[f"input_{i}" for i in range(len(flat.example))],
                 output_names=[f"output_{i}" for i in range(len(outputs))],
             )  # fmt: skip
-            assert onnx_program is not None  # None only where a file is named
+            assert onnx_program is not None  # the exporter returns None only where it is given the name of a file
             _simplify(onnx_program.model)
     except torch.onnx.OnnxExporterError as error:
         raise UnsupportedError(
@@ -136,8 +140,8 @@ def _export(flat: Flat, backend: str) -> Any:
 def _simplify(model: Any) -> None:
     """Inlines functions, folds shapes and scalars, merges equal nodes and drops dead ones, in place.
 
-    The exporter's own optimizer adds a table of rewrites, which finds nothing here and takes 41 of the 58 CPU seconds
-    of an export of 30 layers.
+    These passes stand here because the exporter's own optimizer adds a table of rewrites, which finds nothing in our
+    graphs and takes 41 of the 58 CPU seconds that an export of 30 layers takes.
     """
     import onnx_ir as ir
     from onnx_ir.passes import common
@@ -157,17 +161,17 @@ def _simplify(model: Any) -> None:
 
 
 def _may_fold(node: Any) -> bool | None:
-    """No for what reads a weight, else as the optimizer thinks.
+    """False for a node that reads a weight; None for another node, about which the optimizer decides.
 
-    A folded transpose would be a second copy of the weight, in memory here and in the engine; what runs the file folds
-    it when it is loaded.
+    A folded transpose would be a second copy of the weight, in memory here and in the engine. onnxruntime and TensorRT
+    fold it when they load the file.
     """
     sizes = [v.const_value.size for v in node.inputs if v is not None and v.const_value is not None]
     return False if any(size > SMALL for size in sizes) else None
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause, in a line."""
+    """The first line of the innermost cause's message."""
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).strip().split("\n")[0][:200]
@@ -175,7 +179,7 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns of packages that it does without, and of its own deprecations."""
+    """Keeps the exporter from warning: it warns of packages that it does without, and of its own deprecations."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     with warnings.catch_warnings():
@@ -188,7 +192,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _tidy(graph: Any, names: Mapping[str, str]) -> None:
-    """Initializers get the names under which the engine stores them; traces of the machine that built it go."""
+    """Gives initializers the names under which the engine stores them; drops traces of the machine that built it."""
     for old, new in names.items():
         value = graph.initializers.pop(old, None)
         if value is not None:
@@ -206,19 +210,22 @@ def _tidy(graph: Any, names: Mapping[str, str]) -> None:
 
 
 def _externalize(graph: Any, weights: Mapping[str, torch.Tensor], folder: Path, data: str) -> list[str]:
-    """Points initializers at the folder's weights and writes the other large ones into `data`; the files written."""
+    """Points initializers at the folder's weights, and writes the other large initializers into the file `data`.
+
+    Returns the names of the files that it wrote.
+    """
     import onnx_ir as ir
 
     stored = _stored(folder)
     others = []
     for name, value in graph.initializers.items():
         tensor = value.const_value
-        place = next((p for p in stored.get(name, ()) if name in weights and p.holds(folder, weights[name])), None)
-        if place is not None:
+        span = next((s for s in stored.get(name, ()) if name in weights and s.holds(folder, weights[name])), None)
+        if span is not None:
             value.const_value = ir.ExternalTensor(
-                place.file, place.offset, place.length, tensor.dtype, shape=tensor.shape, name=name, base_dir=folder
+                span.file, span.offset, span.length, tensor.dtype, shape=tensor.shape, name=name, base_dir=folder
             )
-        elif tensor.size > SMALL:  # what is smaller travels in the graph, which may not exceed 2 GiB
+        elif tensor.size > SMALL:  # smaller tensors stay in the graph, whose file may not exceed 2 GiB
             others.append(value)
     if not others:
         return []
@@ -229,15 +236,15 @@ def _externalize(graph: Any, weights: Mapping[str, torch.Tensor], folder: Path, 
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a file of the folder holds a tensor: `length` bytes from `offset`."""
+class _Span:
+    """The bytes of a file in the folder that hold a tensor: `length` of them from `offset` on."""
 
     file: str
     offset: int
     length: int
 
     def holds(self, folder: Path, tensor: torch.Tensor) -> bool:
-        """Whether the bytes there are the tensor's: files of several modules have tensors of the same names."""
+        """Whether these bytes are the tensor's, because files of several modules have tensors of the same name."""
         wanted = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         if wanted.numel() != self.length:
             return False
@@ -249,17 +256,17 @@ class _Place:
         return torch.equal(found[self.offset :], wanted)
 
 
-def _stored(folder: Path) -> dict[str, list[_Place]]:
-    """The tensors of the folder's safetensors files, by name."""
-    found: dict[str, list[_Place]] = {}
-    for path in sorted(folder.glob("weights-*.safetensors")):
+def _stored(folder: Path) -> dict[str, list[_Span]]:
+    """The bytes of the tensors in the folder's safetensors files, by the tensors' names."""
+    found: dict[str, list[_Span]] = {}
+    for path in sorted(folder.glob(SHARDS)):
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(size))
         for name, entry in header.items():
             if name != "__metadata__":
                 start, stop = entry["data_offsets"]
-                found.setdefault(name, []).append(_Place(path.name, 8 + size + start, stop - start))
+                found.setdefault(name, []).append(_Span(path.name, 8 + size + start, stop - start))
     return found
 
 
@@ -275,13 +282,13 @@ def compile_program(
     tuning: Tuning = NO_TUNING,
 ) -> Runner:
     """A callable over flat tensors on `device`. Without files (an engine in memory) the model is exported first, and
-    tried as `emit` tries it.
+    compared with the program as `emit` does. tuning is not read, because onnxruntime runs kernels of its own.
     """
     check("cpu")
     if folder is not None and files:
         _check_model(folder, files[0])
         return Runner(folder / files[0], program, device)
-    with tempfile.TemporaryDirectory() as temporary:  # the session maps what it needs before the files go
+    with tempfile.TemporaryDirectory() as temporary:  # the session maps the files before they are deleted
         path = Path(temporary) / write_model(program, weights, Path(temporary), "model", "onnx")[0]
         runner = Runner(path, program, device)
         on_cpu = device.type == "cpu"
@@ -290,16 +297,16 @@ def compile_program(
 
 
 def _check_model(folder: Path, name: str) -> None:
-    """EngineError unless the file is an ONNX graph of standard operators whose data lies in plain files of the folder.
+    """Raises EngineError unless the file is an ONNX graph of standard operators with its data in the folder's files.
 
-    onnxruntime would follow names that lead out of the folder, and reads its own memory at addresses that a name gives.
+    onnxruntime would follow names that lead out of the folder, and one such name makes it read its own memory.
     """
     import onnx
     from google.protobuf.message import DecodeError
 
     path = inside(folder, name)
     try:
-        model = onnx.load(str(path), format="protobuf", load_external_data=False)  # whatever its name ends in
+        model = onnx.load(str(path), format="protobuf", load_external_data=False)  # not by the name's ending
     except DecodeError as error:
         raise EngineError(f"{name} in the engine is no ONNX file; copy it again or build it again") from error
     domains = {o.domain for o in model.opset_import} | {n.domain for n in model.graph.node}
@@ -325,9 +332,9 @@ def _tensors(graph: Any) -> Iterator[Any]:
 
 
 def _widened(has: list[Any], needs: list[Any]) -> bool:
-    """Whether types differ where onnxruntime gives float for float16 alone: it leaves the last cast out.
+    """Whether types differ only where onnxruntime returns float32 instead of float16.
 
-    It does so where an operator that it has in float32 alone gives an output, on a CPU.
+    On a CPU it leaves the last cast out, where an operator that it has in float32 alone makes an output.
     """
     half = ("tensor(float)", "tensor(float16)")
     return len(has) == len(needs) and all(
@@ -357,14 +364,14 @@ class Runner:
                 raise EngineError(f"{path.name} takes or gives {has} where its program has {needs}; build it again")
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        # Held until the run is over: the session is given addresses.
+        # `given` lives until the run is over, because the session has only the tensors' addresses.
         given = [t.detach().to(dtype).contiguous() for t, (_, dtype) in zip(tensors, self.inputs, strict=True)]
         results = tuple(torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.given)
         binding = self.session.io_binding()
         for name, tensor in zip(self.input_names, given, strict=True):
-            binding.bind_input(name, *self._place(tensor))
+            binding.bind_input(name, *self._memory(tensor))
         for name, tensor in zip(self.output_names, results, strict=True):
-            binding.bind_output(name, *self._place(tensor))
+            binding.bind_output(name, *self._memory(tensor))
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # the session runs on a stream of its own
         try:
@@ -374,7 +381,8 @@ class Runner:
         binding.synchronize_outputs()
         return tuple(t.to(dtype) for t, (_, dtype) in zip(results, self.outputs, strict=True))
 
-    def _place(self, tensor: torch.Tensor) -> tuple[str, int, int, list[int], int]:
+    def _memory(self, tensor: torch.Tensor) -> tuple[str, int, int, list[int], int]:
+        """A tensor as a binding takes it: device, its index, dtype, shape, address."""
         return (
             self.device.type,
             self.device.index or 0,
@@ -399,7 +407,7 @@ def _session(path: Path, device: torch.device) -> Any:
         )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # errors are raised, and told in a sentence
+    options.log_severity_level = 4  # logs nothing but fatal errors, because errors are raised as well
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except _failures() as error:
@@ -407,7 +415,7 @@ def _session(path: Path, device: torch.device) -> Any:
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What onnxruntime raises for a graph that it cannot load or run; running raises plain RuntimeErrors, too."""
+    """The errors that onnxruntime raises for a graph that it cannot load or run; RuntimeError is one of them."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     return (
@@ -420,14 +428,14 @@ _NODE = re.compile(r"running (\w+) node\. Name:'([^']*)' Status Message: (.*)", 
 
 
 def _failed(error: Exception, name: str, device: torch.device) -> str:
-    """One sentence: the operator and the node that onnxruntime does not run, why, and what to do."""
+    """A message in one sentence: the operator and node that onnxruntime does not run, the reason, and a remedy."""
     import onnxruntime
 
     text = str(error).strip()
     at = _NODE.search(text)
     if at is None:
         reason = _reason(error)
-    else:  # the C++ function's place and signature say nothing to a user
+    else:  # the message without the C++ function that onnxruntime puts before it
         said = at[3].strip().split("\n")[0]
         said = said.rsplit(") ", 1)[-1] if said.startswith("/") else said
         reason = f"the operator {at[1]} at {at[2]!r} fails ({said[:200]})"

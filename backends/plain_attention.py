@@ -1,10 +1,10 @@
-"""Attention as every runtime of ONNX computes it: out = softmax(scale q k^T + bias) v, no row without a key.
+"""Attention in the form that every runtime of ONNX computes alike: out = softmax(scale q k^T + bias) v.
 
 torch's scaled_dot_product_attention broadcasts its mask and its batches, takes tensors of any rank and any scale, and
-gives zeros to a query that no key is left for. ONNX's Attention says less of that, and what runs it takes less still:
-onnxruntime wants a mask of full length in both directions and a scale above zero, computes a float64 attention in
-float32, and leaves open what a row without a key becomes (zeros, a mean or NaN, by version). So here all of this is
-written out in plain operators around an attention of rank 4 whose mask is whole.
+returns zeros for a query that may attend to no key. ONNX's Attention defines fewer of these cases, and its runtimes
+take fewer still: onnxruntime needs a mask of full size in both directions and a scale above zero, computes a float64
+attention in float32, and gives a query without a key zeros, a mean or NaN, by version. So this module writes these
+cases in plain operators around an attention of rank 4, with a mask of full size and a key for each query.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def attention(
     """aten.scaled_dot_product_attention, to be traced: (..., H, Lq, D), (..., H, Lk, D), (..., H, Lk, Dv) of any rank.
 
     attn_mask: bool (True: attend) or floating point (added), of any shape that broadcasts to (..., H, Lq, Lk).
-    dropout_p: 0, for a dropout is random and no file does it.
+    dropout_p: must be 0, because a dropout is random and no ONNX file can hold it.
     """
     if enable_gqa:
         k, v = (_repeat_heads(t, q) for t in (k, v)) if k.shape[-3] != v.shape[-3] else (k, v)
@@ -37,7 +37,7 @@ def attention(
     lead = _broadcast_lead(q, k, v, grouped)
     out_shape = (*lead, q.shape[-2], v.shape[-1])
     lengths = (q.shape[-2], k.shape[-2])
-    if is_causal and lengths[0] != lengths[1]:  # which corner it starts from is left open
+    if is_causal and lengths[0] != lengths[1]:  # runtimes differ in the corner that the triangle starts from
         mask, is_causal = _causal(lengths, q.device), False
     q = _of_rank_4(q, lead)
     k, v = (_of_rank_4(t, (*lead[:-1], t.shape[-3]) if grouped else lead) for t in (k, v))
@@ -52,11 +52,12 @@ def attention(
 
 
 def _repeat_heads(t: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """k or v with as many heads as q has, each repeated for the heads of its group."""
     return t.repeat_interleave(q.shape[-3] // t.shape[-3], dim=-3)
 
 
 def _broadcast_lead(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grouped: bool) -> tuple[int, ...]:
-    """The batches and heads of the result. Grouped heads of k and v are fewer than q's, and do not count."""
+    """The batches and heads of the result. With grouped heads q's count, because k and v have fewer."""
     if not grouped:
         return tuple(torch.broadcast_shapes(*(t.shape[:-2] for t in (q, k, v))))
     return (*torch.broadcast_shapes(*(t.shape[:-3] for t in (q, k, v))), q.shape[-3])
@@ -65,7 +66,7 @@ def _broadcast_lead(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grouped: 
 def _of_rank_4(t: torch.Tensor, lead: tuple[int, ...], keep: bool = False) -> torch.Tensor:
     """(..., M, N) expanded to the batches and heads of `lead`, as (batch, heads, M, N).
 
-    keep: batches or heads that are all 1 stay 1, as a mask's may.
+    keep: batches or heads that are all 1 stay 1, as a mask may have them.
     """
     *given, rows, columns = t.shape
     given = [1] * (len(lead) - len(given)) + given
@@ -79,15 +80,15 @@ def _of_rank_4(t: torch.Tensor, lead: tuple[int, ...], keep: bool = False) -> to
 
 
 def _causal(lengths: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """Of each query the keys up to its own place alone, counted from the first of both; torch takes no mask with it."""
+    """A mask (Lq, Lk) that lets query i attend to the keys 0 to i. It takes the place of is_causal, never of a mask."""
     return torch.ones(lengths, dtype=torch.bool, device=device).tril()
 
 
 def _whole(mask: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """A mask that leaves every row something finite to sum, of rank 2 at least, and where a row had a key: (..., 1).
+    """A mask of rank 2 or more that leaves every row a finite sum, and whether each row had a key: (..., 1) bool.
 
-    A finite bias is at least half of the lowest number: a row of lowest numbers (how masks are often written) hides no
-    key, and added to a score they must not become the infinity, nor what onnxruntime takes for it.
+    A finite bias becomes at least half of the lowest number. Masks are often written with lowest numbers: a row of them
+    hides no key, and their sum with a score must not be the infinity, or a number that onnxruntime takes for it.
     """
     while mask.dim() < 2:
         mask = mask.unsqueeze(0)
@@ -98,10 +99,10 @@ def _whole(mask: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.
     if dtype == torch.float64:
         return mask.to(dtype), seen
     lowest, finite = torch.finfo(dtype).min, mask
-    if dtype == torch.float16:  # torch adds in float32, where a score still counts beside the lowest float16
+    if dtype == torch.float16:  # torch adds in float32, where a score still changes a sum with the lowest float16
         finite = mask.float()
         top = torch.where(hidden, torch.finfo(torch.float32).min, finite).amax(-1, keepdim=True)
-        finite = torch.where(top > -(2.0**24), finite - top, finite)  # and beside this no longer
+        finite = torch.where(top > -(2.0**24), finite - top, finite)  # with a number this low it does not
     finite = finite.clamp(min=lowest / 2)
     return torch.where(hidden, lowest, finite).to(dtype), seen
 
@@ -114,7 +115,7 @@ def _attend(
     is_causal: bool,
     scale: float | None,
 ) -> torch.Tensor:
-    """ONNX's Attention, but in float64 what it stands for: onnxruntime takes that apart in float32."""
+    """ONNX's Attention; in float64 its definition in plain operators, because onnxruntime computes it in float32."""
     if q.dtype != torch.float64:
         grouped = q.shape[1] != k.shape[1]
         return scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped)

@@ -1,10 +1,10 @@
 """TensorRT plans: the whole model at one shape, built from its ONNX graph for one kind of RTX card.
 
 `tensorrt_rtx` builds for a named compute capability on a machine without a GPU. Its networks are strongly typed: a plan
-computes in the dtypes of the graph. Facts of version 1.7: float32 attention with grouped heads, or an odd number of
-tokens, builds only where the layer is marked decomposable; without a capability on the builder configuration a plan for
-an unknown card is built in silence.
-Data-centre cards have another product, `tensorrt`, which builds only on the card itself; this backend does not use it.
+computes in the dtypes of the graph. Version 1.7 builds float32 attention with grouped heads, or with an odd number of
+tokens, only where the layer is marked decomposable. Without a capability in the builder's configuration it builds a
+plan for an unknown card and says nothing. Data-centre cards have another product, `tensorrt`, which builds only on the
+card itself; this backend does not use it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ def emit(program: Program, weights: Mapping[str, torch.Tensor], folder: Path, na
 
 
 def prove(program: Program, weights: Mapping[str, torch.Tensor], device: torch.device, target: str) -> Runner | None:
-    """What runs the program, where `device` is the target; elsewhere a plan is built, to see that there is one."""
+    """The callable that runs the program where `device` is the target; elsewhere a plan is built and thrown away.
+
+    Raises UnsupportedError where TensorRT refuses the model.
+    """
     if device.type == "cuda" and target_of(torch.cuda.get_device_capability(device)) == target:
         return compile_program(program, weights, device)
     with tempfile.TemporaryDirectory() as temporary:
@@ -72,7 +75,9 @@ def build_plan(model: Path, target: str) -> Any:
 
 
 def _may_die(model: Path) -> bool:
-    """Whether there are several attentions, one with a mask: version 1.7 ends the process where some share a tensor."""
+    """Whether a graph has several attentions, and one of them a mask: where such attentions share a tensor, version 1.7
+    ends the process.
+    """
     import onnx
 
     nodes = onnx.load(str(model), load_external_data=False).graph.node
@@ -94,7 +99,7 @@ except UnsupportedError as error:
 
 
 def _build_apart(model: Path, target: str) -> bytes:
-    """As `_build`, in a process of its own, whose death is an UnsupportedError."""
+    """The plan that `_build` makes, in a process of its own. Raises UnsupportedError where that process dies."""
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "plan"
         command = [sys.executable, "-c", _CHILD, str(model.resolve()), target, str(out)]
@@ -110,7 +115,7 @@ def _build_apart(model: Path, target: str) -> bytes:
 
 
 def _build(model: Path, target: str) -> Any:
-    """As `build_plan`, for a graph that was looked at."""
+    """The plan of a graph that `build_plan` has checked. Raises UnsupportedError with TensorRT's reason."""
     import tensorrt_rtx as trt
 
     log = _logger()
@@ -123,11 +128,11 @@ def _build(model: Path, target: str) -> Any:
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionInputLayer  # how the Python API casts a layer to what it is
-            # May be taken apart where no fused kernel fits (float32 with grouped heads, or an odd number of tokens).
+            layer.__class__ = trt.IAttentionInputLayer  # the Python API casts a layer to its own class so
+            # Lets TensorRT take the layer apart where no fused kernel fits (see the top of this file).
             layer.attention.decomposable = True
     config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; float32 means float32 in an engine, as it does in PyTorch
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and an engine computes float32 in float32, as PyTorch does
     config.num_compute_capabilities = 1
     if not config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), 0):
         raise UnsupportedError(f"tensorrt_rtx {trt.__version__} does not build for {target}; upgrade it")
@@ -142,7 +147,7 @@ _DOUBLE = 11  # onnx.TensorProto.DOUBLE
 
 
 def _refuse_float64(model: Path) -> None:
-    """UnsupportedError where the graph computes in float64: TensorRT would compute in float32 and say nothing."""
+    """Raises UnsupportedError where the graph computes in float64, because TensorRT would use float32 silently."""
     import onnx
 
     graph = onnx.load(str(model), load_external_data=False).graph
@@ -185,6 +190,7 @@ def compile_program(
 ) -> Runner:
     """A callable over flat tensors on the card. Without files (an engine in memory) the plan is built first.
 
+    tuning is not read, because TensorRT chooses kernels of its own.
     Raises UnsupportedError where the device is not a card of the kind that the plan was built for.
     """
     target = _card(device)
@@ -203,7 +209,7 @@ def compile_program(
 
 
 def _card(device: torch.device) -> str:
-    """The target that the device is. Raises UnsupportedError where no plan runs on it."""
+    """The target that a device belongs to. Raises UnsupportedError where no plan runs on it."""
     if device.type != "cuda":
         raise UnsupportedError(
             f"a TensorRT plan runs on the RTX card it was built for, and the engine is on {device.type}; "
@@ -233,12 +239,8 @@ class Runner:
         if context is None:
             raise UnsupportedError(f"TensorRT does not open the plan on this {card}: {log.reason()}; build it again")
         self.device = device
-        self._log, self._runtime, self._engine, self.context = (
-            log,
-            runtime,
-            engine,
-            context,
-        )  # each needs the ones before
+        # Each of these four needs the ones before it.
+        self._log, self._runtime, self._engine, self.context = log, runtime, engine, context
         self.inputs = tuple((i.shape, i.dtype) for i in program.signature.inputs)
         self.outputs = tuple((tuple(n.meta["val"].shape), n.meta["val"].dtype) for n in program.shell.outputs())
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
@@ -251,7 +253,7 @@ class Runner:
             raise EngineError("the plan has other inputs or outputs than its program; build the engine again")
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        # What `given` holds is freed in the stream's order, so it may go before the plan has run.
+        # `given` may be freed before the plan has run, because memory is freed in the order of the stream.
         given = [t.detach().to(dtype).contiguous() for t, (_, dtype) in zip(tensors, self.inputs, strict=True)]
         results = tuple(torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.outputs)
         for kind, group in (("input", given), ("output", results)):

@@ -1,4 +1,7 @@
-"""One forward of what a backend made, beside the Program's own: what builds may not run, or give other numbers."""
+"""One forward of a file that a backend made, compared with the Program's own forward.
+
+A file that builds may still not run, or may give other numbers.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,24 @@ from turbocompile.backends import triton
 from turbocompile.errors import VerificationError
 from turbocompile.ir.cost import arguments, cost
 from turbocompile.ir.program import Program, is_op
-from turbocompile.numerics.verifier import random_inputs
+from turbocompile.numerics.inputs import random_inputs
 
 CPU = torch.device("cpu")
 Run = Callable[..., tuple[torch.Tensor, ...]]
 
-# Some 50 operators in a row sum up to 256 numbers each in another order, sqrt(256) * 2^-23 = 2e-6 an operator, and
-# float64 is no better, for ONNX holds constants and norms in float32. A 16-bit operator rounds its result, and some 256
-# roundings add up to sqrt(256) of them. An ill-conditioned model is given more: see `_sensitivity`.
+# Some 50 operators in a row add up to 256 numbers each in another order: sqrt(256) * 2^-23 = 2e-6 for each operator.
+# float64 is no better, because ONNX holds constants and norms in float32. An operator in 16 bits rounds its result, and
+# some 256 roundings add up to sqrt(256) of them. An ill-conditioned model may be off by more: see `_sensitivity`.
 BOUND_32 = 1e-4
 ROUNDINGS_16 = 16
-SENSITIVE = 16  # what a rounding of the inputs alone moves, times the operators whose rounding does no less
+SENSITIVE = 16  # operators whose rounding moves the result as far as a rounding of the inputs does
 
-MOST_FLOPS = 1e12  # 10 to 20 seconds of two cores; a trial takes two or three forwards
+MOST_FLOPS = 1e12  # 10 to 20 seconds on two cores; a trial runs two or three forwards
 MOST_SCORES = 1 << 30  # bytes of an attention's scores in float32: onnxruntime holds them all on a CPU
 
 
 def too_large(program: Program) -> str | None:
-    """Why a forward is no work for a trial on a CPU; None where it is."""
+    """The reason why a forward is too large for a trial on a CPU; None where it is not."""
     flops = cost(program).flops
     if flops > MOST_FLOPS:
         return f"a forward of {flops / 1e12:.1f} TFLOP takes a CPU too long"
@@ -48,10 +51,11 @@ def _scores(program: Program, graph: str) -> int:
 
 
 class Trial:
-    """A Program's inputs and results on the CPU, to try on what was made of the Program.
+    """A Program's inputs and results on the CPU, to compare a file with that was made of the Program.
 
-    weights: stored name -> tensor. Inputs are random, and where the model takes that, booleans are mixed and integers
-    are ones. computes: whether the Program takes them at all; integers may be indices of which nothing is known here.
+    weights: stored name -> tensor. Inputs are random; booleans are mixed and integers are ones, where the Program takes
+    such inputs. computes: whether the Program takes any of the inputs tried, because integers may be indices of an
+    unknown range.
     """
 
     def __init__(self, program: Program, weights: Mapping[str, torch.Tensor]) -> None:
@@ -61,7 +65,7 @@ class Trial:
         for inputs in _candidates(program):
             try:
                 results = self.run(*inputs)
-            except (IndexError, RuntimeError):  # what torch raises for an index out of range
+            except (IndexError, RuntimeError):  # torch raises one of them for an index out of range
                 continue
             if self.expected is None or all(bool(t.isfinite().all()) for t in results):
                 self.inputs, self.expected = inputs, results
@@ -88,7 +92,7 @@ class Trial:
                 )
 
     def _sensitivity(self) -> list[float]:
-        """How far a rounding of the inputs moves each result: a time of 1,000 in a sine is off by 6e-5 in float32."""
+        """How far a rounding of the inputs moves each result: the sine of a time of 1,000 is off by 6e-5 in float32."""
         generator = torch.Generator().manual_seed(1)
         nudged = [
             t * (1 + torch.finfo(t.dtype).eps * torch.randn(t.shape, generator=generator)).to(t.dtype)
@@ -97,13 +101,16 @@ class Trial:
         ]  # fmt: skip
         assert self.expected is not None
         moved = [difference(a, b) for a, b in zip(self.run(*nudged), self.expected, strict=True)]
-        return [m if m < 0.1 else 0.0 for m in moved]  # what a rounding changes altogether explains nothing
+        return [
+            m if m < 0.1 else 0.0 for m in moved
+        ]  # a model that a rounding changes altogether explains no difference
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of the expected tensor's size: the largest difference and value in 32 bits or more, else the sums of both.
+    """The difference of two tensors, relative to the size of the expected one.
 
-    Infinite where one has a NaN or an infinity that the other lacks.
+    Size and difference are the largest absolute values in 32 bits or more, and sums of absolute values in 16 bits. The
+    difference is infinite where one tensor has a NaN or an infinity that the other lacks.
     """
     if found.dtype != expected.dtype or found.shape != expected.shape:
         return float("inf")
@@ -127,7 +134,9 @@ def _bound(dtype: torch.dtype) -> float:
 
 
 def _candidates(program: Program) -> list[list[torch.Tensor]]:
-    """Inputs to try in turn: booleans mixed, with a True first; ones; zeros, for an index of a table of one row."""
+    """Inputs to try in turn: with mixed booleans, of which the first is True; with ones; with zeros for whole numbers,
+    which are indices of a table with one row.
+    """
     ones = random_inputs(program)
     generator = torch.Generator().manual_seed(2)
 

@@ -14,16 +14,16 @@ from turbocompile.ir.program import Program
 
 
 def check(target: str) -> None:
-    """Every target can be built for: the code is generated when the engine is loaded."""
+    """Refuses nothing: the code is generated where the engine runs, so every target can be built for."""
 
 
 def emit(program: Program, weights: Mapping[str, torch.Tensor], folder: Path, name: str, target: str) -> list[str]:
-    """Nothing beside the program and the weights is needed."""
+    """Writes nothing, because the code is generated from the program and the weights."""
     return []
 
 
 def prove(program: Program, weights: Mapping[str, torch.Tensor], device: torch.device, target: str) -> None:
-    """Nothing is made before an engine runs, and the passes were verified."""
+    """Proves nothing: no file is made before an engine runs, and the build verified the passes."""
 
 
 def compile_program(

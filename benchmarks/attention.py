@@ -1,12 +1,13 @@
 """Whole attention calls on one GPU: Sage and SLA beside cuDNN's attention, forward, and SLA's training step.
 
-    python benchmarks/attention.py [--out FOLDER] [--shapes 1.3B-480p ...] [--parts] [--accuracy] [--lengths]
+    python benchmarks/attention.py [--out FOLDER] [--shapes 1.3B-480p ...] [--parts] [--accuracy] [--lengths [--write]]
 
 Each call starts from bf16 q, k, v (B, L, H, D) as a model makes them, N(0, 1), and holds all quantization and layout
 work. Times are milliseconds between CUDA events around the call, the median over all calls: three turns over the
 variants, so that the card's drift meets all alike, some calls of one variant queued back to back in each. --shapes
 without a name leaves them out. --accuracy: errors on random inputs, and on what the attentions of examples/wan-mini are
-given. --lengths: where Sage begins to pay (lengths.py). FOLDER gets attention.json and attention.md.
+given. --lengths: where Sage begins to pay (lengths.py); --write puts it into
+turbocompile/speeds.json, which `attention: auto` reads. FOLDER gets attention.json and attention.md.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from torch.profiler import ProfilerActivity, profile
 from turbocompile.kernels import ops
 from turbocompile.kernels.attention.sla_attention import kept_blocks, reference
 from turbocompile.kernels.attention.sla_triton import sla_forward
+
+from turbocompile.hardware import SPEEDS, target_of
 
 TOPK = 0.1
 FORMATS = ("fp8", "fp16")
@@ -233,6 +236,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", choices=[s.name for s in SHAPES], default=[s.name for s in SHAPES])
     parser.add_argument("--accuracy", action="store_true", help="also the errors on some kinds of inputs")
     parser.add_argument("--lengths", action="store_true", help="also Sage beside SDPA at short and long sequences")
+    parser.add_argument("--write", action="store_true", help="put the speedups of --lengths into speeds.json")
     parser.add_argument("--parts", action="store_true", help="also the time of each kernel")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -256,7 +260,11 @@ def main() -> None:
     if arguments.lengths:
         rows = [lengths.measure(size) for size in lengths.sizes()]
         document["lengths"] = [asdict(row) for row in rows]
-        text += f"\n{lengths.table(rows)}\n\n{lengths.hardware_rows(rows)}\n"
+        text += f"\n{lengths.table(rows)}\n"
+        if arguments.write:
+            target = target_of(torch.cuda.get_device_capability())
+            card = torch.cuda.get_device_name().removeprefix("NVIDIA ")
+            lengths.write_speeds(SPEEDS, lengths.speeds(rows, str(target), f"measured on {card}"))
     print(text)
     for name, times in kernels.items():
         print(name, times)

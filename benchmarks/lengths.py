@@ -6,9 +6,12 @@ launches. Where that differs by more than a tenth it stands behind, in brackets.
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,13 +114,24 @@ def _cell(graph: float, plain: float | None) -> str:
     return f"{graph:.4f}" + (f" ({plain:.3f})" if differs else "")
 
 
-def hardware_rows(rows: Sequence[Row]) -> str:
-    """The speedups as turbocompile/hardware.py has them."""
-    lines = []
+def speeds(rows: Sequence[Row], target: str, source: str) -> list[dict[str, Any]]:
+    """The speedups as turbocompile/speeds.json has them."""
+    made = []
     for pv in ("fp8", "fp16"):
         for heads, head_dim, _ in MODELS:
             same = [r for r in rows if (r.size.heads, r.size.head_dim) == (heads, head_dim)]
-            points = ", ".join(f"({r.size.queries}, {r.size.keys}, {r.speedup(f'Sage {pv}'):.2f})" for r in same)
-            if points:
-                lines.append(f'*_speeds(_H100, "{pv}", {heads}, {head_dim}, {points}),')
-    return "\n".join(lines)
+            points = [[r.size.queries, r.size.keys, round(r.speedup(f"Sage {pv}"), 2)] for r in same]
+            of = {"target": target, "source": source, "pv": pv, "heads": heads, "head_dim": head_dim}
+            made += [{**of, "speedups": points}] if points else []
+    return made
+
+
+def write_speeds(path: Path, made: Sequence[dict[str, Any]]) -> None:
+    """Puts a target's speedups in the place of those that the file has."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    targets = {group["target"] for group in made}
+    groups = [*(g for g in data["attentions"] if g["target"] not in targets), *made]
+    groups.sort(key=lambda group: int(group["target"].removeprefix("sm")))
+    linears = json.dumps(data["linears"], indent=1).replace("\n", "\n ")
+    lines = ",\n".join("  " + json.dumps(group) for group in groups)
+    path.write_text(f'{{\n "linears": {linears},\n "attentions": [\n{lines}\n ]\n}}\n', encoding="utf-8")

@@ -10,7 +10,7 @@ import argparse
 import sys
 
 import turbocompile
-from turbocompile.generate import generate
+from turbocompile.video.session import generate
 
 
 def main() -> None:

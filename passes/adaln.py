@@ -20,7 +20,7 @@ ADALN = layer_norm(x, LAST, gain, bias, eps) * (1 + scale) + shift
 
 
 def modulated_norms(sub: Subgraph) -> Iterator[fx.Node]:
-    """Sums with a product with a LayerNorm."""
+    """Sums, one term of which is a product with a LayerNorm."""
     for node in sub.graph.nodes:
         products = [uncast(n) for n in node.args] if is_op(node, aten.add.Tensor) else []
         factors = [uncast(n) for p in products if is_op(p, aten.mul.Tensor) for n in p.args]

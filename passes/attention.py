@@ -2,9 +2,10 @@
                                      ->   sage_attention(q, k, v, scale)           kind: sage, quantizing
    sla_attention(q, k, v, ..., "none")  ->   sla_attention(q, k, v, ..., pv)          kind: sla, quantizing
 
-Attention written as SDPA or as products around a softmax, with grouped heads or without. `auto` chooses for each site
-by its size and the target (turbocompile/hardware.py). In an SLA model, what cannot be sparse (cross-attention) is what
-`auto` gives to other models. Each attention node carries why it is what it is, for the report.
+The attention may be written as SDPA or as products around a softmax, with grouped heads or without. `auto` chooses for
+each site by its size and the target (turbocompile/hardware.py). In an SLA model, an attention that cannot be sparse
+(cross-attention) gets the form that `auto` gives it in other models. The facts of each attention node hold the reason
+for its form, for the report.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ MAX_HEAD_DIM = 128  # of the 8-bit kernels
 
 
 def kind_of(options: AttentionOptions) -> str:
-    """What the pass does to numbers under these options. (That an SLA is another function is the sla pass's.)"""
+    """Whether the pass quantizes under these options. The sla pass, before it, makes an SLA another function."""
     return "quantizing" if options.quantizes else "exact"
 
 
@@ -41,7 +42,8 @@ def choose(m: Match, found: Operands) -> AttentionChoice:
         return options.others
     (batch, heads, length, head_dim), keys = shape(found.q), shape(found.k)[-2]
     chosen = choose_attention(options.target, AttentionShape(length, keys, batch * heads, head_dim), options.pv)
-    # A twin at a small shape is to be what the engine's shapes are, whatever would pay at its own.
+    # A twin has the choices of the engine's shapes, because what is measured on it must be what the engine runs, even
+    # where another choice is faster at the twin's own size.
     return options.choices.get(m.site, chosen)
 
 
@@ -60,7 +62,7 @@ def refusal(found: Operands) -> str | None:
 
 
 def native(m: Match, found: Operands, why: str) -> fx.Node:
-    """SDPA in one spelling: what has its default is not given."""
+    """SDPA in one spelling: an argument that has its default is not given."""
     options = {
         "attn_mask": found.mask,
         "is_causal": found.is_causal or None,
@@ -73,12 +75,14 @@ def native(m: Match, found: Operands, why: str) -> fx.Node:
 
 
 def sage(m: Match, found: Operands, why: str) -> fx.Node:
+    """SageAttention, with q, k and v in its layout (batch, tokens, heads, head_dim)."""
     q, k, v = (permuted(m, n, BHLD, BLHD) for n in (found.q, found.k, found.v))
     attended = m.op(ops.sage_attention, q, k, v, float(found.scale_value), found.is_causal, m.options.pv)
     return reshaped(m, permuted(m, decided(attended, m.site, why), BLHD, BHLD), shape(m.root))
 
 
 def all_attentions(sub: Subgraph) -> Iterator[fx.Node]:
+    """Attentions in any writing, and the SLAs that the sla pass made."""
     yield from softmax_attentions(sub)
     yield from (n for n in sub.graph.nodes if is_op(n, ops.sla_attention))
 

@@ -1,7 +1,7 @@
 """linear(x, q), linear(x, k), linear(x, v)   ->   y = linear(x, cat(q, k, v)); y[:nq], y[nq:nq + nk], y[nq + nk:]
 
-Linears that feed one attention and share their input. Sharing an input is not enough: the text is the input of the k
-and v of every cross-attention.
+The linears feed one attention and share their input. A shared input is not enough, because the k and v of all
+cross-attentions share the text.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ def groups(sub: Subgraph) -> Iterator[list[fx.Node]]:
 
 
 def first_of_groups(sub: Subgraph) -> Iterator[fx.Node]:
+    """The first linear of each group, in the order of the graph: the sites."""
     yield from [first(group, sub) for group in groups(sub)]
 
 
 def first(group: list[fx.Node], sub: Subgraph) -> fx.Node:
+    """The linear of the group that the graph computes first."""
     return next(n for n in sub.graph.nodes if n in group)
 
 
@@ -71,7 +73,7 @@ def fuse_qkv(m: Match) -> dict[fx.Node, fx.Node] | str:
         return "a bias is computed in the graph"
     names = [str(first_weight(w).target) for w in weights]
     stored = known[0].dtype
-    if any(is_adapted(e) for e in known):  # rounded once, behind the sums
+    if any(is_adapted(e) for e in known):  # the sum with the adapters is rounded once
         known = [widened(e) for e in known]
     weight = m.weight(fused_name(names), Cat(tuple(known), 0))
     if known[0].dtype != stored:

@@ -1,7 +1,8 @@
 """quantize(gelu(x))         ->   gelu_quantize(x)
 quantize(layer_norm(x))   ->   norm_quantize(x), and so for rms_norm
 
-The quantize of a linear's input joins what makes that input; modulated norms and norms behind a residual have theirs.
+The quantize of a linear's input joins the GELU or the norm that makes that input. The passes adaln and residual_norm
+have joined it to modulated norms and to norms behind a residual.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import torch
 from torch import fx
 from turbocompile.kernels import ops
 
+from turbocompile.ir.arguments import arguments
 from turbocompile.ir.program import Subgraph, is_op
 from turbocompile.rewrite.attention_sites import as_norm, in_result_dtype, lone_quantize, readers, replaced_items
-from turbocompile.rewrite.match import Match, Pass, arguments, rewrite
+from turbocompile.rewrite.match import Match, Pass, rewrite
 
 aten = torch.ops.aten
 
@@ -27,10 +29,12 @@ def before_quantize(sub: Subgraph, *targets: torch._ops.OpOverload) -> Iterator[
 
 
 def gelus(sub: Subgraph) -> Iterator[fx.Node]:
+    """GELUs that a quantize reads."""
     yield from before_quantize(sub, aten.gelu.default)
 
 
 def norms(sub: Subgraph) -> Iterator[fx.Node]:
+    """Norms that a quantize reads."""
     yield from before_quantize(sub, aten.layer_norm.default, aten.rms_norm.default)
 
 

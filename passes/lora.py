@@ -1,7 +1,7 @@
 """linear(x, w, bias) + scale * linear(linear(x, a), b)   ->   linear(x, w + scale * b @ a, bias)
 
-An adapter (LoRA) that runs beside its linear. Several fold one after the other. What is added to a weight of 16 bits is
-added in float32, and the sum is rounded once.
+An adapter (LoRA) that runs beside its linear is added to the linear's weight. Several adapters fold one after another.
+The sum is computed in float32, and rounded once to the type of a 16-bit weight.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ADAPTED = (BASE + linear(DOWN, b) * scale, BASE + linear(DOWN * scale, b), BASE 
 
 
 def unscaled(node: Any) -> Any:
-    """What is under casts and factors of one element."""
+    """The node under casts and under factors of one element."""
     node = uncast(node)
     while is_op(node, aten.mul.Tensor):
         inner = [n for n in node.args if isinstance(n, fx.Node) and shape(n) == shape(node)]
@@ -50,7 +50,7 @@ def adapted(sub: Subgraph) -> Iterator[fx.Node]:
 
 
 def name_of(m: Match, weight: fx.Node, expr: Expr) -> str:
-    """The name of the sum: the linear's own, where another weight has not got it."""
+    """The name of the sum: that of the linear's weight, where no other weight of the graph has it."""
     known = next((name for name, other in m.sub.weights.items() if other == expr), None)
     name = known or str(first_weight(weight).target).replace(".base_layer.", ".")
     while m.sub.weights.get(name, expr) != expr:

@@ -1,8 +1,8 @@
 """sage_attention(q, qk_norm_rope(x), v)   ->   norm_sage_attention(q, x, v)
 sla_attention(q, qk_norm_rope(x), v)    ->   norm_sla_attention(q, x, v)
 
-A k that the attention alone reads is quantized where it is normed and rotated, in one pass. A site is a quantized
-attention with a rotated k: that of cross-attention has no rotary, is short, and stays.
+A k that the attention alone reads is normed, rotated and quantized by one kernel. A site is a quantized attention with
+a rotated k. The k of cross-attention has no rotary and is short, so that attention is no site.
 """
 
 from __future__ import annotations

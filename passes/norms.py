@@ -1,8 +1,8 @@
 """(x - mean(x)) * rsqrt(mean((x - mean(x))**2) + eps) * weight + bias   ->   layer_norm(x, weight, bias, eps)
 x * rsqrt(mean(x**2) + eps) * weight                                     ->   rms_norm(x, weight, eps)
 
-Over the last axis, in any arrangement: weight on either factor, division by a square root, casts in between. A site is
-the reciprocal root of a mean; what it is multiplied with is looked for upwards.
+Over the last axis, in any arrangement: the weight on either factor, a division by a square root, casts in between. A
+site is the reciprocal root of a mean; the pass looks for the norm in the products and sums that read it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ x, weight, bias, eps = variables("x weight bias eps")
 
 
 def average(value: Pattern) -> Pattern:
+    """The mean over the last axis, which is kept."""
     return mean(value, [LAST], True)
 
 
@@ -46,7 +47,7 @@ def affine(factor: Pattern, root: Pattern) -> list[Pattern]:
 
 
 def inverse_roots(value: Pattern) -> list[Pattern]:
-    """1 / sqrt(value + eps); with a cast in between the two powers stay apart."""
+    """The ways to write 1 / sqrt(value + eps). Where a cast lies in between, the normal form leaves two powers."""
     return [(value + eps) ** -0.5, ((value + eps) ** 0.5) ** -1]
 
 
@@ -58,7 +59,7 @@ FORM = "(x - mean(x)) / sqrt(mean((x - mean(x))**2) + eps) or x / sqrt(mean(x**2
 
 
 def reciprocal_roots(sub: Subgraph) -> Iterator[Node]:
-    """Negative powers of a mean, whatever lies between the two: what a norm multiplies with."""
+    """Negative powers of a mean, as a norm multiplies with, whatever lies between the mean and the power."""
     for node in sub.graph.nodes:
         if is_op(node, aten.pow.Tensor_Scalar) and node.args[1] in (-0.5, -1) and _of_mean(node.args[0], 5):
             yield node
@@ -85,7 +86,7 @@ def constant(node: Node) -> bool:
 
 
 def upwards(node: Node) -> list[Node]:
-    """The products and sums above node that nothing else reads, outermost first; those that it feeds directly last."""
+    """The products and sums that node feeds through one reader each, outermost first; its direct readers last."""
     readers = [n for u in node.users for n in (u.users if is_cast(u) else [u])]
     found = [n for n in readers if is_op(n, aten.mul.Tensor)]
     for top in found:

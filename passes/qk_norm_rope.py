@@ -1,8 +1,9 @@
 """rope(heads(rms_norm(q))), rope(heads(rms_norm(k)))   ->   qk_norm_rope(q), qk_norm_rope(k)
 
-Between a projection (B, L, H * D) and an attention (B, L, H, D): RMSNorm over all channels or over each head, rotary or
-none, layout. A site is one attention, and the ops are one per tensor: the k of cross-attention depends on the prompt
-alone, and two attentions may share their q. Concatenated streams (text and image) get one op each.
+One op does everything between a projection (B, L, H * D) and an attention (B, L, H, D): RMSNorm over all channels or
+over each head, rotary or none, layout. A site is one attention. There is one op for each tensor, because the k of
+cross-attention depends on the prompt alone, and because two attentions may share their q. Concatenated streams (text
+and image) get one op each.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ NO_ROTARY = Rotary((), (), (), True)
 
 
 def sources_of_q_and_k(attention: fx.Node) -> list[Place]:
-    """Where q and k are made: at a rope, a concatenation, a norm or something else."""
+    """The nodes that make q and k, under their layout: a rope, a concatenation, a norm or another node."""
     order = attention_layout(attention)
     return [below_layout(Place(node, order, shape(node))) for node in attention.args[:2]]  # type: ignore[arg-type]
 
 
 def parts(place: Place) -> list[Place]:
-    """The streams along the tokens of a concatenation; none where it is no such thing."""
+    """The streams that a node concatenates along the tokens; empty where it is no such concatenation."""
     at = place.order.index("l")
     channels = place.order == BLHD and shape(place.node) == (*place.sizes[:2], place.sizes[2] * place.sizes[3])
     if not is_op(place.node, aten.cat.default) or not (place.whole or channels) or place.node.args[1] != at:
@@ -53,7 +54,7 @@ def parts(place: Place) -> list[Place]:
 
 
 def kinds(place: Place) -> set[str]:
-    """What lies between an operand and its projection: "rope", "rms", "layer"."""
+    """The kinds of nodes between an operand and its projection: "rope", "rms", "layer"."""
     source: Any = place.node.args[0] if place.node.args else None
     if is_op(place.node, ops.rope):
         return {"rope"} | kinds(below_layout(replace(place, node=source)))
@@ -69,7 +70,7 @@ def normed(sub: Subgraph) -> Iterator[fx.Node]:
 
 
 def rebuilt(m: Match, top: fx.Node, place: Place, rotary: Rotary | None) -> fx.Node | None:
-    """The rotated value of a place as qk_norm_rope of its projection, (B, L, H, D); None where that is not its form."""
+    """The rotated value of a place as qk_norm_rope of its projection, (B, L, H, D); None where it has another form."""
     place = below_layout(place)
     node = place.node
     if is_op(node, ops.rope) and rotary is None and place.whole and place.order == BLHD:

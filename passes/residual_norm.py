@@ -2,7 +2,7 @@
 r = x + gate * y                                   ->   r = gated_residual(x, y, gate)
 
 The gate, the modulation and the norm's weights may each be missing, and a quantize may follow the norm; but x + y alone
-is no site. The norm is an affine or plain LayerNorm or RMSNorm, or modulated.
+is no site. The norm is a LayerNorm or an RMSNorm, affine, plain or modulated.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from turbocompile.rewrite.match import LAST, Match, Pass, matches, rewrite, rms_
 
 aten = torch.ops.aten
 r, scale, shift, weight, eps = variables("r scale shift weight eps")
-MODULATED_RMS = rms_norm(r, LAST, weight, eps) * (1 + scale) + shift  # adaln has taken in the LayerNorms
+MODULATED_RMS = rms_norm(r, LAST, weight, eps) * (1 + scale) + shift  # a modulated LayerNorm is an adaln already
 
 
 @dataclass(frozen=True)
 class Following:
-    """The norm behind a residual: the node that ends it, what it is, and its modulation."""
+    """The norm that reads a residual: its last node, the norm, its modulation, and the format it is quantized to."""
 
     node: fx.Node
     norm: Norm
@@ -84,7 +84,7 @@ def is_sum(node: fx.Node) -> bool:
 
 
 def residuals(sub: Subgraph) -> Iterator[fx.Node]:
-    """Sums, one side of which is a product, or that a norm follows."""
+    """Sums with a product as a term, and sums that a norm reads."""
     for node in sub.graph.nodes:
         if is_sum(node) and any(gate is not None or following(node) for _, _, gate in terms(node)):
             yield node

@@ -1,8 +1,8 @@
 """rotary embedding in any style   ->   rope(x, cos, sin, grid, interleaved)
 
-Written as pairs, `stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)` (strided writes and complex products have this
-normal form), as halves, `cat([...], -1)`, or over the full width, `x * cos + turned(x) * sin`. Tables stay one per axis
-of the token grid where they are put together from such.
+The rotary may be written as pairs, `stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)` (the normal form of strided
+writes and of complex products, too), as halves, `cat([...], -1)`, or over the full width, `x * cos + turned(x) * sin`.
+Tables that the model puts together from one table an axis of the token grid stay apart.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _unshaped(node: Node) -> Node:
 
 
 def pairs(a: Node, b: Node) -> Rotated | None:
-    """The tensor whose pairs (or halves) in the last axis are a, b; None where they are not such."""
+    """The tensor whose pairs (or halves) in the last axis are a and b; None where they are of no such tensor."""
     a, b = uncast(a), uncast(b)
     if is_op(a, aten.permute.default) and is_op(b, aten.permute.default) and a.args[1] == b.args[1]:
         dims = tuple(a.args[1])

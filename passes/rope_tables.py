@@ -1,4 +1,4 @@
-"""Cosine and sine tables as graphs: are two the same, does one repeat, is one put together from tables per axis."""
+"""Cosine and sine tables as graphs: whether two are the same, whether one repeats, and the tables per axis of one."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _cat_of_two(m: Match, parts: list[Node]) -> tuple[Node, Node] | None:
 def _doubled(m: Match, graph: str, node: Node, interleaved: bool) -> bool:
     """Whether the graph shows that both elements of each pair of the last dimension (or both halves of it) are one.
 
-    What a block is given is followed into each of its calls.
+    An input of a block is followed to the argument of each call.
     """
     if node.op == "placeholder" and graph != SHELL:
         place = list(m.program.graphs[graph].inputs()).index(node)
@@ -206,7 +206,7 @@ def tables_per_axis(
 
 
 def _factor(m: Match, node: Node) -> Factored | None:
-    """The pieces of a table; None where it is not put together from such."""
+    """The pieces that a table is put together from; None where the graph shows none."""
     sizes, last = shape(node), len(shape(node)) - 1
     source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     found: Factored | None = None

@@ -1,8 +1,9 @@
 """softmax(q k^T / sqrt(D)) v   ->   sla_attention(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, ..., "none")
 
-Sparse attention over the best key blocks of each query block, plus linear attention over all keys: another function,
-in floating point here, so that the attention pass, which quantizes it, is measured against it. It is done where the
-recipe asks for it: `kind: sla`, or `auto` on a checkpoint that has the projection of the linear branch.
+SLA is sparse attention over the best key blocks of each query block, plus linear attention over all keys. It is another
+function than softmax attention. This pass makes it in floating point, so that the attention pass, which quantizes it,
+is measured against it. The recipe asks for SLA by `kind: sla`, or by `auto` on a checkpoint that has the projection of
+the linear branch.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """linear(norm(x) * (1 + scale) + shift, W)   ->   linear(norm(x) / s * (1 + scale) + shift / s, W * s)
 linear(attention(q, k, v), W)                ->   linear(attention(q, k, v / s), W * s), with v / s from v's own linear
 
-SmoothQuant (Xiao et al. 2023): channels of an activation that are much larger than the others cost those their bits,
-and move into the weight. 1 / s goes into what makes the activation: a norm's weight (and its small shift), or the rows
-of v's weight, since attention is linear in v. Calibration chose s, a power of two for each channel and layer, so that
-nothing is rounded that was not. Linears that share an input share s.
+SmoothQuant (Xiao et al. 2023): where some channels of an activation are much larger than the others, the scale of 8
+bits leaves few bits to the others, so that size moves from the activation into the weight. 1 / s goes into a norm's
+weight (and into a shift behind it), or into the rows of v's weight, because attention is linear in v. Calibration chose
+s, a power of two for each channel and layer, so that no product is rounded that was exact. Linears that share an input
+share s.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from turbocompile.ir.arguments import arguments
 from turbocompile.ir.program import dtype, is_op, shape
 from turbocompile.ir.weights import Cast, Cat, Expr, Mul, Reshape, Slice
 from turbocompile.recipe.options import W8A8Options
 from turbocompile.rewrite.attention_sites import as_norm
 from turbocompile.rewrite.facts import give_place, hand_on
 from turbocompile.rewrite.linears import all_linears, first_weight, given_weights, held
-from turbocompile.rewrite.match import Match, Pass, arguments, is_cast, rewrite, uncast
+from turbocompile.rewrite.match import Match, Pass, is_cast, rewrite, uncast
 from turbocompile.rewrite.scale_folding import Fold, between, fold_of, has_norm, path_of_v
 
 aten = torch.ops.aten
@@ -62,7 +64,7 @@ def remade(m: Match, old: fx.Node, *args: Any) -> fx.Node:
 
 
 def recast(m: Match, node: Any, x: fx.Node) -> fx.Node:
-    """x under the casts that node has."""
+    """x with the casts of node."""
     return remade(m, node, recast(m, node.args[0], x), *node.args[1:]) if is_cast(node) else x
 
 

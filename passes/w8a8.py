@@ -1,7 +1,8 @@
 """linear(x, weight, bias)   ->   data, scale = quantize(x); w8a8_linear(data, scale, quantized weight, its scale, bias)
 
-8-bit weights and activations. The quantize is a node of its own, so that linears that share their input share it, and
-a norm or GELU can take it in. Linears outside the blocks, and those that do not act on tokens (modulation), stay.
+8-bit weights and activations. The quantize is a node of its own, so that linears with one input share it, and so that
+later passes can join it to a norm or a GELU. Linears outside the blocks, and linears that do not act on tokens
+(modulation), stay.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import Any
 from torch import fx
 from turbocompile.kernels import ops
 from turbocompile.kernels.linear.w8a8_linear import ALIGNED
+from turbocompile.kernels.quantize.quantize import BLOCK
 
 from turbocompile.ir.program import SHELL, dtype, shape
-from turbocompile.ir.weights import BLOCK, Cat, Expr, Quantize
+from turbocompile.ir.weights import Cat, Expr, Quantize
 from turbocompile.recipe.options import W8A8Options
 from turbocompile.rewrite.attention_sites import is_of_heads
 from turbocompile.rewrite.linears import all_linears, dequantized, first_weight, held, rows

@@ -26,14 +26,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 import random_dits
 
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
+from turbocompile.ir.arguments import arguments
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import Program, Subgraph, is_op
-from turbocompile.ir.weights import RELATIVE, Cat, Evaluator, Expr, Load, ModuleTensors, Permute
-from turbocompile.numerics.verifier import Evaluation, Weights, compare, random_inputs
+from turbocompile.ir.weights import RELATIVE, Cat, Expr, Load, Permute
+from turbocompile.numerics.errors import compare
+from turbocompile.numerics.inputs import random_inputs
+from turbocompile.numerics.interpreter import Interpreter
+from turbocompile.numerics.program_values import Weights
 from turbocompile.recipe.options import resolve
 from turbocompile.recipe.schema import Settings
 from turbocompile.rewrite import normalize as normal_form
 from turbocompile.rewrite import pipeline, run_pass
-from turbocompile.rewrite.match import arguments
 
 aten = torch.ops.aten
 SEEN = 1e-8  # of the largest value, in float64: what differs by less is no fault
@@ -238,13 +243,13 @@ def numbers(program: Program, model: nn.Module, inputs: list[torch.Tensor]) -> l
         name, prefix = args[:2]
         sub = program.graphs[name]
         given = {n.name: v for n, v in zip(sub.inputs(), args[3:], strict=True)}
-        values = Evaluation(sub, weights(sub, prefix, wide), wide)(given)
+        values = Interpreter(sub, weights(sub, prefix, wide), wide)(given)
         outputs = tuple(values[n.name] for n in sub.outputs())
         return outputs[0] if len(outputs) == 1 else outputs
 
     shell = program.shell
     given = {n.name: t.to(wide) if t.is_floating_point() else t for n, t in zip(shell.inputs(), inputs, strict=True)}
-    values = Evaluation(shell, weights(shell, "", wide), wide)(given, run_call)
+    values = Interpreter(shell, weights(shell, "", wide), wide)(given, run_call)
     return [values[n.name] for n in shell.outputs()]
 
 

@@ -31,13 +31,13 @@ import torch
 from torch import nn
 
 import turbocompile
-from turbocompile.cli import _graph_views, _read_report
 from turbocompile.errors import TurbocompileError
 from turbocompile.files import MANIFEST
 from turbocompile.ir.serialize import ALLOWED
 from turbocompile.report.page import page
 from turbocompile.runtime.engine import load
 from turbocompile.runtime.folder import canonical, check_files, file_entry, read_manifest
+from turbocompile.tools.explain import read_graph_views, read_report
 
 SECONDS = 20  # of one case; the slowest one that is right takes one
 MEMORY = 12 << 30  # bytes of addresses that the process may take beyond what it has
@@ -325,10 +325,10 @@ def _verify(folder: Path) -> None:
 def _explain(folder: Path) -> None:
     from rich.console import Console
 
-    report = _read_report(folder)
+    report = read_report(folder)
     Console(file=io.StringIO(), width=120).print(report.render())
     json.dumps(report.to_dict(), allow_nan=False).encode("utf-8")
-    page(report, _graph_views(folder), {}, None).encode("utf-8")
+    page(report, read_graph_views(folder), {}, None).encode("utf-8")
 
 
 def case(subject: Subject, seed: int, scratch: Path) -> tuple[str, str]:

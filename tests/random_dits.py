@@ -30,8 +30,9 @@ import zoo
 from turbocompile.build.captured import Twin
 from turbocompile.build.compile import Compiled, compile_programs
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import Program
-from turbocompile.ir.weights import Evaluator, ModuleTensors
 from turbocompile.recipe.options import resolve
 from turbocompile.recipe.schema import Settings
 from turbocompile.runtime.engine import Engine

@@ -15,8 +15,8 @@ import torch
 import turbocompile
 from turbocompile.build.inputs import calibration_inputs
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
 from turbocompile.errors import CaptureError, EngineError, RecipeError, UnsupportedError, VerificationError
-from turbocompile.ir.weights import ModuleTensors
 from turbocompile.wan.example import write_example
 
 

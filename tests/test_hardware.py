@@ -1,5 +1,10 @@
 """The table of cards, and what it decides."""
 
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -156,3 +161,24 @@ def test_an_unknown_target_is_refused():
         hardware.choose_linear_format("sm100")
     with pytest.raises(UnsupportedError, match="no linear format 'int4'"):
         hardware.linear_speedup("sm90", "int4")
+
+
+def test_a_benchmark_writes_the_speeds_as_they_are_read(tmp_path):
+    """What stands in speeds.json is what benchmarks/attention.py --lengths --write leaves there."""
+    spec = importlib.util.spec_from_file_location("lengths", Path(__file__).parents[1] / "benchmarks" / "lengths.py")
+    lengths = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+        patch.setitem(sys.modules, "lengths", lengths)
+        spec.loader.exec_module(lengths)
+    path = tmp_path / "speeds.json"
+    path.write_text(hardware.SPEEDS.read_text())
+    groups = [group for group in json.loads(path.read_text())["attentions"] if group["target"] == "sm90"]
+    lengths.write_speeds(path, groups)
+    assert path.read_text() == hardware.SPEEDS.read_text()
+    times = {"SDPA": 2.0, "SDPA cuDNN": 1.0, "Sage fp8": 0.5, "Sage fp16": 2.0}
+    rows = [lengths.Row(lengths.Size(256, 512, 12, 128), times, {})]
+    lengths.write_speeds(path, lengths.speeds(rows, "sm80", "measured on a card"))
+    _, attentions = hardware.read_speeds(path)
+    assert attentions["sm90"] == hardware._SAGE_SPEEDUP["sm90"]
+    assert [(s.pv, s.shape.queries, s.speedup) for s in attentions["sm80"]] == [("fp8", 256, 2.0), ("fp16", 256, 0.5)]

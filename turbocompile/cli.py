@@ -15,9 +15,8 @@ import logging
 import os
 import signal
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +24,14 @@ import click
 from safetensors import SafetensorError
 
 from turbocompile.errors import TurbocompileError, UnsupportedError, VerificationError
+from turbocompile.progress import shown_progress
 from turbocompile.recipe.presets import VARIANTS
 from turbocompile.version import __version__
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
 
-    from turbocompile.ir.graph_view import GraphView
     from turbocompile.report.report import Report
-    from turbocompile.tools.bench import Bench
 
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # what torchao says when it is imported under another torch
 
@@ -122,7 +120,7 @@ def optimize(recipe: Path, out: Path | None, overrides: tuple[str, ...], dry_run
     from turbocompile.build.from_recipe import optimize_recipe
     from turbocompile.recipe.schema import load_recipe
 
-    with _progress() as progress:
+    with shown_progress() as progress:
         report = optimize_recipe(load_recipe(recipe, overrides), out, dry_run=dry_run, progress=progress)
     if as_json:
         _print_json(report.to_dict())
@@ -159,7 +157,7 @@ def calibrate(recipe: Path, out: Path, overrides: tuple[str, ...], prompts: tupl
     from turbocompile.video.session import record_inputs
 
     _check_device(options["device"])
-    with _progress() as progress:
+    with shown_progress() as progress:
         done = record_inputs(load_recipe(recipe, overrides), out, prompts, progress=progress, **options)
     click.echo(f"inputs: {out} ({len(done.chosen())} of {done.seen} calls; name it as `calibration` in the recipe)")
 
@@ -185,7 +183,7 @@ def run(engine: Path, out: Path, as_json: bool, **options: Any) -> None:
     from turbocompile.video.session import generate
 
     _check_device(options["device"])
-    with _progress() as progress:
+    with shown_progress() as progress:
         result = generate(engine, out=out, progress=progress, **options)
     if as_json:
         paths = [str(p) for p in result.paths]
@@ -210,9 +208,13 @@ def explain(engine: Path, after: str | None, module: str, gpu: str | None, html:
     if len(given) > 1:
         raise click.UsageError(f"{given[0]} and {given[1]} are different outputs; ask for one at a time")
     if after is not None:
-        click.echo(_graph_text(engine, module, after), nl=False)
+        from turbocompile.tools.explain import read_graph_text
+
+        click.echo(read_graph_text(engine, module, after), nl=False)
         return
-    report = _read_report(engine)
+    from turbocompile.tools.explain import read_graph_views, read_records, read_report
+
+    report = read_report(engine)
     if gpu is not None:
         report.gpu(gpu)  # an unknown card is refused before anything is printed
     if html is not None:
@@ -220,17 +222,17 @@ def explain(engine: Path, after: str | None, module: str, gpu: str | None, html:
         from turbocompile.report.page import page
 
         check_file(html)
-        text = page(report, _graph_views(engine), _records(engine), gpu)
+        text = page(report, read_graph_views(engine), read_records(engine), gpu)
         with replacing(html) as temporary:
             temporary.write_text(text, encoding="utf-8")
         click.echo(f"page: {html}")
     elif as_json:
         more = {"gpu": report.gpu(gpu).key, "roofline": report.roofline(gpu)} if gpu is not None else {}
-        measured = {module: record.to_dict() for module, record in _records(engine).items()}
+        measured = {module: record.to_dict() for module, record in read_records(engine).items()}
         _print_json({**report.to_dict(), **more, **({"measured": measured} if measured else {})})
     else:
         _print(report.render(gpu))
-        for found in _records(engine).values():
+        for found in read_records(engine).values():
             _print(found)
 
 
@@ -251,7 +253,7 @@ def bench(engine: Path, overrides: tuple[str, ...], device: str | None, as_json:
     from turbocompile.tools.bench import bench_path
 
     _check_device(device)
-    with _progress() as progress:
+    with shown_progress() as progress:
         found, record = bench_path(engine, overrides, device=device, progress=progress, **options)
     if as_json:
         _print_json(found.to_dict())
@@ -275,7 +277,7 @@ def tune(engine: Path, device: str, as_json: bool) -> None:
     from turbocompile.runtime.tuning import tune_engine
 
     _check_device(device)
-    with _progress() as progress:
+    with shown_progress() as progress:
         found, path = tune_engine(load(engine, device=device), progress)
     if as_json:
         _print_json(found)
@@ -332,7 +334,7 @@ def evaluate(engine: Path, sheet: Path | None, as_json: bool, **options: Any) ->
     _check_device(options["device"])
     if sheet is not None:
         check_sheet(sheet)
-    with _progress() as progress:
+    with shown_progress() as progress:
         found = evaluate_engine(engine, progress=progress, **options)
     if as_json:
         _print_json(found.to_dict())
@@ -374,57 +376,6 @@ def init_example(folder: Path, variant: str, head_dim: str, seed: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ reading folders
-
-
-def _read_report(folder: Path) -> Report:
-    """The report of an engine, without opening its weights."""
-    from turbocompile.files import inside
-    from turbocompile.report.report import Report
-    from turbocompile.runtime.folder import check_files, read_json, read_manifest
-
-    name = "report.json"
-    check_files(folder, read_manifest(folder), [name])
-    return Report.from_dict(read_json(inside(folder, name)))
-
-
-def _records(folder: Path) -> dict[str, Bench]:
-    """The last `bench` of each module of an engine on this machine, where there was one."""
-    from turbocompile.runtime.folder import read_manifest
-    from turbocompile.tools.bench import read_record
-
-    manifest = read_manifest(folder)
-    found = {module: read_record(module, str(manifest["digest"])) for module in manifest["modules"]}
-    return {module: record for module, record in found.items() if record is not None}
-
-
-def _graph_views(folder: Path) -> dict[str, dict[str, GraphView]]:
-    """By module the graphs of an engine before and after the passes; none of an engine that has none."""
-    from turbocompile.files import inside
-    from turbocompile.ir.graph_view import read_views
-    from turbocompile.runtime.folder import check_files, read_json, read_manifest
-
-    manifest = read_manifest(folder)
-    names = {module: f"graphs/{module}.json" for module in manifest["modules"]}
-    known = {module: name for module, name in names.items() if name in manifest["files"]}
-    check_files(folder, manifest, list(known.values()))
-    return {module: read_views(read_json(inside(folder, name))) for module, name in known.items()}
-
-
-def _graph_text(folder: Path, module: str, stage: str) -> str:
-    """A printed graph of an engine, without control characters, which a terminal would obey."""
-    from turbocompile.files import inside
-    from turbocompile.runtime.folder import check_files, read_manifest
-
-    manifest = read_manifest(folder)
-    name = f"graphs/{module}-{stage}.txt"
-    if name not in manifest["files"]:
-        start = f"graphs/{module}-"
-        known = [f.removeprefix(start).removesuffix(".txt") for f in manifest["files"] if f.startswith(start)]
-        have = f"it has {', '.join(known)}" if known else f"its modules are {', '.join(manifest['modules'])}"
-        raise UnsupportedError(f"the engine {folder} has no graph of {module} after {stage!r}; {have}")
-    check_files(folder, manifest, [name])
-    text = inside(folder, name).read_text(encoding="utf-8", errors="replace")
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def _check_device(device: str | None) -> None:
@@ -479,50 +430,3 @@ def _quiet() -> None:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     click.echo(f"Warning: {message}", err=True)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
-    """Shows stages on stderr: a live line each in a terminal, elsewhere a line when one ends."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _Lines()
-        return
-    with _bars(console) as progress:
-        yield progress
-
-
-class _Lines:
-    """Prints `stage 1.2 s` to stderr when a stage ends, and how far a long one is, once a minute."""
-
-    def __init__(self) -> None:
-        self.started: dict[str, float] = {}
-        self.told: dict[str, float] = {}
-
-    def __call__(self, stage: str, fraction: float) -> None:
-        now = time.perf_counter()
-        if fraction < 1.0:
-            self.started.setdefault(stage, now)
-            if now - self.told.setdefault(stage, now) >= 60.0:
-                self.told[stage] = now
-                click.echo(f"{stage} {fraction:.0%}", err=True)
-        elif stage in self.started:
-            click.echo(f"{stage} {now - self.started.pop(stage):.1f} s", err=True)
-
-
-@contextlib.contextmanager
-def _bars(console: Console) -> Iterator[Callable[[str, float], None]]:
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, Any] = {}
-
-        def update(stage: str, fraction: float) -> None:
-            if stage not in tasks or (fraction == 0.0 and bars.tasks[tasks[stage]].finished):
-                tasks[stage] = bars.add_task(stage, total=1.0)
-            bars.update(tasks[stage], completed=fraction)
-
-        yield update

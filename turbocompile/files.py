@@ -1,4 +1,7 @@
-"""Files by name: results are checked before the work and written whole or not at all; an engine's files are its own."""
+"""Files by name: where results may be written, and which names an engine's files may have.
+
+A result's path is checked before the work, and the result is written whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ _REPOSITORY = re.compile(r"(models|datasets|spaces)--.+")  # a repository's fold
 def check_file(path: str | Path, suffix: str | None = None) -> Path:
     """The path of a file that can be written, or written over.
 
-    suffix: what its name must end in. Raises UnsupportedError for another name, a folder, a place inside an engine, and
-    a folder that cannot be made or written to.
+    suffix: the ending that the name must have. Raises UnsupportedError for another ending, the path of a folder, a path
+    inside an engine, and a folder that cannot be made or written to.
     """
     path = Path(path)
     if suffix is not None and path.suffix.lower() != suffix:
@@ -34,7 +37,10 @@ def check_file(path: str | Path, suffix: str | None = None) -> Path:
 
 
 def check_folder(path: str | Path) -> Path:
-    """The path of a folder that files can be written to; it is made later. Raises UnsupportedError as `check_file`."""
+    """The path of a folder that files can be written to; it is made later.
+
+    Raises UnsupportedError as `check_file` does.
+    """
     path = Path(path)
     _check_parents(path / "file")
     return path
@@ -43,7 +49,7 @@ def check_folder(path: str | Path) -> Path:
 def _check_parents(path: Path) -> None:
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.lstat(path)  # its own name may be the one that is refused
+            os.lstat(path)  # the system may refuse the last part of the path, and not its parents
         parents = list(path.absolute().parents)
         nearest = next(p for p in parents if p.exists() or p.is_symlink())
         inside = next((p for p in parents if _is_engine(p)), None)
@@ -58,7 +64,7 @@ def _check_parents(path: Path) -> None:
 
 
 def _is_engine(folder: Path) -> bool:
-    """Whether a folder is an engine; others have manifests, too."""
+    """Whether a folder is an engine. A manifest alone does not tell: other programs write files of that name, too."""
     if not (folder / MANIFEST).is_file():
         return False
     try:
@@ -70,14 +76,14 @@ def _is_engine(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling that takes the place of `path` when the body ends well, and disappears when it does not."""
+    """A temporary sibling that becomes `path` when the body ends well, and is deleted when it raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem[:100]}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o644)  # mkstemp makes private files
+        temporary.chmod(0o644)  # because mkstemp makes files that their owner alone can read
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -111,9 +117,8 @@ def inside(folder: Path, name: Any) -> Path:
 
 
 def _is_blob(folder: Path, link: Path) -> bool:
-    """Whether a link in models--OWNER--NAME/snapshots/REVISION is to a plain file of the same repository's blobs."""
-    place = folder.resolve()
-    for snapshots in place.parents:
+    """Whether a link in models--OWNER--NAME/snapshots/REVISION leads to a plain file in the same repository's blobs."""
+    for snapshots in folder.resolve().parents:
         if snapshots.name == "snapshots" and _REPOSITORY.fullmatch(snapshots.parent.name):
             target = Path(os.path.normpath(link.parent.resolve() / os.readlink(link)))
             return target.parent == snapshots.parent / "blobs" and target.is_file() and not target.is_symlink()

@@ -7,8 +7,10 @@ them; nothing reaches them, so a time computed from them is a lower bound.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -74,18 +76,6 @@ _GPUS = (
 GPUS: dict[str, Gpu] = {gpu.key: gpu for gpu in _GPUS}
 DEFAULT_GPU = "h100"
 
-# Time of a bf16 linear over the time of an 8-bit one at the shapes of Wan, quantization of the activation left out.
-# sm90: geometric means over six shapes of Wan on an H100 (benchmarks/RESULTS.md). The others: ratios of the vendors'
-# rates with float32 accumulation, not measured here.
-_LINEAR_SPEEDUP: dict[str, dict[str, float]] = {
-    CPU: {},
-    "sm80": {"int8": 2.0},
-    "sm86": {"int8": 4.0},
-    "sm89": {"int8": 4.0, "fp8": 2.0},
-    "sm90": {"int8": 1.73, "int8_block": 1.13, "fp8": 1.87},
-    "sm120": {"int8": 4.0, "fp8": 2.0},
-}
-
 
 @dataclass(frozen=True)
 class AttentionShape:
@@ -124,75 +114,30 @@ class _SageSpeed:
         return enough and mine.heads <= shape.heads
 
 
-def _speeds(source: str, pv: str, heads: int, head_dim: int, *rows: tuple[int, int, float]) -> tuple[_SageSpeed, ...]:
-    """Speeds at (queries, keys, speedup) each."""
-    return tuple(_SageSpeed(pv, AttentionShape(q, k, heads, head_dim), s, source) for q, k, s in rows)
+def read_speeds(path: Path) -> tuple[dict[str, dict[str, float]], dict[str, tuple[_SageSpeed, ...]]]:
+    """The tables of a file like speeds.json: of linears and of attentions, by target.
+
+    `linears`: target -> format -> the time of a bf16 linear over that of an 8-bit one at the shapes of Wan, without the
+    quantization of the activation. sm90: geometric means over six shapes of Wan on an H100 (benchmarks/RESULTS.md); the
+    others are ratios of the vendors' rates with float32 accumulation. `attentions`: groups of (queries, keys, the time
+    of SDPA over that of Sage); benchmarks/attention.py --lengths --write puts a card's there. sm89 and sm120 are what
+    SageAttention's authors publish for the same arithmetic against FlashAttention-2.
+    """
+    data = json.loads(path.read_text(encoding="utf-8"))
+    attentions: dict[str, tuple[_SageSpeed, ...]] = {}
+    for group in data["attentions"]:
+        heads, head_dim = group["heads"], group["head_dim"]
+        rows = (
+            _SageSpeed(group["pv"], AttentionShape(queries, keys, heads, head_dim), speedup, group["source"])
+            for queries, keys, speedup in group["speedups"]
+        )
+        attentions[group["target"]] = (*attentions.get(group["target"], ()), *rows)
+    return data["linears"], attentions
 
 
-# Where `attention: auto` takes Sage: nowhere on a target that is not here.
-# sm90: benchmarks/attention.py on one H100 (benchmarks/RESULTS.md); --lengths prints rows as they stand here.
-# sm89, sm120: what SageAttention's authors publish for the same arithmetic against FlashAttention-2, head_dim 128, 32K
-# tokens: 431 over 164 and 554 over 214 TOPS with FP8, 322 over 164 and 479 over 214 with FP16 (their Triton kernel).
-_H100 = "measured on an H100"
-# fmt: off
-_ON_H100 = (
-    *_speeds(_H100, "fp8", 4, 64,
-        (256, 256, 0.47), (512, 512, 0.53), (1024, 1024, 0.56), (2304, 2304, 0.58), (4096, 4096, 0.68),
-        (256, 257, 0.51), (512, 257, 0.53), (1024, 257, 0.53), (2304, 257, 0.46), (4096, 257, 0.50),
-        (256, 512, 0.53), (1024, 512, 0.54), (2304, 512, 0.50), (4096, 512, 0.50)),
-    *_speeds(_H100, "fp8", 12, 64,
-        (256, 256, 0.47), (512, 512, 0.44), (1024, 1024, 0.44), (2304, 2304, 0.62), (4096, 4096, 0.78),
-        (8192, 8192, 0.95), (16384, 16384, 1.02), (32760, 32760, 1.24), (256, 257, 0.36), (512, 257, 0.53),
-        (1024, 257, 0.49), (2304, 257, 0.57), (4096, 257, 0.65), (8192, 257, 0.76), (16384, 257, 0.85),
-        (32760, 257, 0.92), (256, 512, 0.44), (1024, 512, 0.42), (2304, 512, 0.52), (4096, 512, 0.61),
-        (8192, 512, 0.73), (16384, 512, 0.84), (32760, 512, 0.94)),
-    *_speeds(_H100, "fp8", 12, 128,
-        (256, 256, 0.52), (512, 512, 0.53), (1024, 1024, 0.61), (2304, 2304, 0.84), (4096, 4096, 0.98),
-        (8192, 8192, 1.17), (16384, 16384, 1.23), (32760, 32760, 1.56), (256, 257, 0.59), (512, 257, 0.57),
-        (1024, 257, 0.53), (2304, 257, 0.63), (4096, 257, 0.72), (8192, 257, 0.81), (16384, 257, 0.91),
-        (32760, 257, 1.00), (256, 512, 0.53), (1024, 512, 0.49), (2304, 512, 0.60), (4096, 512, 0.70),
-        (8192, 512, 0.82), (16384, 512, 0.94), (32760, 512, 1.02)),
-    *_speeds(_H100, "fp8", 40, 128,
-        (256, 256, 0.42), (512, 512, 0.63), (1024, 1024, 0.75), (2304, 2304, 1.00), (4096, 4096, 1.04),
-        (8192, 8192, 1.19), (16384, 16384, 1.30), (32760, 32760, 1.43), (75600, 75600, 1.50), (256, 257, 0.47),
-        (512, 257, 0.67), (1024, 257, 0.67), (2304, 257, 0.77), (4096, 257, 0.84), (8192, 257, 0.95),
-        (16384, 257, 0.99), (32760, 257, 1.04), (256, 512, 0.45), (1024, 512, 0.66), (2304, 512, 0.78),
-        (4096, 512, 0.85), (8192, 512, 0.97), (16384, 512, 1.01), (32760, 512, 1.06)),
-    *_speeds(_H100, "fp16", 4, 64,
-        (256, 256, 0.46), (512, 512, 0.50), (1024, 1024, 0.52), (2304, 2304, 0.52), (4096, 4096, 0.60),
-        (256, 257, 0.49), (512, 257, 0.50), (1024, 257, 0.50), (2304, 257, 0.47), (4096, 257, 0.47),
-        (256, 512, 0.50), (1024, 512, 0.50), (2304, 512, 0.48), (4096, 512, 0.49)),
-    *_speeds(_H100, "fp16", 12, 64,
-        (256, 256, 0.45), (512, 512, 0.43), (1024, 1024, 0.42), (2304, 2304, 0.55), (4096, 4096, 0.64),
-        (8192, 8192, 0.74), (16384, 16384, 0.79), (32760, 32760, 0.88), (256, 257, 0.51), (512, 257, 0.50),
-        (1024, 257, 0.47), (2304, 257, 0.53), (4096, 257, 0.56), (8192, 257, 0.59), (16384, 257, 0.63),
-        (32760, 257, 0.66), (256, 512, 0.19), (1024, 512, 0.41), (2304, 512, 0.48), (4096, 512, 0.53),
-        (8192, 512, 0.60), (16384, 512, 0.65), (32760, 512, 0.69)),
-    *_speeds(_H100, "fp16", 12, 128,
-        (256, 256, 0.49), (512, 512, 0.50), (1024, 1024, 0.44), (2304, 2304, 0.51), (4096, 4096, 0.53),
-        (8192, 8192, 0.57), (16384, 16384, 0.58), (32760, 32760, 0.72), (256, 257, 0.56), (512, 257, 0.54),
-        (1024, 257, 0.41), (2304, 257, 0.43), (4096, 257, 0.42), (8192, 257, 0.43), (16384, 257, 0.44),
-        (32760, 257, 0.45), (256, 512, 0.50), (1024, 512, 0.39), (2304, 512, 0.42), (4096, 512, 0.43),
-        (8192, 512, 0.45), (16384, 512, 0.47), (32760, 512, 0.48)),
-    *_speeds(_H100, "fp16", 40, 128,
-        (256, 256, 0.35), (512, 512, 0.46), (1024, 1024, 0.48), (2304, 2304, 0.54), (4096, 4096, 0.52),
-        (8192, 8192, 0.57), (16384, 16384, 0.63), (32760, 32760, 0.74), (256, 257, 0.37), (512, 257, 0.47),
-        (1024, 257, 0.44), (2304, 257, 0.43), (4096, 257, 0.42), (8192, 257, 0.44), (16384, 257, 0.44),
-        (32760, 257, 0.44), (256, 512, 0.35), (1024, 512, 0.45), (2304, 512, 0.45), (4096, 512, 0.45),
-        (8192, 512, 0.47), (16384, 512, 0.44), (32760, 512, 0.46)),
-)
-# fmt: on
-_SAGE_SPEEDUP: dict[str, tuple[_SageSpeed, ...]] = {
-    "sm89": (
-        *_speeds("published for an RTX 4090, heads not given", "fp8", 1, 128, (32768, 32768, 2.63)),
-        *_speeds("published for an RTX 4090, heads not given", "fp16", 1, 128, (32768, 32768, 1.96)),
-    ),
-    "sm90": _ON_H100,
-    "sm120": (
-        *_speeds("published for an RTX 5090, heads not given", "fp8", 1, 128, (32768, 32768, 2.59)),
-        *_speeds("published for an RTX 5090, heads not given", "fp16", 1, 128, (32768, 32768, 2.24)),
-    ),
-}
+# `attention: auto` takes Sage nowhere on a target that is not here.
+SPEEDS = Path(__file__).with_name("speeds.json")
+_LINEAR_SPEEDUP, _SAGE_SPEEDUP = read_speeds(SPEEDS)
 
 
 def check_target(target: str) -> str:

@@ -123,9 +123,9 @@ def sage_on_cuda(q: torch.Tensor, x: torch.Tensor, v: torch.Tensor, *operands: A
     config: an AttendConfig of attend_triton.py for the main kernel; None is its default.
     """
     _check_sage(q, x, v, *operands)
-    keys, options = operands[:MADE], operands[MADE:]
+    keys, options = operands[:MADE], (*operands[MADE:], config)
     if not takes_sage(q, x, v, *operands):
-        return sage_attention.on_cuda(q, qk_norm_rope.qk_norm_rope(*_keys(x, v, *keys)), v, *options, config)
+        return sage_attention.on_cuda(q, qk_norm_rope.qk_norm_rope(*_keys(x, v, *keys)), v, *options)
     from turbocompile.kernels.attention.attend_triton import (  # a machine without a GPU may lack Triton
         SAGE_BLOCKS,
         sage_forward,
@@ -136,7 +136,7 @@ def sage_on_cuda(q: torch.Tensor, x: torch.Tensor, v: torch.Tensor, *operands: A
     weight, eps, cos, sin, grid = keys
     with torch.cuda.device(q.device):
         k = quantized_keys(x, weight, eps, v.shape[2], cos, sin, grid, SAGE_BLOCKS[1])
-        return sage_forward(q, k, v, *options, config)
+        return sage_forward(q, k, v, *options)
 
 
 _OPERANDS = "Tensor q, Tensor x, Tensor v, Tensor? weight, float eps, Tensor[] cos, Tensor[] sin, int[] grid"
@@ -228,13 +228,13 @@ def takes_sla(
 def sla_on_cuda(q: torch.Tensor, x: torch.Tensor, v: torch.Tensor, *operands: Any, config: Any = None) -> torch.Tensor:
     """As sage_on_cuda."""
     _check_sla(q, x, v, *operands)
-    keys, options = operands[:MADE], operands[MADE:]
+    keys, options = operands[:MADE], (*operands[MADE:], config)
     if not takes_sla(q, x, v, *operands):
-        return sla_attention.on_cuda(q, qk_norm_rope.qk_norm_rope(*_keys(x, v, *keys)), v, *options, config)
+        return sla_attention.on_cuda(q, qk_norm_rope.qk_norm_rope(*_keys(x, v, *keys)), v, *options)
     from turbocompile.kernels.attention.keys_triton import quantized_keys
     from turbocompile.kernels.attention.sla_triton import sla_forward
 
-    proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv = options
+    proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv, config = options
     count = sla_attention.kept_blocks(topk, sla_attention.count_blocks(x.shape[1], block_k))
     q, x, v, bias = (sage_attention.rows_of_channels(t) for t in (q, x, v, proj_bias))
     weight, eps, cos, sin, grid = keys

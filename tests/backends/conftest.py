@@ -15,10 +15,12 @@ from asked import asked
 from torch import nn
 
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
 from turbocompile.ir import signature as sig
 from turbocompile.ir.emit import weight_plan
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import Program
-from turbocompile.ir.weights import Evaluator, ModuleTensors, write_shards
+from turbocompile.ir.shards import write_shards
 from turbocompile.rewrite.normalize import normalize
 from turbocompile.rewrite.pipeline import run_passes
 

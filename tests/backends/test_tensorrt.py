@@ -63,8 +63,9 @@ def test_wan_builds_for_sm120_on_any_machine(tiny, exact, tmp_path, rewritten):
 def model_file(tmp_path_factory):
     """The ONNX file of a model with grouped heads and 17 tokens of both kinds, in float32."""
     from turbocompile.capture.export import capture
+    from turbocompile.capture.module_weights import ModuleTensors
     from turbocompile.ir.emit import weight_plan
-    from turbocompile.ir.weights import Evaluator, ModuleTensors
+    from turbocompile.ir.evaluate import Evaluator
 
     style = zoo.Style(num_heads=4, num_kv_heads=2, joint=True, depth=1)
     model = zoo.build(style)

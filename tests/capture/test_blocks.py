@@ -9,10 +9,12 @@ from torch.nn import functional as F
 
 import turbocompile
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
 from turbocompile.ir.emit import weight_plan
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.execute import Runner
 from turbocompile.ir.program import SHELL
-from turbocompile.ir.weights import Constant, Evaluator, ModuleTensors
+from turbocompile.ir.weights import Constant
 from turbocompile.rewrite.normalize import normalize
 
 DIM, HEADS = 32, 2

@@ -15,12 +15,14 @@ from torch.nn import functional as F
 from turbocompile.backends.triton import compile_program
 
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
 from turbocompile.errors import CaptureError
 from turbocompile.ir import signature as sig
 from turbocompile.ir.emit import weight_plan
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import SHELL, call
 from turbocompile.ir.serialize import _signature, _signature_json
-from turbocompile.ir.weights import Evaluator, Load, ModuleTensors
+from turbocompile.ir.weights import Load
 
 
 def run(program, model, args=(), kwargs=None):

@@ -10,15 +10,17 @@ from safetensors.torch import load_file
 from turbocompile.kernels.quantize.quantize import dequantize, quantize
 
 from turbocompile.errors import EngineError
+from turbocompile.ir.emit import Emission
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.serialize import expr_from_json, expr_json
+from turbocompile.ir.shards import write_shards
+from turbocompile.ir.stored_names import stored_name
 from turbocompile.ir.weights import (
     AddLora,
     Cast,
     Cat,
     Constant,
     Dequantize,
-    Emission,
-    Evaluator,
     Load,
     Mul,
     Permute,
@@ -26,12 +28,10 @@ from turbocompile.ir.weights import (
     Reshape,
     Slice,
     Zeros,
-    emitted_name,
     is_relative,
     leaves,
     nbytes,
     stacked,
-    write_shards,
 )
 
 F32 = torch.float32
@@ -120,9 +120,9 @@ def test_relative_names_take_the_prefix_of_the_call(table):
     assert is_relative(Cat((expr, load("q", 6, 8)), 0))
     assert not is_relative(load("q", 6, 8))
     assert torch.equal(Evaluator(table, {})(expr, "blocks.1."), table.tensors["blocks.1.w"])
-    assert emitted_name(False, "blocks", "w", expr, "blocks.1.") == "blocks.1.w"
-    assert emitted_name(False, "blocks", "w", load("q", 6, 8), "blocks.1.") == "q"
-    assert emitted_name(False, "blocks", "w", Constant("c", (3,), F32), "blocks.1.") == "constants.c"
+    assert stored_name("blocks", "w", expr, "blocks.1.") == "blocks.1.w"
+    assert stored_name("blocks", "w", load("q", 6, 8), "blocks.1.") == "q"
+    assert stored_name("blocks", "w", Constant("c", (3,), F32), "blocks.1.") == "constants.c"
     assert [leaf.name for leaf in leaves(AddLora(expr, load("a", 2, 8), load("b", 6, 2), 1.0))] == [".w", "a", "b"]
 
 

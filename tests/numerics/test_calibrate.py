@@ -14,20 +14,15 @@ from turbocompile.kernels import ops
 
 import turbocompile
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
 from turbocompile.ir.program import SHELL, is_op
 from turbocompile.ir.site_errors import LayerError, SiteError, ranges
-from turbocompile.ir.weights import ModuleTensors
-from turbocompile.numerics.calibrate import (
-    MAX_KINDS,
-    Inputs,
-    Linear,
-    Measured,
-    _few_kinds,
-    calibrate,
-    decide,
-    each_layer,
-)
-from turbocompile.numerics.verifier import Error, compare, random_inputs
+from turbocompile.numerics.calibrate import calibrate
+from turbocompile.numerics.errors import Error, compare
+from turbocompile.numerics.inputs import Inputs, random_inputs
+from turbocompile.numerics.layer_values import each_layer
+from turbocompile.numerics.linear_errors import Linear
+from turbocompile.numerics.plan import MAX_KINDS, Measured, decide, few_kinds
 from turbocompile.rewrite.normalize import normalize
 
 STYLE = zoo.Style(depth=4, batch=1)
@@ -242,7 +237,7 @@ def test_where_too_many_kinds_of_a_block_would_arise_a_site_is_kept_in_all_layer
 @given(st.lists(st.frozensets(st.sampled_from("abcdef")), min_size=1, max_size=12))
 def test_few_kinds_keep_what_must_be_kept_and_change_nothing_where_they_are_few(kinds):
     wide = {f"blocks.{i}.": kind for i, kind in enumerate(kinds)}
-    found, everywhere = _few_kinds(wide)
+    found, everywhere = few_kinds(wide)
     assert len(set(found.values())) <= MAX_KINDS
     assert all(found[p] == wide[p] | everywhere for p in wide)
     if len(set(kinds)) <= MAX_KINDS:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import turbocompile
 from turbocompile.errors import RecipeError
 from turbocompile.ir.site_errors import LayerError, SiteError
+from turbocompile.numerics.errors import compare
 from turbocompile.numerics.smoothing import LEAST, MARGIN, OCTAVES, best_scale, scale_of
-from turbocompile.numerics.verifier import compare
 from turbocompile.recipe.schema import Recipe
 
 STYLE = zoo.Style(depth=3, batch=1, head_dim=32)

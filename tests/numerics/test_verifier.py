@@ -10,9 +10,15 @@ from asked import asked
 from torch import nn
 
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import is_op
-from turbocompile.ir.weights import Evaluator, Load, ModuleTensors
-from turbocompile.numerics.verifier import Evaluation, Verifier, compare, random_inputs, wrong_forms
+from turbocompile.ir.weights import Load
+from turbocompile.numerics.errors import compare
+from turbocompile.numerics.inputs import random_inputs
+from turbocompile.numerics.interpreter import Interpreter
+from turbocompile.numerics.normal_forms import wrong_forms
+from turbocompile.numerics.verifier import Verifier
 from turbocompile.recipe.options import BUDGETS
 from turbocompile.rewrite.match import Pass, rewrite, variables
 from turbocompile.rewrite.normalize import normalize
@@ -65,14 +71,14 @@ def products(sub):
     return [n for n in sub.graph.nodes if is_op(n, aten.mul.Tensor)]
 
 
-def product_pass(kind, change):
-    """A pass that rewrites the product by `change(m)`."""
+def product_pass(kind, change, name="product"):
+    """A pass that rewrites the product by `change(m)`. name: of a built-in pass, it has the budget of that one."""
 
     @rewrite(x * y, candidates=products)
     def rule(m):
         return change(m)
 
-    return Pass("product", kind, [rule])
+    return Pass(name, kind, [rule])
 
 
 def wrong(model, raw, program, verifier):
@@ -144,7 +150,7 @@ def test_what_a_16_bit_model_rounds_itself_is_no_wrong_normal_form(cosine):
 
 def run_raw(raw, verifier):
     """The output of a captured shell, in its own types."""
-    values = Evaluation(raw.shell, lambda node: None, None)({"input_0": verifier.inputs[0]})
+    values = Interpreter(raw.shell, lambda node: None, None)({"input_0": verifier.inputs[0]})
     return values[raw.shell.outputs()[0].name]
 
 
@@ -286,9 +292,9 @@ def coarse(step):
 
 def test_a_quantizing_rewrite_within_its_budget_is_measured_at_the_site_and_at_the_output(case):
     model, program, _, verifier = case
-    verifier.options = {"product": {"budget": 0.05}}
+    verifier.options = asked({"w8a8": {"budget": 0.05}})
     step = 0.01
-    (result,) = run_passes(program, asked(), verifier, passes=[product_pass("quantizing", coarse(step))])
+    (result,) = run_passes(program, asked(), verifier, passes=[product_pass("quantizing", coarse(step), "w8a8")])
     assert result.rewritten == 2
     # A uniform rounding error of +-step/2 has a mean magnitude of step/4, and a maximum of step/2.
     assert 0 < result.error["max_abs"] <= step / 2 * 1.001
@@ -304,9 +310,9 @@ def test_a_quantizing_rewrite_within_its_budget_is_measured_at_the_site_and_at_t
 
 def test_a_site_over_its_budget_is_left_alone_and_says_so(case):
     _, program, _, verifier = case
-    verifier.options = {"product": {"budget": 1e-4}}
+    verifier.options = asked({"w8a8": {"budget": 1e-4}})
     before = [str(n.target) for n in program.graphs["blocks"].graph.nodes]
-    (result,) = run_passes(program, asked(), verifier, passes=[product_pass("quantizing", coarse(0.1))])
+    (result,) = run_passes(program, asked(), verifier, passes=[product_pass("quantizing", coarse(0.1), "w8a8")])
     assert (result.sites, result.rewritten) == (2, 0)
     ((_, reason, count),) = result.skipped
     assert count == 2
@@ -320,13 +326,13 @@ def test_a_site_over_its_budget_is_left_alone_and_says_so(case):
 def test_after_a_quantizing_rewrite_the_next_pass_is_judged_on_exact_inputs(case):
     """The truth stays that of the captured graph: a second, exact rewrite behind a coarse one shows rounding alone."""
     _, program, _, verifier = case
-    verifier.options = {"product": {"budget": 1.0}}
+    verifier.options = asked({"w8a8": {"budget": 1.0}})
 
     @rewrite(None, candidates=lambda sub: [n for n in sub.graph.nodes if is_op(n, aten.relu.default)])
     def relu(m):
         return m.op(aten.clamp_min.default, m.root.args[0], 0)
 
-    passes = [product_pass("quantizing", coarse(0.2)), Pass("relu", "exact", [relu])]
+    passes = [product_pass("quantizing", coarse(0.2), "w8a8"), Pass("relu", "exact", [relu])]
     first, second = run_passes(program, asked(), verifier, passes=passes)
     assert first.error["rel_l1"] > 0.05
     assert second.error["rel_l1"] < 1e-6
@@ -359,7 +365,7 @@ def test_bf16_models_are_judged_in_float64_for_exact_rewrites():
 
 def test_truth_is_more_exact_than_float32(case):
     model, program, _, verifier = case
-    wide = Evaluation(program.graphs["blocks"], verifier._weight(program, "blocks"), torch.float64)
+    wide = Interpreter(program.graphs["blocks"], verifier._weight(program, "blocks"), torch.float64)
     inputs = verifier.inputs[0].double()
     found = wide({program.graphs["blocks"].inputs()[0].name: inputs})
     with torch.no_grad():

@@ -13,10 +13,12 @@ from torch import fx, nn
 from turbocompile.backends.triton import compile_program
 
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
 from turbocompile.hardware import AttentionChoice
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.printer import print_program
 from turbocompile.ir.program import SHELL, Program
-from turbocompile.ir.weights import Evaluator, ModuleTensors, emitted_name
+from turbocompile.ir.stored_names import stored_weights
 from turbocompile.recipe.options import CompileOptions, resolve
 from turbocompile.recipe.schema import Settings
 from turbocompile.rewrite.normalize import normalize
@@ -49,12 +51,8 @@ class Rewritten:
 
     def run(self, *tensors: torch.Tensor) -> Any:
         """The rewritten program's outputs: a tensor where there is one, else a tuple."""
-        evaluate, weights = Evaluator(ModuleTensors(self.model), self.program.constants), {}
-        for graph, sub in self.program.graphs.items():
-            for prefix in self.program.prefixes(graph):
-                for local, expr in sub.weights.items():
-                    name = emitted_name(graph == SHELL, graph, local, expr, prefix)
-                    weights[name] = evaluate(expr, prefix)
+        evaluate = Evaluator(ModuleTensors(self.model), self.program.constants)
+        weights = {w.name: evaluate(w.expr, w.prefix) for w in stored_weights(self.program)}
         out = compile_program(self.program, weights, torch.device("cpu"))(*tensors)
         return out[0] if len(out) == 1 else out
 

@@ -13,7 +13,8 @@ from turbocompile import hardware
 from turbocompile.ir.weights import Load, Zeros
 from turbocompile.recipe.options import resolve
 from turbocompile.recipe.schema import Settings
-from turbocompile.report.attentions import Sparsity, attention_sites, untuned
+from turbocompile.report.attentions import attention_sites, untuned
+from turbocompile.report.rows import Sparsity
 
 B, H, L, D = 2, 4, 16, 16  # as many tokens as channels: a wrong axis then has the right shape
 SCALE = D**-0.5

@@ -11,9 +11,10 @@ from torch import nn
 from turbocompile.passes.norm_attention import WITH_NORM
 
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
 from turbocompile.ir.cost import node_cost
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import is_op
-from turbocompile.ir.weights import Evaluator, ModuleTensors
 from turbocompile.numerics.verifier import Verifier
 from turbocompile.recipe.options import resolve
 from turbocompile.recipe.schema import Settings
@@ -28,10 +29,12 @@ F = nn.functional
 BEFORE, AFTER = "gelu_quant", "norm_attention"
 KINDS = {
     "sage": {"attention": {"kind": "sage", "pv": "fp16"}},
-    "sla": {"attention": {"kind": "sla", "allow_untuned": True, "topk": 0.5, "block_q": 8, "block_k": 8, "pv": "fp8"}},
+    "sla": {
+        "attention": {"kind": "sla", "allow_untuned": True, "topk": 0.5, "block_q": 16, "block_k": 16, "pv": "fp8"}
+    },
 }
 UNTUNED = pytest.mark.filterwarnings("ignore:.*not trained with SLA")
-B, L, H, D = 1, 12, 2, 64
+B, L, H, D = 1, 24, 2, 64
 C = H * D
 
 

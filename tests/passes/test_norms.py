@@ -9,8 +9,9 @@ from torch import nn
 from turbocompile.passes.norms import PASS
 
 from turbocompile.capture.export import capture
-from turbocompile.ir.weights import Evaluator, ModuleTensors
-from turbocompile.numerics.verifier import Evaluation
+from turbocompile.capture.module_weights import ModuleTensors
+from turbocompile.ir.evaluate import Evaluator
+from turbocompile.numerics.interpreter import Interpreter
 from turbocompile.recipe.options import PassOptions
 from turbocompile.rewrite.normalize import normalize
 from turbocompile.rewrite.run_pass import run_pass
@@ -91,7 +92,7 @@ def rewritten(model, x):
     result = run_pass(program, PASS, PassOptions(True))
     sub = program.shell
     evaluate = Evaluator(ModuleTensors(model), program.constants)
-    values = Evaluation(sub, lambda node: evaluate(sub.weights[node.target]), None)({sub.inputs()[0].name: x})
+    values = Interpreter(sub, lambda node: evaluate(sub.weights[node.target]), None)({sub.inputs()[0].name: x})
     names = [node.target._opname for node in sub.graph.nodes if node.op == "call_function"]
     return values[sub.outputs()[0].name], names, result
 

@@ -10,9 +10,10 @@ from turbocompile.passes.rope import PASS
 
 import turbocompile
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import is_op
-from turbocompile.ir.weights import Evaluator, ModuleTensors
-from turbocompile.numerics.verifier import Evaluation
+from turbocompile.numerics.interpreter import Interpreter
 from turbocompile.recipe.options import PassOptions
 from turbocompile.rewrite.normalize import normalize
 from turbocompile.rewrite.run_pass import run_pass
@@ -174,7 +175,7 @@ def rewritten(model, *inputs):
     sub = program.shell
     evaluate = Evaluator(ModuleTensors(model), program.constants)
     given = {n.name: x for n, x in zip(sub.inputs(), inputs, strict=True)}
-    values = Evaluation(sub, lambda node: evaluate(sub.weights[node.target]), None)(given)
+    values = Interpreter(sub, lambda node: evaluate(sub.weights[node.target]), None)(given)
     return values[sub.outputs()[0].name], list(sub.graph.nodes), result
 
 

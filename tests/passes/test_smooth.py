@@ -11,10 +11,12 @@ from turbocompile.backends.triton import compile_program
 
 from turbocompile.build.compile import merged_constants
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
 from turbocompile.ir.emit import weight_plan
+from turbocompile.ir.evaluate import Evaluator, WithVectors
 from turbocompile.ir.program import is_op
-from turbocompile.ir.weights import Cat, Evaluator, Load, ModuleTensors, Mul, Quantize, Reshape, Slice, WithVectors
-from turbocompile.numerics.calibrate import find_groups, find_linears
+from turbocompile.ir.weights import Cat, Load, Mul, Quantize, Reshape, Slice
+from turbocompile.numerics.linear_errors import find_groups, find_linears
 from turbocompile.recipe.options import resolve
 from turbocompile.recipe.schema import Settings
 from turbocompile.rewrite.normalize import normalize

@@ -19,10 +19,11 @@ from turbocompile.cli import main
 from turbocompile.ir.cost import OpCost
 from turbocompile.ir.graph_view import GraphView, NodeView
 from turbocompile.ir.site_errors import SiteError
-from turbocompile.report.attentions import AttentionSite, Sparsity
 from turbocompile.report.page import page
-from turbocompile.report.report import PassReport, Report, Skip, duration, size
-from turbocompile.tools.bench import Bench, OpTime
+from turbocompile.report.report import Report
+from turbocompile.report.rows import AttentionSite, PassReport, Skip, Sparsity
+from turbocompile.report.timings import Bench, OpTime
+from turbocompile.report.words import duration, size
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")

@@ -14,8 +14,10 @@ from turbocompile.capture.export import capture
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.hardware import GPUS
 from turbocompile.ir.cost import OpCost
-from turbocompile.report.attentions import AttentionSite, Sparsity
-from turbocompile.report.report import PassReport, Report, Skip, duration, size
+from turbocompile.report.collect import collect, pass_report
+from turbocompile.report.report import Report
+from turbocompile.report.rows import AttentionSite, PassReport, Skip, Sparsity
+from turbocompile.report.words import duration, size
 from turbocompile.rewrite.results import PassResult, Verdict
 
 ERROR = {"cosine": 0.9999, "rel_l1": 0.0115, "max_abs": 0.04}
@@ -48,7 +50,7 @@ def results() -> list[PassResult]:
 
 @pytest.fixture
 def report(program):
-    return Report.from_results(
+    return collect(
         results(), program, model="wan-tiny", target="sm90", dtype="bfloat16", weights="synthetic",
         stages={"capture": 1.5, "rewrite": 0.002}, engine_bytes=1_390_000_000, predicted_bytes=1_391_000_000,
         warnings=("the picture is noise",), versions={"torch": "2.13.0"},
@@ -104,7 +106,7 @@ def test_each_quantized_site_has_its_error_and_its_budget(report):
     assert line.split() == ["w8a8", "block:ffn", "0.0634", "the", "first", "layer", "0.05", "0.999900", "bfloat16"]
     unmeasurable = Verdict(site_errors={"a": ({**ERROR, "cosine": float("nan")}, 0.05)})
     lost = PassResult("w8a8", "quantizing", 1, 1, verdict=unmeasurable)
-    assert PassReport.from_result(lost).site_errors == ()
+    assert pass_report(lost).site_errors == ()
     before = {k: v for k, v in report.passes["w8a8"].to_dict().items() if k != "site_errors"}
     assert PassReport.from_dict(before).site_errors == ()  # written before there were such rows
     with pytest.raises(ValueError):
@@ -128,7 +130,7 @@ def test_attentions_survive_json_with_their_least_time():
 
 def test_several_shapes_share_parameters(program):
     larger = capture(Feed(), (torch.randn(2, 30, 8),), {})
-    one, both = Report.from_results([], program), Report.from_results([], {"small": program, "large": larger})
+    one, both = collect([], program), collect([], {"small": program, "large": larger})
     assert both.parameters == one.parameters
     assert [s.name for s in both.shapes] == ["small", "large"]
     assert both.shapes[1].flops == 10 * both.shapes[0].flops
@@ -146,7 +148,7 @@ class Measured:
 def test_an_error_is_a_measured_number_or_null_with_the_reason():
     def of(**fields) -> PassReport:
         result = PassResult("w8a8", "quantizing", 3, 3, verdict=Verdict(**fields))
-        return PassReport.from_result(result, unmeasured="verify: off")
+        return pass_report(result, unmeasured="verify: off")
 
     measured = of(error=Measured(), error_output=ERROR)
     assert (measured.error, measured.error_output, measured.error_reason) == (ERROR, ERROR, None)
@@ -155,7 +157,7 @@ def test_an_error_is_a_measured_number_or_null_with_the_reason():
     infinite = of(error={**ERROR, "rel_l1": math.inf}, error_output=ERROR)
     assert infinite.error is None
     assert "no finite number" in infinite.error_reason
-    nothing = PassReport.from_result(PassResult("rope", "exact"), unmeasured="verify: off")
+    nothing = pass_report(PassResult("rope", "exact"), unmeasured="verify: off")
     assert nothing.error_reason == "nothing was rewritten"
 
 
@@ -213,8 +215,8 @@ def test_the_roofline_names_the_slowest_first_and_adds_up(report):
 
 def test_the_card_is_that_of_the_target(report, program):
     assert report.gpu().key == "h100"
-    assert Report.from_results([], program, target="sm89").gpu().key == "rtx4090"
-    assert Report.from_results([], program, target="cpu").gpu().key == "h100"
+    assert collect([], program, target="sm89").gpu().key == "rtx4090"
+    assert collect([], program, target="cpu").gpu().key == "h100"
     with pytest.raises(UnsupportedError, match="choose one of h100"):
         report.render(gpu="V100")
 

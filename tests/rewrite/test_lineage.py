@@ -11,9 +11,9 @@ from torch import nn
 
 from turbocompile.build.compile import compile_programs
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
 from turbocompile.errors import EngineError
 from turbocompile.ir.graph_view import CALL, INPUT, GraphView, read_views
-from turbocompile.ir.weights import ModuleTensors
 from turbocompile.recipe.options import resolve
 from turbocompile.recipe.schema import Recipe, Settings
 from turbocompile.rewrite.facts import facts

@@ -9,6 +9,7 @@ from torch import fx
 from turbocompile.errors import TurbocompileError
 from turbocompile.ir.program import SHELL, Program, Signature, Subgraph, infer
 from turbocompile.ir.weights import Cast, Load, Permute, Slice
+from turbocompile.rewrite.linears import weight_expr
 from turbocompile.rewrite.match import (
     LAST,
     Match,
@@ -25,7 +26,6 @@ from turbocompile.rewrite.match import (
     softmax,
     unwiden,
     variables,
-    weight_expr,
 )
 
 aten = torch.ops.aten

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import call, is_op, module_path
-from turbocompile.ir.weights import Constant, Evaluator, ModuleTensors
-from turbocompile.numerics.verifier import Evaluation
-from turbocompile.rewrite import simplify
+from turbocompile.ir.weights import Constant
+from turbocompile.numerics.interpreter import Interpreter
+from turbocompile.rewrite.match import exact
 from turbocompile.rewrite.normalize import clean, normalize
 
 aten = torch.ops.aten
@@ -40,7 +42,7 @@ def run(program, model, inputs):
 
     def graph(name, prefix, given):
         sub = program.graphs[name]
-        evaluation = Evaluation(sub, lambda node: evaluate(sub.weights[node.target], prefix), None)
+        evaluation = Interpreter(sub, lambda node: evaluate(sub.weights[node.target], prefix), None)
         values = evaluation(
             {n.name: v for n, v in zip(sub.inputs(), given, strict=True)},
             lambda node, args: graph(args[0], args[1], args[3:]),
@@ -340,7 +342,7 @@ def test_exact_is_what_a_round_trip_shows(narrow, wide):
             [1 + info.eps, info.max, info.smallest_normal, info.smallest_normal * info.eps], dtype=narrow
         )
     values = values[torch.isfinite(values)]
-    assert simplify.exact(narrow, wide) == bool((values.to(wide).to(narrow) == values).all())
+    assert exact(narrow, wide) == bool((values.to(wide).to(narrow) == values).all())
 
 
 def test_a_quotient_of_bfloat16_rounds_once():
@@ -555,26 +557,3 @@ def test_cleaning_merges_equal_nodes_and_drops_dead_ones_and_their_weights():
     linear.args = linear.args[:2]
     clean(sub, program.fake_mode)
     assert set(sub.weights) == {"linear.weight"}
-
-
-@pytest.mark.parametrize(
-    ("source", "result", "narrow", "expected"),
-    [
-        ((2, 6, 12), (2, 6, 3, 4), (2, 1, 2), (2, 4, 8)),  # a third of fused q, k, v
-        ((2, 6, 12), (2, 6, 3, 2, 2), (2, 2, 3), (2, 8, 12)),
-        ((2, 6, 12), (2, 6, 3, 4), (3, 0, 2), None),  # part of each head
-        ((2, 6, 12), (12, 12), (0, 0, 6), (0, 0, 1)),  # whole rows of the batch
-        ((2, 6, 12), (12, 12), (0, 3, 9), None),
-        ((1, 6, 12), (6, 12), (0, 3, 5), (1, 3, 5)),
-        ((6, 8), (6, 1, 8), (2, 1, 3), (1, 1, 3)),
-        ((6, 8), (48,), (0, 8, 24), (0, 1, 3)),
-    ],
-)
-def test_where_a_narrow_goes_under_a_reshape(source, result, narrow, expected):
-    place = simplify.narrow_before_reshape(source, result, *narrow)
-    assert place == expected
-    if place is not None:
-        x = torch.arange(torch.Size(source).numel()).reshape(source)
-        dim, start, stop = narrow
-        direct = x.reshape(result).narrow(dim, start, stop - start)
-        assert torch.equal(x.narrow(place[0], place[1], place[2] - place[1]).reshape(direct.shape), direct)

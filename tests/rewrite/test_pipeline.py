@@ -78,7 +78,7 @@ def names(sub):
 def test_every_site_is_rewritten_and_counted_over_the_model():
     made = program()
     result = run_pass(made, Pass("p", "exact", [to_tanh]), ON)
-    assert (result.sites, result.rewritten, result.skipped) == (9, 9, [])
+    assert (result.sites, result.rewritten, result.skipped) == (9, 9, ())
     assert {(r.graph, r.site) for r in result.rewrites} == {
         ("shell", "shell:act"),
         ("blocks", "blocks:"),
@@ -351,6 +351,8 @@ def test_built_in_passes_keep_their_order_and_others_go_where_they_are_needed():
     assert [p.name for p in ordered(BUILT_IN, [user, early])] == ["a", "b", "c", "early", "user"]
     before_c = named("x", needs=("b",), provides=("norm",))
     assert [p.name for p in ordered(BUILT_IN, [before_c])] == ["a", "b", "x", "c"]
+    assert [p.name for p in ordered(BUILT_IN, [named("x", before=("b",))])] == ["a", "x", "b", "c"]
+    assert [p.name for p in ordered(BUILT_IN[:1], [named("x", before=("b",))])] == ["a", "x"]  # as `story` up to a pass
 
 
 @pytest.mark.parametrize(
@@ -360,6 +362,7 @@ def test_built_in_passes_keep_their_order_and_others_go_where_they_are_needed():
         ([named("a")], "two passes are named 'a'"),
         ([named("d", needs=("e",)), named("e", needs=("d",))], "in a circle: d -> e"),
         ([named("d", needs=("c",), provides=("norm",))], "in a circle"),
+        ([named("d", needs=("c",), before=("a",))], "in a circle"),
     ],
 )
 def test_an_impossible_order_is_an_error(extra, message):

@@ -82,8 +82,8 @@ def call_once(engine):
 
 
 def choices(engine, config):
-    """A tuning that chooses one configuration for every linear of the engine on the CPU."""
-    names = [linear_choice.key(*astuple(one), torch.device("cpu")) for one in tuning.linears(engine.programs)]
+    """A tuning that chooses one configuration for every linear of the engine, on its device."""
+    names = [linear_choice.key(*astuple(one), engine.device) for one in tuning.linears(engine.programs)]
     return {"linears": dict.fromkeys(names, asdict(config))}
 
 
@@ -142,12 +142,12 @@ def test_what_no_kernel_takes_does_not_compete(folder, picks, monkeypatch):
 
 
 def test_a_build_keeps_them_in_the_folder_and_a_load_takes_them(tmp_path, picks, monkeypatch):
-    """As on a machine that has the card: build.py asks for it before it measures."""
+    """As on a machine that has the card, for which a build asks before it measures."""
 
-    def measure(item, recipe, stages):
-        item.tuning = tuning.tune(item.programs, torch.device("cpu"))
+    def measured(item, settings, stages):
+        return replace(item, tuning=tuning.tune(item.programs, torch.device("cpu")))
 
-    monkeypatch.setattr("turbocompile.build.compile.measure", measure)
+    monkeypatch.setattr("turbocompile.build.from_recipe.measured", measured)
     overrides = ["target=sm90", "components=none", "passes.attention=native", "verify=off"]
     optimize_recipe(load_recipe(EXAMPLES / "wan-mini.yaml", overrides), tmp_path / "engine")
     kept = json.loads((tmp_path / "engine" / tuning.FILE).read_text())
@@ -239,9 +239,23 @@ class TestCuda:
         assert engine.tuning == {"linears": found}
         plain = load(folder, device="cuda")
         plain.tuning = {}
-        given = example_call(engine)
-        assert engine(**given)[0].isfinite().all()
-        assert plain(**given)[0].isfinite().all()
+        assert call_once(engine).isfinite().all()
+        assert call_once(plain).isfinite().all()
+
+    def test_two_engines_launch_the_kernels_that_each_of_them_chose(self, folder, launched):
+        """Also in the CUDA graphs that their second calls record."""
+        first, second = load(folder, device="cuda"), load(folder, device="cuda")
+        configs = linear_triton.candidates("fp8", 256, 256, torch.bfloat16, first.device)
+        for engine, config in ((first, configs[0]), (second, configs[-1])):
+            engine.tuning = choices(engine, config)
+        outs = {first: call_once(first), second: call_once(second)}
+        count = len(launched) // 2
+        assert launched == [configs[0]] * count + [configs[-1]] * count
+        for _ in range(3):
+            for engine in (second, first):
+                assert torch.equal(call_once(engine), outs[engine])
+        assert all(g.recorded for engine in outs for g in engine._graphs.values())
+        assert launched[2 * count :] == [configs[-1]] * count + [configs[0]] * count
 
     def test_an_engine_without_8_bit_linears_has_nothing_to_tune(self, tmp_path):
         recipe = load_recipe(EXAMPLES / "wan-mini.yaml", ["target=host", "components=none", "passes.w8a8=off"])

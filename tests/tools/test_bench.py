@@ -15,17 +15,10 @@ from turbocompile.capture.export import capture
 from turbocompile.cli import main
 from turbocompile.errors import RecipeError, UnsupportedError
 from turbocompile.recipe.schema import Recipe, load_recipe
+from turbocompile.report.timings import Bench
 from turbocompile.runtime.engine import load
-from turbocompile.tools.bench import (
-    Bench,
-    bench,
-    bench_path,
-    example,
-    read_record,
-    record_path,
-    save_record,
-    time_attentions,
-)
+from turbocompile.runtime.timing import time_attentions
+from turbocompile.tools.bench import bench, bench_path, example, read_record, record_path, save_record
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -7,24 +7,26 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from turbocompile.backends import Tuning
 from turbocompile.build.captured import Captured, Twin
 from turbocompile.build.inputs import calibration_inputs, measuring
 from turbocompile.build.rounds import Rewritten, rewrite_all
 from turbocompile.build.stages import Stages, warnings_collected
 from turbocompile.errors import EngineError, VerificationError
-from turbocompile.ir.emit import weight_plan
+from turbocompile.ir.emit import Emission, weight_plan
+from turbocompile.ir.evaluate import Evaluator, TensorSource, WithVectors
 from turbocompile.ir.graph_view import GraphView
 from turbocompile.ir.printer import print_program
 from turbocompile.ir.program import Program
-from turbocompile.ir.weights import Emission, Evaluator, TensorSource, WithVectors
-from turbocompile.numerics.calibrate import Inputs, Plan, calibrate
+from turbocompile.numerics.calibrate import calibrate
+from turbocompile.numerics.inputs import Inputs
+from turbocompile.numerics.normal_forms import wrong_forms
+from turbocompile.numerics.plan import Plan
 from turbocompile.numerics.recording import Recorded
 from turbocompile.numerics.shapes import wrong_shapes
-from turbocompile.numerics.verifier import wrong_forms
 from turbocompile.recipe.options import CompileOptions
 from turbocompile.rewrite.lineage import begin, graph_views
 from turbocompile.rewrite.results import PassResult
-from turbocompile.runtime.tuning import Tuning
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,12 @@ from turbocompile.build.module_capture import ModuleCall, Request, take
 from turbocompile.build.module_facts import config_of, dtype_of
 from turbocompile.build.stages import Progress, Stages, warnings_collected
 from turbocompile.build.write import MODULES_OWN, ModuleWriter, Origin, make_report
-from turbocompile.capture.isolation import compiling
+from turbocompile.capture.module_weights import ModuleTensors
+from turbocompile.capture.process import compiling
 from turbocompile.errors import CaptureError, EngineError, RecipeError, VerificationError
-from turbocompile.ir.weights import Constant, Evaluator, ModuleTensors, copied, leaves
+from turbocompile.ir.evaluate import Evaluator
+from turbocompile.ir.shards import copied
+from turbocompile.ir.weights import Constant, leaves
 from turbocompile.numerics.recording import Recorded, given_inputs
 from turbocompile.recipe.options import resolve
 from turbocompile.recipe.schema import Recipe, Settings, load_recipe

@@ -17,10 +17,11 @@ from turbocompile.build.stages import Progress, Stages
 from turbocompile.build.write import Origin, finish, make_report, write_recipes_module
 from turbocompile.capture.deepen import CAPTURED, deepened
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
 from turbocompile.errors import EngineError, RecipeError, VerificationError
 from turbocompile.files import check_folder
+from turbocompile.ir.evaluate import Evaluator, TensorSource
 from turbocompile.ir.program import Program
-from turbocompile.ir.weights import Evaluator, ModuleTensors, TensorSource
 from turbocompile.numerics.original import NOT_COMPARED, Comparison, Original
 from turbocompile.numerics.recording import Recorded, read_inputs
 from turbocompile.recipe.options import CompileOptions, resolve

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from turbocompile.errors import RecipeError, VerificationError
+from turbocompile.ir.evaluate import Evaluator, TensorSource
 from turbocompile.ir.program import SHELL, Program, is_op
-from turbocompile.ir.weights import Evaluator, TensorSource
-from turbocompile.numerics.calibrate import Inputs
+from turbocompile.numerics.inputs import Inputs, random_inputs
 from turbocompile.numerics.recording import MAX_TOKENS, Recorded
-from turbocompile.numerics.verifier import Verifier, random_inputs
+from turbocompile.numerics.verifier import Verifier
 
 VERIFY_TOKENS = MAX_TOKENS  # a larger call is verified at a smaller shape, or not at all
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from turbocompile.build.module_capture import ModuleCall
 from turbocompile.build.module_facts import dtype_of
-from turbocompile.capture.isolation import compiling
+from turbocompile.capture.process import compiling
 from turbocompile.errors import EngineError
 from turbocompile.report.report import Report
 from turbocompile.runtime.adapters import FixedWeights

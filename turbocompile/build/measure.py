@@ -10,8 +10,8 @@ from turbocompile.build.compile import Compiled
 from turbocompile.build.stages import Stages
 from turbocompile.hardware import target_of
 from turbocompile.recipe.schema import Settings
+from turbocompile.runtime.timing import time_attentions
 from turbocompile.runtime.tuning import tune
-from turbocompile.tools.bench import time_attentions
 
 
 def measured(item: Compiled, settings: Settings, stages: Stages) -> Compiled:

@@ -12,6 +12,7 @@ from torch import nn
 from turbocompile.build.captured import Twin
 from turbocompile.build.inputs import VERIFY_TOKENS, max_tokens
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
 from turbocompile.errors import CaptureError, RecipeError
 from turbocompile.ir.program import Program, Signature
 from turbocompile.ir.signature import (
@@ -23,7 +24,6 @@ from turbocompile.ir.signature import (
     given_numbers,
     tensors_of,
 )
-from turbocompile.ir.weights import ModuleTensors
 from turbocompile.numerics.original import NOT_COMPARED, Comparison, Original
 from turbocompile.numerics.recording import Recorded
 from turbocompile.recipe.options import CompileOptions

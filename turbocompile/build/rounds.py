@@ -14,11 +14,11 @@ from turbocompile.build.captured import Captured
 from turbocompile.build.inputs import measuring
 from turbocompile.build.stages import Stages, warnings_collected
 from turbocompile.hardware import AttentionChoice
+from turbocompile.ir.evaluate import Evaluator, TensorSource
 from turbocompile.ir.graph_view import GraphView
 from turbocompile.ir.printer import print_program
 from turbocompile.ir.program import Program
-from turbocompile.ir.weights import Evaluator, TensorSource
-from turbocompile.numerics.calibrate import Inputs
+from turbocompile.numerics.inputs import Inputs
 from turbocompile.numerics.verifier import Verifier
 from turbocompile.recipe.options import CompileOptions
 from turbocompile.report.attentions import chosen

@@ -16,12 +16,18 @@ from turbocompile.backends import get_backend
 from turbocompile.build.compile import Compiled
 from turbocompile.build.stages import Stages, warnings_collected
 from turbocompile.errors import EngineError
+from turbocompile.ir.emit import Emission
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.graph_view import GraphView
 from turbocompile.ir.program import Program
 from turbocompile.ir.serialize import to_json
-from turbocompile.ir.weights import Emission, Evaluator, nbytes, write_shards
+from turbocompile.ir.shards import write_shards
+from turbocompile.ir.weights import nbytes
 from turbocompile.recipe.schema import Recipe, Settings
+from turbocompile.report.collect import collect
+from turbocompile.report.page import page
 from turbocompile.report.report import Report
+from turbocompile.rewrite.pipeline import foreign_operators
 from turbocompile.runtime.engine import Engine, module_entry
 from turbocompile.runtime.folder import seal
 from turbocompile.runtime.tuning import FILE as TUNING
@@ -102,7 +108,7 @@ def finish(
     report.save(folder / "report.json")
     if tuning:
         (folder / TUNING).write_text(json.dumps(tuning, indent=1) + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(report.to_html(), encoding="utf-8")
+    (folder / "report.html").write_text(page(report, {name: views for name, _, views in graphs}), encoding="utf-8")
     seal(folder, {
         "recipe": settings.to_dict(), "target": settings.target, "versions": versions(), **manifest,
     })  # fmt: skip
@@ -118,10 +124,11 @@ def make_report(
     components: int = 0,
 ) -> Report:
     """The report of all modules. components: bytes of the models around them."""
-    predicted = sum(predicted_bytes(item) for item in compiled.values()) + components
+    sizes = [predicted_bytes(item) for item in compiled.values()]
+    predicted = None if None in sizes else sum(size or 0 for size in sizes) + components
     reports = {}
     for name, item in compiled.items():
-        reports[name] = Report.from_results(
+        reports[name] = collect(
             item.results, item.programs, unmeasured=item.unmeasured or _unmeasured(settings), times=item.times,
             measured_on=item.measured_on, compared=item.compared, module=name, model=origin.model,
             target=settings.target, dtype=settings.dtype, backend=settings.backend, weights=origin.weights,
@@ -138,8 +145,13 @@ def _unmeasured(settings: Settings) -> str:
     return f"not measured: the recipe says verify: {settings.verify}"
 
 
-def predicted_bytes(item: Compiled) -> int:
-    """Bytes that a module takes in an engine: its weights with their headers, its programs and printed graphs."""
+def predicted_bytes(item: Compiled) -> int | None:
+    """Bytes that a module takes in an engine: its weights with their headers, its programs and printed graphs.
+
+    None where a pass of another package made an operator that no engine folder may hold.
+    """
+    if any(foreign_operators(program) for program in item.programs.values()):
+        return None
     header = sum(len(name) + 80 for name in item.plan)  # name, dtype, shape and offsets in JSON
     programs = sum(len(json.dumps(to_json(p), separators=(",", ":"))) for p in item.programs.values())
     printed = sum(len(text) for text in (*item.printed.values(), views_json(item.views)))

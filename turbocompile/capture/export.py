@@ -24,14 +24,15 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from turbocompile.capture.blocks import cut, drop_unread
+from turbocompile.capture.blocks import cut
 from turbocompile.capture.guards import check_call, check_parameters
 from turbocompile.capture.hooks import check_hooks
-from turbocompile.capture.isolation import State, compiling, process_kept, quiet
+from turbocompile.capture.isolation import State
 from turbocompile.capture.module_weights import DATA, SCALE, Quantized, is_torchao, named_tensors, quantized
+from turbocompile.capture.process import compiling, process_kept, quiet
 from turbocompile.errors import CaptureError
 from turbocompile.ir import signature as sig
-from turbocompile.ir.program import SHELL, Program, Subgraph
+from turbocompile.ir.program import SHELL, Program, Subgraph, drop_unread
 from turbocompile.ir.weights import Constant, Dequantize, Expr, Load
 
 aten = torch.ops.aten

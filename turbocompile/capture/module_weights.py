@@ -1,4 +1,4 @@
-"""Weights that torchao quantized, recognized on the module and taken as they are.
+"""The tensors of a module as a source of weights; weights that torchao quantized are recognized and taken as they are.
 
 `quantize_` replaces the weights of linears by tensor subclasses. They are recognized on the module, before it is
 captured (once exported, such a linear is 23 operations), by where their class is defined: torchao is not imported here.
@@ -14,14 +14,14 @@ is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from turbocompile.errors import UnsupportedError
+from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.kernels.quantize.quantize import FORMATS
 
 DATA, SCALE = ".qdata", ".scale"  # what a weight's name is followed by in the names of its parts
@@ -114,3 +114,39 @@ def _activation_refusal(asked: Any, format: str) -> str | None:
     if any(getattr(asked, key, None) is not None for key in ("hp_value_lb", "hp_value_ub")):
         return "for activations that are clamped; quantize the model without activation_value_lb and _ub"
     return None
+
+
+class ModuleTensors:
+    """A module's parameters and buffers as a `TensorSource`; a weight that torchao quantized is its data and its scale.
+
+    device: where `get` puts the values; None: on the CPU.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device | None = None) -> None:
+        self._device = device or torch.device("cpu")
+        self._state: dict[str, torch.Tensor] = {}
+        self._addresses: set[int] | None = None
+        for name, tensor, saved in named_tensors(module):
+            if saved:
+                parts = quantized(name, tensor)
+                self._state |= {name: tensor} if parts is None else {name + DATA: parts.data, name + SCALE: parts.scale}
+
+    def keys(self) -> Iterable[str]:
+        return self._state.keys()
+
+    def spec(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        return tuple(self._state[name].shape), self._state[name].dtype
+
+    def get(self, name: str) -> torch.Tensor:
+        tensor = self._state[name].detach()
+        if tensor.device.type == "meta":
+            raise EngineError(
+                f"the parameter {name!r} is on the meta device, so it has no values; load the weights first"
+            )
+        return tensor.to(self._device)
+
+    def shares(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in memory of the module: a later write to the module would change it, too."""
+        if self._addresses is None:
+            self._addresses = {t.untyped_storage().data_ptr() for t in self._state.values() if t.device.type == "cpu"}
+        return tensor.untyped_storage().data_ptr() in self._addresses

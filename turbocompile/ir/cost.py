@@ -21,7 +21,8 @@ from torch import fx
 
 from turbocompile.hardware import Gpu
 from turbocompile.ir.program import SHELL, Program, Subgraph, call, module_path, walk_tensors
-from turbocompile.ir.weights import emitted_name, nbytes
+from turbocompile.ir.stored_names import stored_weights
+from turbocompile.ir.weights import nbytes
 
 Work = dict[str, int]  # kind of arithmetic ("bf16", "fp8", "int8", "fp32") -> operations
 KINDS = ("bf16", "fp8", "int8", "fp32")
@@ -273,11 +274,7 @@ def parameters_by_dtype(programs: Iterable[Program]) -> dict[str, int]:
     """Bytes of all weights as stored, by dtype ("bfloat16", "int8", ...)."""
     stored: dict[str, Any] = {}
     for program in programs:
-        for graph, sub in program.graphs.items():
-            for local in sorted({str(n.target) for n in sub.graph.nodes if n.op == "get_attr"}):
-                for prefix in program.prefixes(graph):
-                    expr = sub.weights[local]
-                    stored[emitted_name(graph == SHELL, graph, local, expr, prefix)] = expr
+        stored |= {weight.name: weight.expr for weight in stored_weights(program)}
     found: dict[str, int] = {}
     for expr in stored.values():
         name = str(expr.dtype).removeprefix("torch.")

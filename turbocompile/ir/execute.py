@@ -15,7 +15,8 @@ from torch import fx, nn
 
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.ir.program import SHELL, Program, Subgraph, call, walk_tensors
-from turbocompile.ir.weights import Constant, Expr, emitted_name, is_relative
+from turbocompile.ir.stored_names import stored_name
+from turbocompile.ir.weights import Constant, Expr, is_relative
 
 LAYER_BYTES = 1 << 20  # of a tensor that a layer computes from its constants and keeps: a table of 4096 x 64
 Launcher = Callable[[fx.Node], Callable[..., Any] | None]
@@ -122,7 +123,7 @@ class _Compiled:
 
     def _weight(self, node: fx.Node, prefix: str, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         local = str(node.target)
-        key = emitted_name(self.name == SHELL, self.name, local, self.sub.weights[local], prefix)
+        key = stored_name(self.name, local, self.sub.weights[local], prefix)
         if key not in weights:
             raise EngineError(f"the engine lacks the weight {key!r}; it is damaged, build it again")
         return weights[key]

@@ -18,15 +18,17 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from turbocompile.capture.isolation import State, compiling, process_kept
+from turbocompile.capture.isolation import State
 from turbocompile.capture.module_weights import quantized
+from turbocompile.capture.process import compiling, process_kept
 from turbocompile.ir import signature as sig
 from turbocompile.ir.emit import weight_plan
+from turbocompile.ir.evaluate import Evaluator, TensorSource
 from turbocompile.ir.execute import Runner
 from turbocompile.ir.program import Program, Signature
-from turbocompile.ir.weights import Evaluator, TensorSource
 from turbocompile.kernels.quantize.quantize import dequantize
-from turbocompile.numerics.verifier import compare, random_inputs
+from turbocompile.numerics.errors import compare
+from turbocompile.numerics.inputs import random_inputs
 
 CALLS = 2
 CALLS_OF_STATE = 8  # where a model's attributes change from call to call

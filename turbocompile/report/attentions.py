@@ -7,17 +7,18 @@ is read off the rewritten graph, so that a row says what runs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from turbocompile.hardware import AttentionChoice
 from turbocompile.ir.attention_ops import BHLD, SAGE, SLA, attention_layout, attentions
-from turbocompile.ir.cost import OpCost, arguments, describe, natural, node_cost, op_name
+from turbocompile.ir.cost import OpCost, arguments, describe, node_cost, op_name
 from turbocompile.ir.program import Program, Subgraph, is_op, module_path
 from turbocompile.ir.weights import Zeros
 from turbocompile.kernels.attention.sla_attention import count_blocks, kept_blocks
+from turbocompile.report.rows import AttentionSite, Sparsity
 from turbocompile.rewrite.attention_sites import are_of_same_tokens
 from turbocompile.rewrite.facts import facts
 
@@ -25,76 +26,6 @@ if TYPE_CHECKING:
     from turbocompile.rewrite.results import PassResult
 
 PASSES = ("sla", "attention")  # the ones that decide, the last word last
-
-
-@dataclass(frozen=True)
-class Sparsity:
-    """How much of the keys an SLA reads: each block of block_q queries `kept` of the `blocks` blocks of block_k keys.
-
-    tuned: whether the checkpoint has the projection of the linear branch, so that it was trained with SLA.
-    """
-
-    topk: float
-    block_q: int
-    block_k: int
-    kept: int
-    blocks: int
-    tuned: bool
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Sparsity:
-        """The inverse of `asdict`. Raises KeyError, TypeError or ValueError for other data."""
-        block_q, block_k, kept, blocks = (natural(data[k]) for k in ("block_q", "block_k", "kept", "blocks"))
-        return cls(float(data["topk"]), block_q, block_k, kept, blocks, bool(data["tuned"]))
-
-
-@dataclass(frozen=True)
-class AttentionSite:
-    """One attention of a graph: `count` of them in a forward of the model.
-
-    kind: native, sage or sla. role: self or cross. heads: of the queries, of one item of the batch. pv: the format of
-    the product with V, None for native. cost: of all `count`. seconds: measured, of all `count`; None where nothing was
-    measured.
-    """
-
-    site: str
-    count: int
-    kind: str
-    role: str
-    batch: int
-    queries: int
-    keys: int
-    heads: int
-    head_dim: int
-    pv: str | None
-    why: str
-    cost: OpCost
-    sparsity: Sparsity | None = None
-    seconds: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {
-            **{k: getattr(self, k) for k in _TEXTS + _COUNTS}, "pv": self.pv, "seconds": self.seconds,
-            "sparsity": asdict(self.sparsity) if self.sparsity is not None else None, "cost": self.cost.to_dict(),
-        }  # fmt: skip
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> AttentionSite:
-        """The inverse of `to_dict`. Raises KeyError, TypeError, AttributeError or ValueError for other data."""
-        pv, seconds, sparsity = data["pv"], data["seconds"], data["sparsity"]
-        if seconds is not None and not (isinstance(seconds, (int, float)) and 0 <= seconds < 1e12):
-            raise ValueError(f"{str(seconds)[:20]!r} is no time")
-        plain: dict[str, Any] = {**{k: str(data[k]) for k in _TEXTS}, **{k: natural(data[k]) for k in _COUNTS}}
-        return cls(
-            **plain, pv=None if pv is None else str(pv), cost=OpCost.from_dict(data["cost"]),
-            sparsity=None if sparsity is None else Sparsity.from_dict(sparsity),
-            seconds=None if seconds is None else float(seconds),
-        )  # fmt: skip
-
-
-_TEXTS = ("site", "kind", "role", "why")
-_COUNTS = ("count", "batch", "queries", "keys", "heads", "head_dim")
 
 
 def attention_sites(program: Program, results: Sequence[PassResult] = ()) -> tuple[AttentionSite, ...]:

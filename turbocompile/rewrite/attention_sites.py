@@ -1,4 +1,4 @@
-"""What several passes look at: attentions in any writing, what feeds them, layouts of heads, result dtypes."""
+"""What several passes ask of a graph: attentions in any writing, the linears that feed them, layouts, result dtypes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from turbocompile.ir.arguments import arguments
 from turbocompile.ir.attention_ops import BHLD, BLHD, is_attention
 from turbocompile.ir.program import Subgraph, dtype, is_op, shape
 from turbocompile.kernels import ops as ours
 from turbocompile.rewrite.linears import rows
-from turbocompile.rewrite.match import Match, arguments, default_eps, is_cast, uncast, unwiden
+from turbocompile.rewrite.match import Match, default_eps, is_cast, uncast, unwiden
 
 aten = torch.ops.aten
 
@@ -50,7 +51,7 @@ def softmax_attentions(sub: Subgraph) -> Iterator[fx.Node]:
 
 
 def operands(m: Match) -> Operands | str:
-    """What the attention at the root computes; new nodes may be made for it. A string is the reason why not."""
+    """The operands of the attention at the root, for which new nodes may be made; or the reason why it has none."""
     if is_op(m.root, aten.matmul.default):
         return _explicit(m)
     given = arguments(m.root.target, m.root.args, m.root.kwargs)  # type: ignore[arg-type]
@@ -67,14 +68,14 @@ def operands(m: Match) -> Operands | str:
 
 
 def _with_one_batch(m: Match, node: fx.Node) -> fx.Node:
-    """(B, ..., H, L, D), or (B, L, D) of one head, as (B, H, L, D)."""
+    """A node (B, ..., H, L, D), or (B, L, D) of one head, as (B, H, L, D)."""
     *batch, length, channels = shape(node)
     heads = batch.pop() if len(batch) > 1 else 1
     return reshaped(m, node, (math.prod(batch), heads, length, channels))
 
 
 def _mask_of_one_batch(m: Match, mask: Any, lead: tuple[int, ...], ranks: int) -> Any:
-    """The mask of operands with `ranks` axes, those of `lead` before (H, L, D), for operands of one batch axis."""
+    """The mask for operands of one batch axis, where the operands have `ranks` axes: `lead`, then (H, L, D)."""
     if mask is None or len(shape(mask)) < 3:
         return mask
     if ranks == 3:  # (B, L, K) of one head
@@ -86,7 +87,7 @@ def _mask_of_one_batch(m: Match, mask: Any, lead: tuple[int, ...], ranks: int) -
 
 
 def _unbatched(node: Any) -> Any:
-    """What is under floating casts and reshapes of the batch axes."""
+    """The node under floating casts and under reshapes of the batch axes."""
     node = uncast(node)
     while is_op(node, aten.reshape.default) and shape(node)[-2:] == shape(node.args[0])[-2:]:
         node = uncast(node.args[0])
@@ -180,7 +181,7 @@ _PASSED = (
 
 
 def is_of_heads(node: fx.Node) -> bool:
-    """Whether each vector of a node is one head's: a part of the channels that a reshape split, or an attention's."""
+    """Whether each vector of a node belongs to one head: a reshape split the channels, or an attention made it."""
     seen: set[fx.Node] = set()
     todo = [node]
     while todo:
@@ -188,7 +189,7 @@ def is_of_heads(node: fx.Node) -> bool:
         if top in seen or top.op != "call_function" or not isinstance(top.meta["val"], torch.Tensor):
             continue
         seen.add(top)
-        if rows(top) != rows(node):  # one of several parts was taken, as of a modulation
+        if rows(top) != rows(node):  # node is one of several parts of top, as of a modulation
             continue
         if is_attention(top):
             return True
@@ -204,7 +205,7 @@ def is_of_heads(node: fx.Node) -> bool:
 
 
 def feeding_linears(node: Any) -> list[fx.Node]:
-    """The linears that a node is computed from through norms, rotary, layout and concatenation alone."""
+    """The linears that a node comes from, through norms, rotary, layout changes and concatenation alone."""
     while is_op(node, *_PASSED) or _is_scaled(node):
         node = node.args[0]
     if is_op(node, aten.cat.default):
@@ -237,7 +238,7 @@ def reshaped(m: Match, node: fx.Node, sizes: Any) -> fx.Node:
 
 
 def ungrouped(m: Match, node: fx.Node, heads: int) -> fx.Node:
-    """What is under a repetition of each head (axis `heads`) for the queries of its group; node where there is none."""
+    """The tensor under a repetition of each head (axis `heads`) for its group of queries; node where there is none."""
     if is_op(node, aten.permute.default):
         dims = list(node.args[1])  # type: ignore[arg-type]
         inner = ungrouped(m, node.args[0], dims[heads])  # type: ignore[arg-type]
@@ -259,9 +260,9 @@ def ungrouped(m: Match, node: fx.Node, heads: int) -> fx.Node:
 
 
 def token_layout(m: Match, *values: Any) -> str | None:
-    """Why a scale, shift or gate of the root (batch, tokens, channels) is none; None where all are.
+    """Why a kernel cannot read one of the values as a scale, shift or gate of the root (batch, tokens, channels).
 
-    Each is alike for all tokens, or given for each token and channel: what the kernels read.
+    None where it can read all: each is alike for all tokens, or given for each token and channel.
     """
     for value in values:
         if not isinstance(value, fx.Node):
@@ -280,9 +281,10 @@ def grouped(m: Match, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def straightened(m: Match, node: fx.Node) -> fx.Node:
-    """A (B, H, L, D) as one reshape, and one permutation, of what lies under all its layout changes, where it can be.
+    """A node (B, H, L, D) as one reshape and one permutation of the tensor under all its layout changes.
 
-    The layout is read off the strides that the changes give to a contiguous tensor.
+    The layout is read off the strides that the changes give to a contiguous tensor. The node itself comes back where a
+    change copies, or where the layout is another.
     """
     base, changes = node, []
     while is_op(base, aten.permute.default, aten.reshape.default):
@@ -305,10 +307,10 @@ def straightened(m: Match, node: fx.Node) -> fx.Node:
 
 @dataclass(frozen=True)
 class Place:
-    """A node on the way from an attention's operand to its projection.
+    """A node on the way from an attention's operand to its projection, and the layout of its numbers.
 
-    The node holds, row by row, the numbers of a tensor whose axes are named by `order` and have these sizes; it may
-    have another shape.
+    Row by row the node holds the numbers of a tensor with axes in this `order` ("bhld", "blhd") of these sizes; the
+    node itself may have another shape.
     """
 
     node: fx.Node
@@ -342,10 +344,10 @@ def below_layout(place: Place) -> Place:
 
 
 def in_result_dtype(m: Match, node: fx.Node, value: fx.Node) -> fx.Node:
-    """`value`, an input of `node`, in the dtype that node's result is used in.
+    """`value`, an input of `node`, in the dtype that the readers of `node` use its result in.
 
-    An operator that computes in float32 inside and returns its input's dtype then rounds where the graph did: once, at
-    the end.
+    An operator that computes in float32 inside and returns the dtype of its input then rounds once, at the end, where
+    the graph rounded.
     """
     used = result_dtype(node)
     under = unwiden(value)
@@ -355,18 +357,18 @@ def in_result_dtype(m: Match, node: fx.Node, value: fx.Node) -> fx.Node:
 
 
 def result_dtype(node: fx.Node) -> torch.dtype:
-    """The dtype that node is used in: what all its users cast it to, else its own."""
+    """The dtype that all readers of node cast it to; its own where they do not agree."""
     used = {dtype(n) if is_cast(n) else dtype(node) for n in node.users}
     return used.pop() if len(used) == 1 else dtype(node)
 
 
 def readers(node: fx.Node) -> list[fx.Node]:
-    """The nodes that read node or a floating cast of it."""
+    """The nodes that read node, or that read a floating cast of it."""
     return [r for user in node.users for r in (readers(user) if is_cast(user) else [user])]
 
 
 def lone_quantize(node: fx.Node) -> fx.Node | None:
-    """The quantize that alone reads node; None where something else does."""
+    """The quantize, where it is the only reader of node; else None."""
     found = readers(node)
     return found[0] if len(found) == 1 and is_op(found[0], ours.quantize) else None
 
@@ -389,7 +391,7 @@ class Norm:
 
 
 def as_norm(node: Any) -> Norm | None:
-    """What a norm node is; None where it is none over the last axis alone."""
+    """The norm that a node computes; None for another node, and for a norm over more than the last axis."""
     if not is_op(node, aten.layer_norm.default, aten.rms_norm.default):
         return None
     x, sizes, weight, *rest = arguments(node.target, node.args, node.kwargs)

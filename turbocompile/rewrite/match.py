@@ -2,8 +2,8 @@
 
 A pattern is written with the operators of the graph, and passes through the same normal table: `1 + scale` is
 `add(scale, 1)`, `a - b` is `add(a, neg(b))`, `a / b` is `mul(a, pow(b, -1))`. Matching is commutative where the op is,
-looks through casts between floating types and through nothing else, and backtracks. What a pattern does not say (a
-trailing axis, index, keepdim) must have the op's default.
+looks through casts between floating types and through nothing else, and backtracks. An argument that a pattern does not
+name (an axis, an index, keepdim) must have the op's default.
 
     x, scale, shift, weight, bias, eps = variables("x scale shift weight bias eps")
     ADALN = layer_norm(x, LAST, weight, bias, eps) * (1 + scale) + shift
@@ -21,9 +21,11 @@ import torch
 from torch import fx
 
 from turbocompile.errors import TurbocompileError
+from turbocompile.ir.arguments import arguments, parameters
 from turbocompile.ir.program import Program, Subgraph, infer, is_op
-from turbocompile.ir.weights import Cast, Cat, Expr, Permute, Reshape, Slice
+from turbocompile.ir.weights import Expr
 from turbocompile.rewrite.facts import give_place
+from turbocompile.rewrite.linears import weight_expr
 
 aten = torch.ops.aten
 COMMUTATIVE = (aten.add.Tensor, aten.mul.Tensor)
@@ -75,9 +77,13 @@ class Pattern:
 
 @dataclass(frozen=True, eq=False)
 class Var(Pattern):
-    """Stands for anything: a node, or a plain value (None, a float). Used twice, it stands for the same thing twice."""
+    """Stands for anything: a node, or a plain value (None, a float). Used twice, it stands for the same thing twice.
+
+    of: the types that it stands for alone; empty: all.
+    """
 
     name: str
+    of: tuple[type, ...] = ()
 
     def __str__(self) -> str:
         return self.name
@@ -85,11 +91,21 @@ class Var(Pattern):
 
 @dataclass(frozen=True, eq=False)
 class Op(Pattern):
-    """A call of `target` on arguments that are patterns or plain values; arguments not given have their defaults."""
+    """A call of `target` on arguments that are patterns or plain values; arguments not given have their defaults.
+
+    A last argument `...` stands for whatever other arguments a call has.
+    """
 
     target: torch._ops.OpOverload
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def wanted(self) -> list[Any]:
+        """The arguments in the order of the schema, defaults filled in; of an open pattern, those before the `...`."""
+        if self.args and self.args[-1] is ...:
+            return list(self.args[:-1])
+        return arguments(self.target, self.args, self.kwargs)
 
     def __str__(self) -> str:
         sign = {aten.add.Tensor: " + ", aten.mul.Tensor: " * ", aten.pow.Tensor_Scalar: "**"}.get(self.target)
@@ -117,6 +133,16 @@ LAST = _Last()
 def variables(names: str) -> tuple[Var, ...]:
     """Variables by their names, separated by spaces."""
     return tuple(Var(n) for n in names.split())
+
+
+def tensors(names: str) -> tuple[Var, ...]:
+    """Variables that stand for nodes alone."""
+    return tuple(Var(n, (fx.Node,)) for n in names.split())
+
+
+def numbers(names: str) -> tuple[Var, ...]:
+    """Variables that stand for Python numbers alone."""
+    return tuple(Var(n, (int, float, complex)) for n in names.split())
 
 
 def op(target: torch._ops.OpOverload) -> Callable[..., Op]:
@@ -150,7 +176,7 @@ def is_cast(node: Any) -> bool:
 
 
 def uncast(value: Any) -> Any:
-    """What is under the floating casts."""
+    """The value under its floating casts."""
     while is_cast(value):
         value = value.args[0]
     return value
@@ -165,19 +191,19 @@ def exact(narrow: torch.dtype, wide: torch.dtype) -> bool:
 
 
 def default_eps(dtype: torch.dtype) -> float:
-    """The eps of an RMSNorm that names none: that of the type which PyTorch computes it in, float32 for 16 bits."""
+    """The eps of an RMSNorm that names none: PyTorch takes that of the type it computes in, float32 for 16 bits."""
     return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
 
 def unwiden(value: Any) -> Any:
-    """What is under the casts that lose nothing."""
+    """The value under casts that lose no bit."""
     while is_cast(value) and exact(value.args[0].meta["val"].dtype, value.meta["val"].dtype):
         value = value.args[0]
     return value
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two bound values are the same thing, modulo floating casts."""
+    """Whether two bound values are the same node or the same plain value, floating casts aside."""
     a, b = uncast(a), uncast(b)
     if isinstance(a, fx.Node) and isinstance(b, fx.Node):
         return a is b or (a.op == b.op == "get_attr" and a.target == b.target)
@@ -186,66 +212,59 @@ def same(a: Any, b: Any) -> bool:
     return isinstance(a, bool) == isinstance(b, bool) and a == b
 
 
-@functools.cache
-def _parameters(target: torch._ops.OpOverload) -> tuple[tuple[str, bool, Any], ...]:
-    """(name, has_default, default) of an overload's arguments."""
-    return tuple((a.name, a.has_default_value(), a.default_value) for a in target._schema.arguments)
-
-
-def arguments(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The arguments in the order of the schema, defaults filled in."""
-    found = list(args)
-    for name, has_default, default in _parameters(target)[len(args) :]:
-        if name not in kwargs and not has_default:
-            raise TurbocompileError(f"{target} lacks its argument {name!r}")
-        found.append(kwargs.get(name, default))
-    return found
-
-
 Bound = dict[str, Any]
 
 
-def matches(pattern: Any, value: Any, bound: Bound | None = None) -> Iterator[Bound]:
-    """All ways in which `value` (a node or a plain value) has the form of `pattern`, as variable -> value."""
+def matches(pattern: Any, value: Any, bound: Bound | None = None, blind: bool = True) -> Iterator[Bound]:
+    """All ways in which `value` (a node or a plain value) has the form of `pattern`, as variable -> value.
+
+    blind: whether to look through casts between floating types, as passes do and rules of the normal form do not.
+    """
     bound = {} if bound is None else bound
     if isinstance(pattern, Var):
+        if pattern.of and not isinstance(value, pattern.of):
+            return
         if pattern.name not in bound:
             yield {**bound, pattern.name: value}
-        elif same(bound[pattern.name], value):
+        elif same(bound[pattern.name], value) if blind else _identical(bound[pattern.name], value):
             yield bound
     elif isinstance(pattern, Op):
         while isinstance(value, fx.Node):
             if value.op == "call_function" and value.target is pattern.target:
-                yield from _match_call(pattern, value, bound)
-            if not is_cast(value):
+                yield from _match_call(pattern, value, bound, blind)
+            if not blind or not is_cast(value):
                 return
             value = value.args[0]
     elif isinstance(pattern, (list, tuple)):
         if isinstance(value, (list, tuple)) and len(value) == len(pattern):
-            yield from _match_all(pattern, value, bound)
+            yield from _match_all(pattern, value, bound, blind)
     elif not isinstance(value, fx.Node) and same(pattern, value):
         yield bound
 
 
-def _match_call(pattern: Op, node: fx.Node, bound: Bound) -> Iterator[Bound]:
-    wanted = arguments(pattern.target, pattern.args, pattern.kwargs)
-    given = arguments(pattern.target, node.args, node.kwargs)
-    for i, (name, _, _) in enumerate(_parameters(pattern.target)):
+def _identical(a: Any, b: Any) -> bool:
+    return a is b or (not isinstance(a, fx.Node) and same(a, b))
+
+
+def _match_call(pattern: Op, node: fx.Node, bound: Bound, blind: bool) -> Iterator[Bound]:
+    wanted = list(pattern.wanted)
+    given = arguments(pattern.target, node.args, node.kwargs)[: len(wanted)]
+    for i, (name, _, _) in enumerate(parameters(pattern.target)[: len(wanted)]):
         if wanted[i] is LAST or (isinstance(wanted[i], (list, tuple)) and list(wanted[i]) == [LAST]):
             if not _is_last(name, given[i], node):
                 return
             wanted[i] = given[i]
-    yield from _match_all(wanted, given, bound)
-    if pattern.target in COMMUTATIVE:
-        yield from _match_all([wanted[1], wanted[0], *wanted[2:]], given, bound)
+    yield from _match_all(wanted, given, bound, blind)
+    if pattern.target in COMMUTATIVE and wanted[2:] in ([], [1]):  # a + alpha * b is no b + alpha * a
+        yield from _match_all([wanted[1], wanted[0], *wanted[2:]], given, bound, blind)
 
 
-def _match_all(patterns: Sequence[Any], values: Sequence[Any], bound: Bound) -> Iterator[Bound]:
+def _match_all(patterns: Sequence[Any], values: Sequence[Any], bound: Bound, blind: bool) -> Iterator[Bound]:
     if not patterns:
         yield bound
         return
-    for found in matches(patterns[0], values[0], bound):
-        yield from _match_all(patterns[1:], values[1:], found)
+    for found in matches(patterns[0], values[0], bound, blind):
+        yield from _match_all(patterns[1:], values[1:], found, blind)
 
 
 def _is_last(name: str, value: Any, node: fx.Node) -> bool:
@@ -264,7 +283,11 @@ def _is_last(name: str, value: Any, node: fx.Node) -> bool:
 
 @dataclass
 class Match:
-    """One site: where it is, what the variables stand for (as attributes), and how to build its replacement."""
+    """One site: where it is, what the variables stand for (as attributes), and how to build its replacement.
+
+    root: the node that is replaced. graph: the name of its graph; site: its name in the report, as in "blocks:attn1".
+    options: of the pass. bound: variable -> what it stands for. made: the nodes that `op` and `weight` added.
+    """
 
     root: fx.Node
     graph: str
@@ -285,7 +308,7 @@ class Match:
         return self.program.graphs[self.graph]
 
     def op(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A new node before the root, with its value inferred and the root's place in the model."""
+        """Adds a call before the root, with the root's place in the model; its shape and dtype are inferred."""
         target = getattr(target, "default", target) if isinstance(target, torch._ops.OpOverloadPacket) else target
         with self.sub.graph.inserting_before(self.root):
             name = getattr(target, "_opname", target.__name__).strip("_")
@@ -296,7 +319,10 @@ class Match:
         return node
 
     def weight(self, name: str, expr: Expr) -> fx.Node:
-        """The get_attr of a weight, added under its local name where the graph has none of that name yet."""
+        """The get_attr of a weight, added under its local name where the graph has none of that name yet.
+
+        Raises TurbocompileError where the graph has another weight of that name.
+        """
         known = self.sub.weights.setdefault(name, expr)
         if known != expr:
             raise TurbocompileError(f"{self.site}: the graph {self.graph!r} already has another weight {name!r}")
@@ -312,11 +338,11 @@ class Match:
         return node
 
     def expr(self, node: Any) -> Expr | None:
-        """The node as an expression over checkpoint tensors; None where it is not only a weight in another layout."""
+        """The node as an expression over checkpoint tensors; None where it is more than a weight in another layout."""
         return weight_expr(node, self.sub)
 
     def constant_along_tokens(self, *values: Any) -> bool:
-        """Whether each value, broadcast to the root's (batch, ..., channels), is alike for all tokens."""
+        """Whether each value, broadcast to the root's (batch, ..., channels), is the same for all tokens."""
         rank = self.root.meta["val"].dim()
         tokens = range(1, rank - 1) if rank > 2 else range(rank - 1)
         for value in values:
@@ -328,7 +354,7 @@ class Match:
         return True
 
     def result_dtype(self) -> torch.dtype:
-        """The dtype that the root is used in: what all its users, behind layout changes, cast it to; else its own."""
+        """The dtype that all readers of the root, behind layout changes, cast it to; its own where they disagree."""
         own, found = self.root.meta["val"].dtype, set()
         readers = list(self.root.users)
         while readers:
@@ -350,40 +376,16 @@ class Match:
         return value
 
 
-def weight_expr(node: Any, sub: Subgraph) -> Expr | None:
-    """The node as an expression over checkpoint tensors; None where it is not a weight in another layout or dtype."""
-    if not isinstance(node, fx.Node):
-        return None
-    if node.op == "get_attr":
-        return sub.weights.get(str(node.target))
-    if is_op(node, aten.cat.default):
-        parts = [weight_expr(n, sub) for n in node.args[0]]  # type: ignore[union-attr]
-        known = tuple(p for p in parts if p is not None)
-        dim: Any = node.args[1] if len(node.args) > 1 else 0
-        return Cat(known, dim % len(known[0].shape)) if len(known) == len(parts) else None
-    layouts = (aten.to.dtype, aten.reshape.default, aten.permute.default, aten.slice.Tensor)
-    of = weight_expr(node.args[0], sub) if is_op(node, *layouts) else None
-    if of is None:
-        return None
-    value = node.meta["val"]
-    if is_op(node, aten.to.dtype):
-        return Cast(of, value.dtype)
-    if is_op(node, aten.reshape.default):
-        return Reshape(of, tuple(value.shape))
-    if is_op(node, aten.permute.default):
-        return Permute(of, tuple(d % value.dim() for d in node.args[1]))  # type: ignore[union-attr]
-    _, dim, start, end, step = arguments(aten.slice.Tensor, node.args, node.kwargs)
-    size = of.shape[dim]
-    start, stop, _ = slice(start, end).indices(size)
-    return Slice(of, dim % len(of.shape), start, stop) if step == 1 and start < stop else None
-
-
 Outcome: TypeAlias = fx.Node | dict[fx.Node, fx.Node] | str
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A function from a match to its replacement, with where it looks (`candidates`) and what it wants (`patterns`)."""
+    """A function from a match to its replacement, with the nodes that it looks at and the patterns that it wants.
+
+    candidates: the sites of a graph. count: how many sites of the model a node counts as. reason: the text for a site
+    where no pattern fits.
+    """
 
     function: Callable[[Match], Outcome]
     patterns: tuple[Pattern, ...]
@@ -419,8 +421,9 @@ def rewrite(
 ) -> Callable[[Callable[[Match], Outcome]], Rule]:
     """Makes a rule of a function that gets a Match and returns a node, {old: new}, or the reason why not.
 
-    candidates: which nodes are sites; looser than the pattern, so that what is not rewritten shows with its reason.
-    count: how many sites a node counts as (a fused linear is several). reason: what to say where no pattern fits.
+    candidates: which nodes are sites; looser than the pattern, so that a site that stays shows with its reason. count:
+    how many sites a node counts as (a fused linear is several). reason: the text for a site where no pattern fits.
+    Raises TurbocompileError where there is neither a pattern nor candidates.
     """
     patterns = (pattern,) if isinstance(pattern, Pattern) else tuple(pattern or ())
     roots = tuple(p.target for p in patterns if isinstance(p, Op))
@@ -444,9 +447,11 @@ class Pass:
 
     kind: "exact" (the same function to rounding), "quantizing" (within a budget) or "semantic" (another function); or a
     function of the pass's options that says which.
+    needs: the names of passes, or of what they provide, that run before it. provides: further names that other passes
+    may need. before: the names of passes that run after it. They place a third-party pass; where they leave a choice,
+    it runs as late as they allow.
     section: the recipe section whose options the pass gets, where that is not its own name.
     quiet: whether the report leaves the pass out where it finds no site.
-    needs, provides: names of what must have been provided by an earlier pass; they order third-party passes.
     """
 
     name: str
@@ -456,6 +461,7 @@ class Pass:
     provides: tuple[str, ...] = ()
     section: str = ""
     quiet: bool = False
+    before: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not callable(self.kind):

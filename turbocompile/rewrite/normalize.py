@@ -6,6 +6,7 @@ taken apart by torch.export's decomposition table except those in KEEP, and then
 
 from __future__ import annotations
 
+import functools
 import operator
 import warnings
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ from turbocompile.rewrite.facts import PLACE
 
 aten = torch.ops.aten
 
-# Operations that patterns and backends want whole.
+# Operations that stay whole, because patterns and backends read them.
 KEEP = (
     aten.linear.default,
     aten.layer_norm.default,
@@ -43,7 +44,7 @@ KEEP = (
     aten.conv3d.padding,
 )
 
-# Operations that export leaves whole, and that an engine has in parts.
+# Operations that export leaves whole, and that the normal form takes apart.
 _MORE = (aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_no_training)
 
 
@@ -52,7 +53,7 @@ def normalize(program: Program) -> dict[str, str]:
 
     Equal to the captured program up to rounding: a quotient may move by one unit in the last place of the type that it
     is computed in, reductions written out by one rounding each. A graph that has no normal form stays as it was
-    captured; returns those graphs, and why.
+    captured; returns the names of such graphs -> why.
     """
     captured = program.copy()
     left: dict[str, str] = {}
@@ -61,7 +62,7 @@ def normalize(program: Program) -> dict[str, str]:
             _normalize(name, program)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # of an operator's decomposition as of a rule: whatever it is, the graph is right
+        except Exception as error:  # of an operator's decomposition or of a rule: the captured graph is right
             left[name] = f"it has no normal form ({brief(error)})"
     leave(program, captured, left)
     return left
@@ -77,7 +78,7 @@ def _normalize(graph: str, program: Program) -> None:
 
 
 def leave(program: Program, captured: Program, left: Mapping[str, str]) -> None:
-    """Puts graphs of a program back to what was captured, so that no pass rewrites them. left: their names -> why."""
+    """Puts captured graphs back into a program, where no pass rewrites them. left: name of such a graph -> why."""
     for name, reason in left.items():
         program.graphs[name] = captured.graphs[name].copy()
         program.graphs[name].left = reason
@@ -119,7 +120,13 @@ _SHOWN = {hidden: target for target, hidden in _HIDDEN.items()}
 
 
 def _table() -> dict[Any, Callable[..., Any]]:
-    """torch.export's decompositions, without what is kept and what the local rules know."""
+    """torch.export's decompositions, without the operators that are kept and those that the local rules know."""
+    return _table_of(len(torch._C._dispatch_get_all_op_names()))
+
+
+@functools.lru_cache(maxsize=1)
+def _table_of(operators: int) -> dict[Any, Callable[..., Any]]:
+    """The table while so many operators are registered; torch takes 0.08 seconds to look all of them through."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         table = dict(torch.export.default_decompositions().items()) | get_decompositions(_MORE)
@@ -130,7 +137,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
 def _retrace(sub: Subgraph, mode: FakeTensorMode) -> None:
     """Replaces the graph by its functional, decomposed trace.
 
-    Calls of blocks are boundaries: what they read are outputs of the trace, what they give are inputs.
+    Calls of blocks are boundaries: their arguments are outputs of the trace, and their results are inputs.
     """
     old = sub.graph
     given = [n for n in old.nodes if n.op in ("placeholder", "get_attr") or n.target is call]
@@ -165,7 +172,7 @@ def _retrace(sub: Subgraph, mode: FakeTensorMode) -> None:
 
 
 def _writes(graph: fx.Graph) -> list[fx.Node]:
-    """The operations that write into a tensor, but for those that end a functional trace: what an input became."""
+    """The operations that write into a tensor, but for the copies into inputs that end a functional trace."""
     return [
         n
         for n in graph.nodes
@@ -194,7 +201,7 @@ def _rebuild(traced: fx.Graph, sub: Subgraph, given: list[fx.Node]) -> fx.Graph:
     waiting = list(calls)
 
     def emit_calls() -> None:
-        """Calls stand as early as what they read allows, in their order."""
+        """Emits the calls whose arguments are there, in their order: each stands as early as possible."""
         while waiting and all(n in env for n in calls[waiting[0]]):
             node = waiting.pop(0)
             _emit_call(new, node, [env[n] for n in calls[node]], gives[node], env)
@@ -235,7 +242,7 @@ def _emit_call(
 
 
 def _real_constants(graph: str, program: Program) -> None:
-    """A complex constant that is read as pairs becomes a constant of pairs: no complex number is left to store."""
+    """A complex constant that is read as pairs becomes a constant of pairs, so that no complex number is stored."""
     sub = program.graphs[graph]
     for node in list(sub.graph.nodes):
         if not is_op(node, aten.view_as_real.default) or node.args[0].op != "get_attr":
@@ -255,7 +262,7 @@ def _real_constants(graph: str, program: Program) -> None:
 
 
 def _renamed(old: fx.Graph, mode: FakeTensorMode) -> fx.Graph:
-    """The graph with nodes named by what they are now, and values whose strides are those of the graph as it is now."""
+    """The graph with nodes named by their operators, and with the strides that the rules' layout changes give."""
     new = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in old.nodes:

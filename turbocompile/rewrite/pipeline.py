@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,11 @@ import networkx as nx
 
 from turbocompile.errors import TurbocompileError
 from turbocompile.ir.program import Program, Subgraph, drop_unread
+from turbocompile.ir.serialize import ALLOWED
 from turbocompile.ir.weights import Cast, is_adapted
 from turbocompile.recipe.options import CompileOptions
 from turbocompile.rewrite import lineage
+from turbocompile.rewrite.facts import facts
 from turbocompile.rewrite.match import Pass, is_cast
 from turbocompile.rewrite.results import Judge, Judgement, PassResult
 from turbocompile.rewrite.run_pass import PassFailed, run_pass
@@ -55,9 +58,9 @@ _registered: dict[str, Pass] = {}
 def register(pass_: Pass) -> Pass:
     """Adds a third-party pass to every compilation of this process from here on; returns the pass.
 
-    The pass runs where its `needs` and `provides` allow (`ordered`), is verified as the built-in passes are, and has
-    its row in the report. A pass of the same name that was registered before is replaced. Raises TurbocompileError for
-    the name of a built-in pass.
+    The pass runs where its `needs`, `provides` and `before` place it (`ordered`), is verified as the built-in passes
+    are, and has its row in the report. A pass of the same name that was registered before is replaced. Raises
+    TurbocompileError for the name of a built-in pass.
     """
     if pass_.name in PASSES:
         raise TurbocompileError(f"there is a built-in pass {pass_.name!r}; give yours another name")
@@ -77,6 +80,12 @@ def third_party() -> list[Pass]:
 
     Raises TurbocompileError where an installed package names something else than a Pass.
     """
+    return list((_installed() | _registered).values())
+
+
+@functools.cache
+def _installed() -> dict[str, Pass]:
+    """The passes of installed packages by name; looked for once, because that reads the metadata of all packages."""
     found: dict[str, Pass] = {}
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         try:
@@ -86,7 +95,13 @@ def third_party() -> list[Pass]:
         if not isinstance(made, Pass):
             raise TurbocompileError(f"the installed pass {entry.value!r} is a {type(made).__name__}, and no Pass")
         found[made.name] = made
-    return list((found | _registered).values())
+    return found
+
+
+def foreign_operators(program: Program) -> set[str]:
+    """The operators that passes made and that no engine folder may hold; the engine runs in this process alone."""
+    nodes = [n for sub in program.graphs.values() for n in sub.graph.nodes if n.op == "call_function"]
+    return {str(n.target) for n in nodes if facts(n).passes and n.target not in ALLOWED.values()}
 
 
 def story(last: str | None = None) -> list[Pass]:
@@ -97,9 +112,11 @@ def story(last: str | None = None) -> list[Pass]:
 
 
 def ordered(passes: Sequence[Pass], extra: Sequence[Pass] = ()) -> list[Pass]:
-    """The passes in their order, with third-party passes placed by what they need and provide.
+    """The passes in their order, with third-party passes where their `needs`, `provides` and `before` place them.
 
-    An extra pass runs as late as those that need it allow, and after all built-in passes where nobody does.
+    An extra pass runs as late as the passes that it is before, or that need it, allow; after all built-in passes where
+    there are none. Raises TurbocompileError where two passes have one name, a need is not provided, or no order is
+    possible.
     """
     everything = [*passes, *extra]
     index = {p.name: i for i, p in enumerate(everything)}
@@ -107,24 +124,30 @@ def ordered(passes: Sequence[Pass], extra: Sequence[Pass] = ()) -> list[Pass]:
         names = [p.name for p in everything]
         twice = next(n for n in names if names.count(n) > 1)
         raise TurbocompileError(f"two passes are named {twice!r}; give one of them another name")
-    providers: dict[str, list[str]] = {}
-    for p in everything:
-        for what in (p.name, *p.provides):
-            providers.setdefault(what, []).append(p.name)
     order = nx.DiGraph()
     order.add_nodes_from(index)
     order.add_edges_from(zip([p.name for p in passes], [p.name for p in passes][1:], strict=False))
-    for p in everything:
-        for what in p.needs:
-            if what not in providers:
-                raise TurbocompileError(f"pass {p.name!r} needs {what!r}, which no pass provides")
-            order.add_edges_from((provider, p.name) for provider in providers[what] if provider != p.name)
+    order.add_edges_from(_needed(everything))
+    order.add_edges_from((p.name, later) for p in everything for later in p.before if later in index)
     try:
         names = list(nx.lexicographical_topological_sort(order, key=index.__getitem__))
     except nx.NetworkXUnfeasible:
         cycle = " -> ".join(a for a, _ in nx.find_cycle(order))
         raise TurbocompileError(f"the passes need each other in a circle: {cycle}") from None
     return [everything[index[n]] for n in names]
+
+
+def _needed(passes: Sequence[Pass]) -> Iterator[tuple[str, str]]:
+    """(provider, pass that needs it), by name."""
+    providers: dict[str, list[str]] = {}
+    for p in passes:
+        for provided in (p.name, *p.provides):
+            providers.setdefault(provided, []).append(p.name)
+    for p in passes:
+        for need in p.needs:
+            if need not in providers:
+                raise TurbocompileError(f"pass {p.name!r} needs {need!r}, which no pass provides")
+            yield from ((provider, p.name) for provider in providers[need] if provider != p.name)
 
 
 # ------------------------------------------------------------------------------------------------------------ running

@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 
 class PassFailed(TurbocompileError):
-    """A pass raised an error. sites: those that it was at; reason: what it raised, in a few words."""
+    """A pass raised an error. sites: the sites that it was at; reason: the error in a few words."""
 
     def __init__(self, name: str, sites: Sequence[str], error: BaseException) -> None:
         self.sites = tuple(sites)
@@ -31,7 +31,7 @@ class PassFailed(TurbocompileError):
         super().__init__(f"pass {name!r} failed at {', '.join(sites)}: {self.reason}")
 
 
-# What a user asked for and cannot have, and a machine that is too small: no fault of a pass at a site.
+# Errors that are no fault of a pass at a site: the user asks for the impossible, or the machine is too small.
 NOT_OF_A_SITE = (RecipeError, UnsupportedError, torch.OutOfMemoryError, MemoryError)
 
 
@@ -67,13 +67,13 @@ def run_pass(program: Program, pass_: Pass, options: Any, veto: Mapping[str, str
 
 
 def everywhere(graph: str) -> str:
-    """The name of all sites of a graph together: where a pass fails before it is at any."""
+    """The name of all sites of a graph together, for a pass that fails before it is at one of them."""
     return f"{graph}:*"
 
 
 @contextlib.contextmanager
 def _failing(pass_: Pass, sites: Sequence[str]) -> Iterator[None]:
-    """Says of an error at which sites of which pass it was raised."""
+    """Turns an error into a PassFailed that names the pass and its sites."""
     try:
         yield
     except (PassFailed, *NOT_OF_A_SITE):
@@ -131,7 +131,7 @@ def run_on_graph(program: Program, graph: str, pass_: Pass, options: Any, veto: 
 
 
 def _carry_out(match: Match, outcome: fx.Node | dict[fx.Node, fx.Node], name: str) -> Rewrite:
-    """Puts the new nodes in the place of the old nodes, which go with all that nothing else reads."""
+    """Puts the new nodes in the place of the old nodes, and erases these with the nodes that they alone read."""
     replaced = outcome if isinstance(outcome, dict) else {match.root: outcome}
     lineage.follow(name, match.made, replaced.items())
     rewrite = Rewrite(match.graph, match.site, tuple(_replace(match, replaced)))
@@ -164,7 +164,7 @@ def _attempt(
     options: Any,
     veto: Mapping[str, str],
 ) -> tuple[Match, Outcome]:
-    made: list[fx.Node] = []  # shared by the attempts at one site, so that what a refused one made is taken away
+    made: list[fx.Node] = []  # shared by the attempts at one site, so that `_undo` finds the nodes of refused ones
 
     def make(bound: dict[str, Any]) -> Match:
         return Match(root, graph, site, program, options, bound, made)
@@ -177,7 +177,7 @@ def _attempt(
 
 
 def _undo(match: Match, graph: fx.Graph) -> None:
-    """Takes away what a rule made before it refused."""
+    """Erases the nodes and weights that a rule made before it refused."""
     for node in reversed(match.made):
         if not node.users:
             if node.op == "get_attr":
@@ -214,7 +214,7 @@ def _replace(match: Match, replaced: Mapping[fx.Node, fx.Node]) -> Iterator[tupl
 
 
 def _erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
-    """Erases those of the nodes that nobody reads, and what is read by them alone; weights and inputs stay."""
+    """Erases the nodes that have no reader, and the nodes that only these read; weights and inputs stay."""
     stack = list(nodes)
     while stack:
         node = stack.pop()
@@ -234,7 +234,7 @@ def _check_shape(match: Match, old: fx.Node, new: fx.Node) -> None:
 
 
 def _followed(rewrite: Rewrite, moved: Mapping[str, str], graph: fx.Graph) -> Rewrite:
-    """The rewrite with its new nodes by the names that they have after clean-up; those that are gone are left out."""
+    """The rewrite with the names that its new nodes have after clean-up, without the nodes that are gone."""
     alive = {n.name for n in graph.nodes}
     pairs = []
     for old, new in rewrite.replaced:
@@ -246,7 +246,7 @@ def _followed(rewrite: Rewrite, moved: Mapping[str, str], graph: fx.Graph) -> Re
 
 
 def sort(graph: fx.Graph) -> None:
-    """Puts the nodes in an order in which each follows its inputs, changing the order as little as that needs."""
+    """Moves as few nodes as possible, so that each node follows its inputs."""
     place = {n: i for i, n in enumerate(graph.nodes)}
     if all(place[a] < i for n, i in place.items() for a in n.all_input_nodes):
         return

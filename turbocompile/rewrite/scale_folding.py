@@ -1,4 +1,4 @@
-"""Where a scale of a linear's input can be folded: into the norm, or the v, that the input is made of."""
+"""Where a scale of a linear's input can be folded: into the norm that makes it, or into the v of an attention."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from turbocompile.ir.arguments import arguments
 from turbocompile.ir.attention_ops import BHLD, BLHD, SLA, attention_layout, is_attention
 from turbocompile.ir.program import Subgraph, is_op, shape
 from turbocompile.ir.weights import RELATIVE, Load
 from turbocompile.rewrite.attention_sites import Place, as_norm, below_layout, readers
-from turbocompile.rewrite.linears import dequantized, first_weight, given_weights
-from turbocompile.rewrite.match import arguments, is_cast, uncast, weight_expr
+from turbocompile.rewrite.linears import dequantized, first_weight, given_weights, weight_expr
+from turbocompile.rewrite.match import is_cast, uncast
 
 aten = torch.ops.aten
 NO_PRODUCER = "no producer to fold a scale into"
@@ -21,9 +22,10 @@ NO_PRODUCER = "no producer to fold a scale into"
 
 @dataclass(frozen=True)
 class Fold:
-    """Linears that share an input, and what makes it: norms with what modulates them, or an attention.
+    """Linears that share an input whose channels can be scaled where the input is made.
 
-    base: what the names of the vectors s and 1 / s start with, as in "attn1.to_q.". channels: of the input.
+    base: the start of the names of the vectors s and 1 / s, as in "attn1.to_q.". channels: of the input. attention: the
+    attention that makes the input; None where a norm, perhaps modulated, makes it.
     """
 
     linears: tuple[fx.Node, ...]
@@ -32,7 +34,7 @@ class Fold:
     attention: fx.Node | None = None
 
     def vector(self, name: str) -> Load:
-        """s ("smooth") or 1 / s ("unsmooth"), of each layer."""
+        """The float32 vector s ("smooth") or 1 / s ("unsmooth") of (channels,), of each layer."""
         return Load(f"{RELATIVE}{self.base}{name}", (self.channels,), torch.float32)
 
 
@@ -57,7 +59,10 @@ def fold_of(linear: fx.Node, sub: Subgraph) -> Fold | str:
 
 
 def foldable(node: fx.Node, sub: Subgraph, last: bool = False) -> bool:
-    """Whether the node is a norm, cast, scaled and shifted by what is alike for all tokens, and read by nobody else."""
+    """Whether the node is a norm, perhaps cast, scaled and shifted alike for all tokens, with one reader.
+
+    last: whether the node is the input itself, which several linears may read.
+    """
     if not last and len(node.users) != 1:
         return False
     norm = as_norm(node)
@@ -83,7 +88,7 @@ def has_norm(node: Any) -> bool:
 
 
 def attention_under(node: fx.Node) -> fx.Node | None:
-    """The attention whose heads a (batch, tokens, channels) holds one beside the other; None where it is none."""
+    """The attention whose heads the node (batch, tokens, channels) holds side by side; None for another node."""
     if not is_op(node, aten.reshape.default):
         return None
     inner, order = uncast(node.args[0]), BLHD
@@ -97,7 +102,7 @@ def attention_under(node: fx.Node) -> fx.Node | None:
 
 
 def unfoldable(attention: fx.Node, x: fx.Node, sub: Subgraph) -> str | None:
-    """Why x, the heads of an attention side by side, cannot be scaled through v; None where it can."""
+    """Why x, the heads of an attention side by side, cannot be scaled through v; None where it can be."""
     if is_op(attention, *SLA):
         return "SLA's linear branch mixes the channels of v"
     layout, q, v = attention_layout(attention), *q_and_v(attention)
@@ -126,7 +131,7 @@ def of_channels(node: fx.Node) -> bool:
 
 
 def between(node: fx.Node, attention: fx.Node) -> list[fx.Node]:
-    """node and what lies under it down to the attention, which is not among them."""
+    """node and the nodes under it, down to the attention, which is not among them."""
     path = []
     while node is not attention:
         path.append(node)

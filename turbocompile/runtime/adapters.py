@@ -1,7 +1,8 @@
-"""What an engine says to those who would change its weights by adapters (LoRA), as pipelines of diffusers do.
+"""Refuses adapters (LoRA) that a pipeline of diffusers would put into an engine, or take out of it.
 
 `pipe.fuse_lora()`, `disable_lora()`, `delete_adapters()` and the like ask each component whether it is a model of
-diffusers or transformers, and pass over anything else without a word; the picture would then be that of other weights.
+diffusers or transformers, and skip any other component without a word. The picture would then come from other weights
+than the user asked for. So an engine raises an error when one of these methods looks at it.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ METHODS = frozenset(
         "unload_lora_weights",
     }
 )  # fmt: skip
-_ASKS = ("diffusers.loaders", "diffusers.pipelines")
+_ASKS = ("diffusers.loaders", "diffusers.pipelines")  # the packages whose methods of these names ask
 
 
 def refuse(name: str, engine: Any) -> NoReturn:
-    """Raises UnsupportedError: what was asked for, and what to do instead."""
+    """Raises UnsupportedError. name: the method that was called; engine: the object that it would change."""
     raise UnsupportedError(
         f"{name} cannot change {engine.model_name}, which is an engine: its adapters became part of its weights when "
         "it was compiled; change the adapters of the model that it was compiled from, and compile that again"
@@ -30,14 +31,14 @@ def refuse(name: str, engine: Any) -> NoReturn:
 
 
 class FixedWeights:
-    """Mixed into what stands for a model in a pipeline. `model_name`: what messages call it."""
+    """A base of the objects that stand for a model in a pipeline. Messages call them by their `model_name`."""
 
     def __getattribute__(self, name: str) -> Any:
         if name in METHODS:
             return lambda *args, **kwargs: refuse(name, self)
         if name == "__class__":
             asking = sys._getframe(1)
-            place = asking.f_globals.get("__name__", "")
-            if asking.f_code.co_name in METHODS and str(place).startswith(_ASKS):
+            module = asking.f_globals.get("__name__", "")
+            if asking.f_code.co_name in METHODS and str(module).startswith(_ASKS):
                 refuse(f"{asking.f_code.co_name}()", self)
         return super().__getattribute__(name)

@@ -1,8 +1,8 @@
-"""Memsets of a recorded CUDA graph become kernels, since a graph of kernels alone is launched in one piece.
+"""Memsets of a recorded CUDA graph become kernels, because a graph of kernels alone is launched in one piece.
 
-cuBLAS and cuDNN set a counter of four bytes to zero before many of their kernels. Each such node ends the run of
-kernels that the driver hands over at once: with 121 of them a replay of 1,045 nodes cost the CPU five times as much as
-with kernels in their place (benchmarks/RESULTS.md).
+cuBLAS and cuDNN set a counter of four bytes to zero before many of their kernels. Each such memset ends the sequence of
+kernels that the driver hands over at once: a replay of 1,045 nodes, 121 of them memsets, cost the CPU five times as
+much as the same graph with kernels instead of memsets (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CALLS = (
 
 
 class Fill(NamedTuple):
-    """What a memset writes: `length` words of 32 bits."""
+    """The words that a memset writes: `length` times the 32 bits of `word`, from `address` on."""
 
     address: int
     word: int  # as a signed number
@@ -30,14 +30,14 @@ class Fill(NamedTuple):
 
 
 def fill_of(address: int, value: int, element_size: int, width: int, height: int) -> Fill | None:
-    """The words that a memset node writes, or None: rows apart from each other, bytes that are no whole words.
+    """The words that a memset node writes; None where it writes rows apart from each other, or parts of words.
 
     Args:
         address: bytes.
-        value: of an element, in as many low bits.
-        element_size: bytes, 1, 2 or 4.
-        width: elements a row.
-        height: rows.
+        value: the value of each element, in the low bits.
+        element_size: bytes of an element: 1, 2 or 4.
+        width: elements in a row.
+        height: number of rows.
     """
     size = width * element_size
     if height != 1 or size % 4 or address % 4:
@@ -49,11 +49,11 @@ def fill_of(address: int, value: int, element_size: int, width: int, height: int
 def memsets_to_kernels(graph: torch.cuda.CUDAGraph) -> int:
     """Replaces the memsets of a graph that was recorded with `keep_graph=True` and is not instantiated yet.
 
-    Returns how many it replaced. None, and the graph is as it was, where cuda-bindings, which comes with PyTorch for
-    CUDA, is not installed, or it or the driver lacks a call (drivers before CUDA 12.3).
+    Returns how many memsets it replaced. It replaces none, and the graph is as it was, where cuda-bindings (which comes
+    with PyTorch for CUDA) is not installed, or lacks a call, or the driver does (before CUDA 12.3).
 
     Raises:
-        RuntimeError: the driver refused a call; the graph is not to be used then.
+        RuntimeError: the driver refused a call; the graph must not be used then.
     """
     try:
         from cuda.bindings import driver
@@ -66,7 +66,7 @@ def memsets_to_kernels(graph: torch.cuda.CUDAGraph) -> int:
         fills = _fills(driver, handle)
         before, after = _neighbours(driver, handle)
     except RuntimeError as error:
-        if "not found" not in str(error):  # how the bindings say that the driver lacks a call
+        if "not found" not in str(error):  # the bindings say so where the driver lacks a call
             raise
         return 0
     if not fills:
@@ -81,19 +81,19 @@ def memsets_to_kernels(graph: torch.cuda.CUDAGraph) -> int:
         for neighbours, ends in ((after, first), (before, then)):
             for end in ends:
                 neighbours[end] = [new if n == old else n for n in neighbours[end]]
-    kept.reset()  # a node's parameters are its own
+    kept.reset()  # the new nodes have their own copies of the parameters
     return len(fills)
 
 
 def _done(result: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a call of the driver returned, without its status."""
+    """The results of a driver call, without its status. Raises RuntimeError where the call failed."""
     if int(result[0]) != 0:
         raise RuntimeError(f"the CUDA driver changes no graph here: {result[0].name}")
     return result[1:]
 
 
 def _fills(driver: Any, handle: int) -> dict[int, Fill]:
-    """What each memset writes that a kernel can."""
+    """The words that each memset node writes, for the memsets that a kernel can stand for."""
     memset = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMSET
     fills = {}
     for node in _nodes(driver, handle):
@@ -115,9 +115,10 @@ def _of(driver: Any, nodes: list[int]) -> list[Any]:
 
 
 def _neighbours(driver: Any, handle: int) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-    """For each node those it waits for, and those that wait for it.
+    """For each node the nodes that it waits for, and the nodes that wait for it.
 
-    CUDA 12 has the calls that know of edges' data as a second version, 13 has them alone; a memset's edges have none.
+    CUDA 12 has a second version of the calls, which knows the data of edges; CUDA 13 has only that version. The edges
+    of a memset have no data.
     """
     edges = getattr(driver, "cuGraphGetEdges_v2", driver.cuGraphGetEdges)
     count = _done(edges(handle))[-1]
@@ -139,9 +140,10 @@ def _connect(driver: Any, handle: int, start: int, ends: list[int]) -> None:
 
 
 def _kernels(driver: Any, fills: set[Fill]) -> tuple[torch.cuda.CUDAGraph, dict[Fill, Any]]:
-    """The parameters of a kernel node for each fill, and the graph that holds them: recorded, never run.
+    """The parameters of a kernel node for each fill, and the recorded graph that holds them, which never runs.
 
-    Triton's own launch fills in what a kernel of its takes besides the arguments, which differs by version.
+    They are recorded because a Triton kernel has parameters besides its arguments, which differ by version and which
+    only Triton's own launch knows.
     """
     from turbocompile.kernels.memory.fill_triton import launch_fill
 

@@ -61,6 +61,11 @@ class Engine(FixedWeights, nn.Module):
     experts: dict[str, Engine]
     cuda_graph: bool = True
     write: Callable[[Engine, Path], None] | None = None  # how `save` writes an engine that was built in this process
+    _runners: dict[str, Any]
+    _graphs: dict[str, CudaGraph]
+    _pool: Pool | None
+    _turns: Turns
+    _making: threading.RLock  # held while code is compiled or a graph is made
 
     def __init__(
         self,

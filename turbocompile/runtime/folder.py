@@ -58,7 +58,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         try:
             temporary.rename(target)
         except OSError as error:
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):  # meanwhile another made it
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):  # another process made it meanwhile
                 raise EngineError(f"{target} was written by another process meanwhile; name another folder") from error
             raise
     except BaseException:
@@ -67,13 +67,13 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def canonical(manifest: Mapping[str, Any]) -> bytes:
-    """The bytes that the digest is of: sorted keys, no spaces, UTF-8, without the digest itself."""
+    """The bytes that the digest is computed from: JSON in UTF-8, sorted keys, no spaces, without the digest."""
     body = {k: v for k, v in manifest.items() if k != "digest"}
     return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
 
 
 def seal(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Adds the hashes of every file and the digest, and writes the manifest last."""
+    """Adds the hashes of every file and the digest to a manifest, writes it into the folder, and returns it."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     files = {name: file_entry(folder / name) for name in names if name != MANIFEST}
     manifest = {**manifest, "schema": SCHEMA, "version": __version__, "files": files}
@@ -83,7 +83,7 @@ def seal(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, per 64 MiB."""
+    """The size of a file in bytes, and the SHA-256 of each 64 MiB of it."""
     return {"size": path.stat().st_size, "sha256": _hashes(path)}
 
 
@@ -104,17 +104,17 @@ def _hashes(path: Path) -> list[str]:
 
 
 def read_json(path: Path) -> Any:
-    """Parsed JSON of bounded size and depth, in UTF-8. Raises EngineError."""
+    """The parsed JSON of a file in UTF-8. Raises EngineError where it is too large, too deep or no JSON."""
     if path.stat().st_size > MAX_JSON:
         raise EngineError(f"{path.name} is {path.stat().st_size >> 20} MiB, more than any engine needs; build it again")
     data = path.read_bytes()
     depth = 0
-    for token in _BRACKETS.finditer(data):  # before parsing: the parser recurses
+    for token in _BRACKETS.finditer(data):  # before it is parsed, because the parser recurses
         depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token.group(), 0)
         if depth > MAX_DEPTH:
             raise EngineError(f"{path.name} is nested more than {MAX_DEPTH} deep, so it is no engine file")
     try:
-        found = json.loads(data.decode("utf-8"))  # of bytes the parser would guess another encoding
+        found = json.loads(data.decode("utf-8"))  # decoded here, because the parser would guess another encoding
         if _SURROGATE.search(data):
             json.dumps(found, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
@@ -124,7 +124,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, with its digest checked and every field of its type. Raises EngineError."""
+    """The manifest of a folder. Raises EngineError where its digest differs, or a field is of another type."""
     if not folder.is_dir():
         raise EngineError(f"{folder} is no folder; `turbocompile optimize RECIPE -o {folder}` makes one")
     if not (folder / MANIFEST).is_file():
@@ -147,7 +147,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
-    """Raises Unreadable for a field of another type, and for any name of a file that is not in the folder."""
+    """Raises Unreadable for a field of another type, and for the name of a file that has no hash."""
     whole(manifest["schema"], "schema", 1)
     files, modules, components = (table(entry(manifest, k, "it"), f"{k!r}") for k in ("files", "modules", "components"))
     for name, value in files.items():
@@ -179,7 +179,7 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
 
 
 def _check_module(row: dict[str, Any], what: str, files: Mapping[str, Any]) -> None:
-    """Raises Unreadable for a field of a module's entry of another type, or a file that there is no hash of."""
+    """Raises Unreadable where a field of a module's entry is of another type, or names a file that has no hash."""
     programs = table(entry(row, "programs", what), f"'programs' of {what}")
     if not programs:
         raise Unreadable(f"{what} has no program")
@@ -196,7 +196,10 @@ def _check_module(row: dict[str, Any], what: str, files: Mapping[str, Any]) -> N
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any], names: Sequence[str] | None = None) -> None:
-    """Compares size and hashes of the named files (all of them by default) with the manifest. Raises EngineError."""
+    """Compares the sizes and hashes of the named files with the manifest, by default of all files.
+
+    Raises EngineError for a file that is missing, or differs from the manifest.
+    """
     for name in names if names is not None else manifest["files"]:
         row = manifest["files"].get(name)
         path = inside(folder, name)
@@ -210,9 +213,9 @@ def check_files(folder: Path, manifest: Mapping[str, Any], names: Sequence[str] 
             raise EngineError(f"the engine's {name} was altered (its hash differs); copy it again or build it again")
 
 
-def check_strangers(folder: Path, manifest: Mapping[str, Any], place: str) -> None:
-    """Raises EngineError for a file under `place` that the manifest does not name: a loader may look for any file."""
-    found = {p.relative_to(folder).as_posix() for p in (folder / place).rglob("*") if not p.is_dir()}
+def check_strangers(folder: Path, manifest: Mapping[str, Any], subfolder: str) -> None:
+    """Raises EngineError for a file in the subfolder that the manifest does not name: a loader may open any file."""
+    found = {p.relative_to(folder).as_posix() for p in (folder / subfolder).rglob("*") if not p.is_dir()}
     strangers = sorted(found.difference(manifest["files"]))
     if strangers:
         raise EngineError(f"the engine's {strangers[0]} is not in its manifest; remove it or build again")

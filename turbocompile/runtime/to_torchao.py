@@ -1,4 +1,4 @@
-"""An engine's 8-bit weights handed to torchao: the way back from quantized.py."""
+"""Hands an engine's 8-bit weights to torchao: the inverse of reading torchao's weights at capture."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from torch import nn
 
 from turbocompile.capture.module_weights import DATA, Quantized
 from turbocompile.errors import EngineError, UnsupportedError
-from turbocompile.ir.program import SHELL, is_op
-from turbocompile.ir.weights import RELATIVE, emitted_name, stacked
+from turbocompile.ir.program import is_op
+from turbocompile.ir.stored_names import stored_name
+from turbocompile.ir.weights import full_name, stacked
 from turbocompile.kernels import ops
 from turbocompile.runtime.engine import Engine
 
@@ -33,8 +34,8 @@ def to_torchao(engine: nn.Module, model: nn.Module) -> list[str]:
 
 
 def _linear_weights(engine: nn.Module) -> dict[str, Quantized]:
-    """The engine's 8-bit weights by the names of the model's linears."""
-    engine = getattr(engine, "engine", engine)  # of one that captures at its first call
+    """The engine's 8-bit weights, by the names of the model's linears. Raises EngineError, UnsupportedError."""
+    engine = getattr(engine, "engine", engine)  # a module that captures at its first call has an engine then
     if not isinstance(engine, Engine):
         raise EngineError("nothing was captured yet; call the module that optimize() returned once")
     program = next(iter(engine.programs.values()))
@@ -54,12 +55,12 @@ def _linear_weights(engine: nn.Module) -> dict[str, Quantized]:
 
 
 def _parts(engine: Engine, graph: str, prefix: str, data: str, scale: str, format: str) -> dict[str, Quantized]:
-    """One 8-bit weight of an engine, in the pieces that are the weight of one linear each."""
+    """One 8-bit weight of an engine, taken apart into the weights of the model's linears, by their names."""
     weights = next(iter(engine.programs.values())).graphs[graph].weights
-    whole = [engine.weights[emitted_name(graph == SHELL, graph, n, weights[n], prefix)] for n in (data, scale)]
+    whole = [engine.weights[stored_name(graph, n, weights[n], prefix)] for n in (data, scale)]
     found, start = {}, 0
     for load in stacked(weights[data]):
-        name = prefix + load.name.removeprefix(RELATIVE) if load.name.startswith(RELATIVE) else load.name
+        name = full_name(load.name, prefix)
         rows = slice(start, start + load.shape[0])
         start = rows.stop
         name = name.removesuffix(DATA).removesuffix(".weight")
@@ -72,7 +73,7 @@ def _parts(engine: Engine, graph: str, prefix: str, data: str, scale: str, forma
 
 
 def _linear(model: nn.Module, name: str, parts: Quantized) -> nn.Linear:
-    """The linear of that name. Raises EngineError where the model has none of that shape."""
+    """The model's linear with that name. Raises EngineError where it has none, or one of another shape."""
     linear = dict(model.named_modules()).get(name)
     if not isinstance(linear, nn.Linear) or linear.weight.shape != parts.data.shape:
         raise EngineError(
@@ -83,7 +84,7 @@ def _linear(model: nn.Module, name: str, parts: Quantized) -> nn.Linear:
 
 
 def _tensor(parts: Quantized, like: torch.Tensor) -> torch.Tensor:
-    """torchao's tensor, as it would make it of the weight `like`: on its device, dequantized to its dtype."""
+    """The tensor that torchao would make of the weight `like`: on its device, and dequantized to its dtype."""
     try:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8Tensor, Int8Tensor, PerRow
         from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs, QuantizeTensorToInt8Kwargs

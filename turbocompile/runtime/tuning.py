@@ -74,7 +74,7 @@ def tune(
 
 
 def attentions(programs: Mapping[str, Program], device: torch.device) -> dict[str, dict[str, Any]]:
-    """The default configurations of the quantized attentions of all shapes and graphs, as tuning.json holds them."""
+    """The default configurations on a device of the quantized attentions in all graphs, in the form of tuning.json."""
     wanted = sorted(set(_sizes(programs, attention_size)), key=astuple)
     if not wanted:
         return {}

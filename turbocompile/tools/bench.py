@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import json
 import platform
-import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
-from rich.text import Text
 from torch import fx
 
 from turbocompile.cache import cache_path, keep_json
@@ -30,89 +25,14 @@ from turbocompile.hardware import Gpu, host_gpu
 from turbocompile.ir.cost import OpCost, alike, cost
 from turbocompile.ir.execute import SOURCE
 from turbocompile.ir.program import SHELL, Program
-from turbocompile.report.attentions import named_attentions
-from turbocompile.report.report import duration, size
-from turbocompile.runtime.cuda_graph import restore_generator
+from turbocompile.report.timings import Bench, OpTime
+from turbocompile.runtime.timing import launch_seconds, median_seconds, seconds_alone, wait
 
 if TYPE_CHECKING:
     from turbocompile.runtime.engine import Engine
 
 CALLS = 10  # of a forward
-REPEATS = 5  # of an operation in one recording
-SHOWN = 20  # operations of a printed table
 Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class OpTime:
-    """Equal operations of one graph, as in the report, and the seconds that all `count` of them take in a forward."""
-
-    graph: str
-    name: str
-    where: tuple[str, ...]
-    shapes: str
-    count: int
-    seconds: float
-    floor: float | None  # the roofline time on this card, where it is known
-
-
-@dataclass(frozen=True)
-class Bench:
-    """seconds: medians of `calls` forwards, as the engine runs (a CUDA graph on a GPU) and kernel by kernel. launch:
-    what a call costs the CPU. peak: bytes of the GPU, weights included. Seconds and bytes; None where there is no GPU.
-    """
-
-    engine: str
-    device: str
-    shape: str
-    versions: Mapping[str, str]
-    calls: int
-    seconds: float
-    ungraphed: float | None
-    launch: float | None
-    first: float  # the first call: kernels are compiled in it
-    peak: int | None
-    ops: tuple[OpTime, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self), "versions": dict(self.versions)}
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text(f"{self.engine} {self.shape} on {self.device}", style="bold")
-        yield Text(", ".join(f"{name} {version}" for name, version in self.versions.items()))
-        yield Text(f"forward {duration(self.seconds)}, the median of {self.calls}; the first {duration(self.first)}")
-        if self.ungraphed is not None and self.launch is not None and self.peak is not None:
-            yield Text(
-                f"kernel by kernel {duration(self.ungraphed)}; a call costs the CPU {duration(self.launch)}; "
-                f"at most {size(self.peak)} of the GPU"
-            )
-        table = Table(title="Operations, each timed alone", title_justify="left", box=None, pad_edge=False)
-        numbers = ("runs", "time", "at least", "share of the rate")
-        for column in ("op", "where", "shapes", *numbers):
-            table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
-        for op in self.ops[:SHOWN]:
-            where = f"{op.graph} {', '.join(w for w in op.where[:3] if w)}".strip()
-            table.add_row(*map(Text, (op.name.removeprefix("aten."), where, op.shapes, *_numbers([op]))))
-        if rest := self.ops[SHOWN:]:
-            table.add_row(f"{len(rest)} more", "", "", *_numbers(rest))
-        table.add_row("all", "", "", *_numbers(self.ops))
-        yield table
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Bench:
-        """The inverse of `to_dict`. Raises KeyError or TypeError for other data."""
-        ops = tuple(OpTime(**{**op, "where": tuple(op["where"])}) for op in data["ops"])
-        return cls(**{**data, "ops": ops})
-
-
-def _numbers(ops: Sequence[OpTime]) -> tuple[str, str, str, str]:
-    """Runs, time, the roofline's time and their quotient."""
-    seconds = sum(op.seconds for op in ops)
-    floors = [op.floor for op in ops if op.floor is not None]
-    whole = len(floors) == len(ops)
-    least, share = (duration(sum(floors)), f"{sum(floors) / seconds:.0%}") if whole and seconds else ("", "")
-    return str(sum(op.count for op in ops)), duration(seconds), least, share
 
 
 @torch.no_grad()
@@ -139,11 +59,11 @@ def bench(
     progress("first", 0.0)
     began = time.perf_counter()
     runner(*tensors)
-    _wait(cuda)
+    wait(cuda)
     first = time.perf_counter() - began
     progress("forward", 0.0)
     runner(*tensors)  # a CUDA graph is recorded in the second call
-    seconds = _median(lambda: runner(*tensors), calls, cuda)
+    seconds = median_seconds(lambda: runner(*tensors), calls, cuda)
     peak = torch.cuda.max_memory_allocated() if cuda else None
     plain = engine.compiled(chosen)
     progress("ops", 0.0)
@@ -156,8 +76,8 @@ def bench(
         versions=versions(),
         calls=calls,
         seconds=seconds,
-        ungraphed=_median(lambda: plain(*tensors), calls, cuda) if cuda else None,
-        launch=_launch(lambda: runner(*tensors)) if cuda else None,
+        ungraphed=median_seconds(lambda: plain(*tensors), calls, cuda) if cuda else None,
+        launch=launch_seconds(lambda: runner(*tensors)) if cuda else None,
         first=first,
         peak=peak,
         ops=times.rows(host_gpu() if cuda else None),
@@ -189,101 +109,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------- timing
-
-
-def _wait(cuda: bool) -> None:
-    if cuda:
-        torch.cuda.synchronize()
-
-
-def _median(call: Callable[[], object], calls: int, cuda: bool) -> float:
-    """Seconds of one call among several in a row."""
-    call()
-    _wait(cuda)
-    if not cuda:
-        spent = []
-        for _ in range(calls):
-            began = time.perf_counter()
-            call()
-            spent.append(time.perf_counter() - began)
-        return statistics.median(spent)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
-    for start, end in events:
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events) / 1000
-
-
-def _launch(call: Callable[[], object]) -> float:
-    """Seconds of the CPU until a call returns, with nothing queued before it."""
-    spent = []
-    for _ in range(CALLS):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        call()
-        spent.append(time.perf_counter() - began)
-    torch.cuda.synchronize()
-    return statistics.median(spent)
-
-
-def _alone(call: Callable[[], object], cuda: bool) -> float:
-    """Seconds of one operation: of REPEATS in a CUDA graph, so that launching them takes no part."""
-    if not cuda:
-        return _median(call, 3, False)
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            for _ in range(REPEATS):
-                call()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # it cannot be recorded: its launches count too
-        restore_generator(torch.device("cuda"))
-        return _median(call, REPEATS, True)
-    graph.replay()
-    torch.cuda.synchronize()
-    return _median(graph.replay, 3, True) / REPEATS
-
-
-def _wake(device: torch.device, seconds: float = 0.3) -> None:
-    """Keeps an idle card busy until its clock is up: it counts at a fifth of its speed for the first tenths."""
-    x = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        x @ x
-        torch.cuda.synchronize()
-
-
-def time_attentions(program: Program, device: torch.device) -> dict[str, float]:
-    """Seconds of one run of each attention, by its site, on N(0, 1) in the shapes and strides of its operands.
-
-    Masks keep every key.
-    """
-    found = {}
-    if device.type == "cuda":
-        _wake(device)
-    for graph, sub in program.graphs.items():
-        for site, node in named_attentions(graph, sub) if program.count(graph) else ():
-            values = {n: _filled(n.meta["val"], device) for n in node.all_input_nodes}
-            args, kwargs = (fx.map_arg(x, values.__getitem__) for x in (node.args, dict(node.kwargs)))
-            found[site] = _alone(lambda t=node.target, a=args, k=kwargs: t(*a, **k), device.type == "cuda")  # type: ignore[misc]
-    return found
-
-
-def _filled(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """N(0, 1) in the shape and strides of a value; ones where it is a mask or whole numbers."""
-    if not value.dtype.is_floating_point:
-        return torch.ones(value.shape, dtype=value.dtype, device=device)
-    if 0 in value.stride():  # expanded: its numbers share memory, which nothing may write at random
-        return torch.randn(value.shape, dtype=value.dtype, device=device)
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device).normal_()
-
-
 class _Operations:
     """Runs a compiled program node by node, and times one of each kind.
 
@@ -303,7 +128,7 @@ class _Operations:
         key = alike(node)
         repeated = self.runs[graph] > 1 or self.program.count(graph) == 1
         if key is not None and repeated and (graph, key) not in self.seconds:
-            self.seconds[graph, key] = _alone(call, self.cuda)
+            self.seconds[graph, key] = seconds_alone(call, self.cuda)
 
     def rows(self, card: Gpu | None) -> tuple[OpTime, ...]:
         made = []

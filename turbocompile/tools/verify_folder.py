@@ -12,7 +12,8 @@ from turbocompile.errors import EngineError
 from turbocompile.ir.attention_ops import SAGE, SLA
 from turbocompile.ir.program import Program, is_op
 from turbocompile.kernels import ops
-from turbocompile.numerics.verifier import Error, compare, random_inputs
+from turbocompile.numerics.errors import Error, compare
+from turbocompile.numerics.inputs import random_inputs
 from turbocompile.recipe.schema import Recipe
 from turbocompile.runtime.engine import Engine, load
 from turbocompile.runtime.folder import check_files, check_strangers, read_manifest

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from turbocompile.errors import EngineError
-from turbocompile.ir.weights import BLOCK, TensorSource
-from turbocompile.kernels.quantize.quantize import dequantize
+from turbocompile.ir.evaluate import TensorSource
+from turbocompile.kernels.quantize.quantize import BLOCK, dequantize
 from turbocompile.wan.leftovers import IRRELEVANT, is_lora, refusal
 from turbocompile.wan.scaled import ScaledTensors
 

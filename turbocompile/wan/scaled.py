@@ -17,7 +17,7 @@ from collections.abc import Iterable
 import torch
 
 from turbocompile.errors import EngineError, UnsupportedError
-from turbocompile.ir.weights import TensorSource
+from turbocompile.ir.evaluate import TensorSource
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 EIGHT_BIT = (*FLOAT8, torch.int8)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from turbocompile.errors import EngineError, RecipeError, UnsupportedError
-from turbocompile.ir.weights import TensorSource
+from turbocompile.ir.evaluate import TensorSource
 from turbocompile.recipe.parse import HUB_ID
 from turbocompile.recipe.presets import (
     HUB_PRESETS,

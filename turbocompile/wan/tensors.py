@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from turbocompile.errors import EngineError, TurbocompileError, UnsupportedError
-from turbocompile.ir.weights import TensorSource
+from turbocompile.ir.evaluate import TensorSource
 from turbocompile.kernels.quantize.quantize import dequantize
 
 Spec = tuple[tuple[int, ...], torch.dtype]

@@ -78,7 +78,7 @@ class Case:
         self.head_dim = head_dim
 
     def tables(self):
-        from turbocompile.kernels.attention.keys_triton import lay_out
+        from turbocompile.kernels.attention.keys_tables_triton import lay_out
 
         return lay_out(self.x, self.weight, EPS, self.heads, self.cos, self.sin, self.grid)
 
@@ -222,7 +222,7 @@ def test_how_it_is_launched_does_not_matter(device):
     """Tiles that wait for their rows, tiles behind all rows, more and fewer threads: the same bits but for k8, whose
     roots are sums in another order.
     """
-    from turbocompile.kernels.attention.keys_triton import KeysConfig
+    from turbocompile.kernels.attention.keys_tables_triton import KeysConfig
 
     case = Case(device, *((2, 5, 128, (2, 7, 25)) if device == "cuda" else (1, 1, 64, (1, 5, 27))), BF16)
     _, expected = case.keys(64, pool=True, keep=True)
@@ -328,7 +328,7 @@ def test_a_new_length_compiles_nothing(device):
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 def test_every_path_for_the_sanitizer(device):
     """Small, so that compute-sanitizer gets through it: `-k sanitizer`."""
-    from turbocompile.kernels.attention.keys_triton import KEYS_CONFIGS, KeysConfig
+    from turbocompile.kernels.attention.keys_tables_triton import KEYS_CONFIGS, KeysConfig
 
     for heads, head_dim, dtype in ((12, 128, BF16), (5, 64, FP16)):
         case = Case(device, 2, heads, head_dim, (2, 9, 11), dtype)

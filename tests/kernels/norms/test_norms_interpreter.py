@@ -69,7 +69,7 @@ def assert_quantized(data, scale, format, expected, unit):
     ],
 )
 def test_pieces_hold_a_width_with_little_padding(width, least, expected):
-    from turbocompile.kernels.quantize.quantize_triton import pieces
+    from turbocompile.kernels._rows import pieces
 
     assert pieces(width, least, len(expected)) == expected
 

@@ -1,0 +1,60 @@
+"""How far long work is, on stderr: a live line for each stage in a terminal, elsewhere a line when a stage ends."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@contextlib.contextmanager
+def shown_progress() -> Iterator[Callable[[str, float], None]]:
+    """Shows stages on stderr: a live line each in a terminal, elsewhere a line when one ends."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Lines()
+        return
+    with live_bars(console) as progress:
+        yield progress
+
+
+class Lines:
+    """Prints `stage 1.2 s` to stderr when a stage ends, and how far a long one is, once a minute."""
+
+    def __init__(self) -> None:
+        self.started: dict[str, float] = {}
+        self.told: dict[str, float] = {}
+
+    def __call__(self, stage: str, fraction: float) -> None:
+        now = time.perf_counter()
+        if fraction < 1.0:
+            self.started.setdefault(stage, now)
+            if now - self.told.setdefault(stage, now) >= 60.0:
+                self.told[stage] = now
+                click.echo(f"{stage} {fraction:.0%}", err=True)
+        elif stage in self.started:
+            click.echo(f"{stage} {now - self.started.pop(stage):.1f} s", err=True)
+
+
+@contextlib.contextmanager
+def live_bars(console: Console) -> Iterator[Callable[[str, float], None]]:
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, fraction: float) -> None:
+            if stage not in tasks or (fraction == 0.0 and bars.tasks[tasks[stage]].finished):
+                tasks[stage] = bars.add_task(stage, total=1.0)
+            bars.update(tasks[stage], completed=fraction)
+
+        yield update
