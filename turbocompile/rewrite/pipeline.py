@@ -12,8 +12,8 @@ from typing import Any
 import networkx as nx
 
 from turbocompile.errors import TurbocompileError
+from turbocompile.ir.allowed_ops import ALLOWED
 from turbocompile.ir.program import Program, Subgraph, drop_unread
-from turbocompile.ir.serialize import ALLOWED
 from turbocompile.ir.weights import Cast, is_adapted
 from turbocompile.recipe.options import CompileOptions
 from turbocompile.rewrite import lineage
