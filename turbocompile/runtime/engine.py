@@ -1,6 +1,6 @@
 """An engine: compiled Programs and their weights, called like the model they came from.
 
-`load` opens an engine's folder. It executes nothing from there: folder.py checks the files, and ir/serialize.py checks
+`load` opens an engine's folder. It executes nothing from there: folder.py checks the files, and ir/deserialize.py checks
 the Programs operator by operator and shape by shape.
 """
 
