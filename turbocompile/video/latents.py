@@ -18,7 +18,7 @@ from turbocompile.sampling import flow, rcm
 from turbocompile.video import image as wan_image
 from turbocompile.video import text as wan_text
 from turbocompile.video.components import check_component, component
-from turbocompile.wan.components import vae_config
+from turbocompile.wan.components import folder_name, vae_config
 
 Progress = Callable[[str, float], None]
 
@@ -55,7 +55,7 @@ class Pipeline:
     def of_engine(cls, engine: Engine) -> Pipeline:
         assert engine.folder is not None
         row = check_component(engine, "vae")
-        strides = vae_strides(vae_config(engine.folder / "components" / row.get("folder", "vae")))
+        strides = vae_strides(vae_config(engine.folder / "components" / folder_name("vae", row)))
         geometry = Geometry(*strides, tuple(engine.config["patch_size"]))
         return cls(
             engine.experts, engine.config, engine.dtype, engine.device, lambda name: component(engine, name), geometry

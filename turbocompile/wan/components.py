@@ -367,8 +367,13 @@ def load_components(folder: Path, table: Mapping[str, Mapping[str, str]]) -> dic
     return {name: _load(Path(folder), name, row) for name, row in table.items()}
 
 
+def folder_name(name: str, row: Mapping[str, str]) -> str:
+    """The sub-folder of a component. row: of a table of components; older tables leave the folder out."""
+    return row.get("folder", name)
+
+
 def _load(folder: Path, name: str, row: Mapping[str, str]) -> Any:
-    cls, place = row.get("class", ""), row.get("folder", name)
+    cls, place = row.get("class", ""), folder_name(name, row)
     if cls not in ALLOWED.get(name, {}):
         raise EngineError(
             f"{folder}: the component {name} is of the class {cls!r}, which is not one that may be loaded"
