@@ -163,9 +163,9 @@ class Program:
         return {key for graph, expr in weights for key in self.keys(graph, expr)}
 
     def split(self, graph: str, names: Mapping[str, str]) -> None:
-        """Gives some calls of a graph a copy of it, which may then be rewritten in another way.
+        """Points some calls of a graph to copies of the graph, which passes may then rewrite differently.
 
-        names: the prefix of a call -> the name of the graph that it runs from now on; the others keep theirs.
+        names: the prefix of a call -> the name of the graph that the call runs from now on. Other calls do not change.
         """
         for made in dict.fromkeys(names.values()):
             if made != graph:

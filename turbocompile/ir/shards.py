@@ -90,7 +90,7 @@ def _write_shard(shard: dict[str, torch.Tensor], folder: Path, stem: str, number
 
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that starts as far from a multiple of 64 bytes as the tensor does.
+    """A copy of the tensor at the same alignment: as far from a multiple of 64 bytes as the tensor.
 
     CPU matrix products take other code paths for other alignments, and their sums then differ by an ulp.
     """

@@ -1,9 +1,9 @@
 """How a model is called, as data: parameters, shapes of the tensors, plain values, and the tree of the result.
 
-A graph takes a flat list of tensors. `describe` records how the arguments of a call of `forward` map to that list. `bind`
-maps the arguments of a later call, in any spelling (positional, keyword, omitted defaults), to the list in the same way,
-or raises an error that says why the call does not fit. A `Spelling` repeats a call exactly as its user wrote it, because
-a model may behave differently when an argument is passed by position, by name, or not at all.
+A graph takes a flat list of tensors. `describe` records how the arguments of a call of `forward` map to that list.
+`bind` maps the arguments of a later call, in any spelling (positional, keyword, omitted defaults), to the list in the
+same way, or raises an error that says why the call does not fit. A `Spelling` repeats a call exactly as its user wrote
+it, because a model may behave differently when an argument is passed by position, by name, or not at all.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ seen_classes: dict[
 
 
 class Output(OrderedDict[str, Any]):
-    """A result whose class an engine may not construct: a dictionary with attributes, indexable like diffusers' outputs."""
+    """A result whose class an engine may not construct: a dictionary with attributes, indexable as in diffusers."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -76,9 +76,9 @@ def describe(
 ) -> tuple[Signature, list[torch.Tensor]]:
     """The signature of a call and the call's tensors, in order. The output is filled in after the export.
 
-    wrapper: whether a parameter `return_dict` that is true by default selects, as in diffusers, between the same results
-    in an object and in a tuple; otherwise `return_dict` is an argument like any other. numbers: paths of the Python
-    floats that become inputs (float64 tensors without dimensions); all other floats are fixed at capture.
+    wrapper: whether a parameter `return_dict` that is true by default selects, as in diffusers, between the same
+    results in an object and in a tuple; otherwise `return_dict` is an argument like any other. numbers: paths of the
+    Python floats that become inputs (float64 tensors without dimensions); all other floats are fixed at capture.
 
     Raises CaptureError for a call without a tensor and for an argument that is neither a tensor, nor a plain value, nor
     a container of them.
@@ -149,7 +149,7 @@ class Spelling:
         return cls(tuple(args), dict(kwargs), signature.parameters, True if signature.return_dict else None)
 
     def call(self, leaves: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-        """args and kwargs in new containers of the same kinds; `leaves[path]` replaces the value at each path it has."""
+        """args and kwargs in new containers of the same kinds; `leaves[path]` replaces the value at its path."""
         kinds = [(n, kind) for n, kind, _, _ in self.parameters]
         filled = [_filled(value, path, leaves) for path, value in _paths(kinds, self.args, self.kwargs)]
         args, kwargs = filled[: len(self.args)], dict(zip(self.kwargs, filled[len(self.args) :], strict=True))
@@ -240,12 +240,12 @@ def _bind(parameters: Sequence[tuple[str, str, bool, Any]], args: Any, kwargs: A
 
 
 def _is_marker(value: Any) -> bool:
-    """An empty or opened container leaves a marker, so that a call with another structure is refused."""
+    """Whether a recorded value stands for a container: such markers let `differs` see another structure."""
     return isinstance(value, dict) and set(value) == {"container", "keys"}
 
 
 def _walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves by dotted path; every container below the top yields a marker with its kind and keys."""
+    """Dotted path and value of each leaf; each container below the top gives a marker with its kind and keys."""
     if isinstance(value, Mapping):
         if path:
             yield path, {"container": "dict", "keys": [str(k) for k in value]}
