@@ -53,6 +53,7 @@ def picks(monkeypatch):
         return {config: float(i) for i, config in enumerate(reversed(CONFIGS[format]))}
 
     monkeypatch.setattr(linear_choice, "measure", measure)
+    monkeypatch.setattr(tuning, "LEAST_PRODUCTS", 0)
     return asked
 
 
@@ -264,7 +265,10 @@ class TestCuda:
         with pytest.raises(UnsupportedError, match="nothing to tune"):
             tune_engine(load(tmp_path / "engine", device="cuda"))
 
-    def test_a_build_on_the_card_measures(self, tmp_path):
+    def test_a_build_on_the_card_measures_large_linears(self, tmp_path, monkeypatch):
         recipe = load_recipe(EXAMPLES / "wan-mini.yaml", ["target=host", "components=none"])
+        optimize_recipe(recipe, tmp_path / "small")
+        assert load(tmp_path / "small").tuning["linears"] == {}
+        monkeypatch.setattr(tuning, "LEAST_PRODUCTS", 0)
         optimize_recipe(recipe, tmp_path / "engine")
         assert len(load(tmp_path / "engine").tuning["linears"]) == 5

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     pass
 
 FILE = "tuning.json"
+LEAST_PRODUCTS = 1 << 31  # of a linear whose kernels compete: two microseconds of an H200 at its full FP8 rate
 Progress = Callable[[str, float], None]
 Size = TypeVar("Size", LinearSize, AttentionSize)
 
@@ -56,11 +57,16 @@ def _sizes(programs: Mapping[str, Program], size: Callable[[fx.Node], Size | Non
 def tune(
     programs: Mapping[str, Program], device: torch.device, progress: Progress = lambda stage, fraction: None
 ) -> Tuning:
-    """Lets the kernels of each linear compete on the device, about a second each. Returns the winners."""
+    """Lets the kernels of each large linear compete on the device, some seconds each. Returns the winners.
+
+    A linear of fewer products than LEAST_PRODUCTS keeps the default, because it takes some microseconds with any kernel,
+    and the competition would compile a dozen kernels for it.
+    """
     from turbocompile.kernels.linear import linear_choice, linear_triton  # here: a machine may lack Triton
 
     # A linear that no kernel takes runs on the reference, where there is nothing to choose.
-    wanted = [one for one in linears(programs) if linear_triton.takes(one.format, one.dtype, one.k, device)]
+    large = [one for one in linears(programs) if one.rows * one.n * one.k >= LEAST_PRODUCTS]
+    wanted = [one for one in large if linear_triton.takes(one.format, one.dtype, one.k, device)]
     winners: dict[str, dict[str, Any]] = {}
     for done, one in enumerate(wanted):
         size = (one.format, one.rows, one.n, one.k, one.dtype, device)
