@@ -1,21 +1,15 @@
-"""Weight expressions: shapes, values, names, and shards."""
+"""Weight expressions: shapes, values and names."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file
 from turbocompile.kernels.quantize.quantize import dequantize, quantize
 
 from turbocompile.errors import EngineError
 from turbocompile.ir.deserialize_weights import expr_from_json
-from turbocompile.ir.emit import Emission
 from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.serialize import expr_json
-from turbocompile.ir.shards import write_shards
-from turbocompile.ir.stored_names import stored_name
 from turbocompile.ir.weights import (
     AddLora,
     Cast,
@@ -121,9 +115,6 @@ def test_relative_names_take_the_prefix_of_the_call(table):
     assert is_relative(Cat((expr, load("q", 6, 8)), 0))
     assert not is_relative(load("q", 6, 8))
     assert torch.equal(Evaluator(table, {})(expr, "blocks.1."), table.tensors["blocks.1.w"])
-    assert stored_name("blocks", "w", expr, "blocks.1.") == "blocks.1.w"
-    assert stored_name("blocks", "w", load("q", 6, 8), "blocks.1.") == "q"
-    assert stored_name("blocks", "w", Constant("c", (3,), F32), "blocks.1.") == "constants.c"
     assert [leaf.name for leaf in leaves(AddLora(expr, load("a", 2, 8), load("b", 6, 2), 1.0))] == [".w", "a", "b"]
 
 
@@ -142,20 +133,3 @@ def test_a_checkpoint_of_another_model_is_named(table):
         Evaluator(table, {})(load("v", 1))
     with pytest.raises(EngineError, match=r"'q' has shape \[6, 8\], and the model's \[8, 8\]"):
         Evaluator(table, {})(load("q", 8, 8))
-
-
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=8), limit=st.integers(16, 400))
-def test_shards_hold_every_tensor_once_whatever_their_size(tmp_path_factory, sizes, limit):
-    folder = tmp_path_factory.mktemp("shards")
-    table = Table(**{f"t{i}": torch.randn(n) for i, n in enumerate(sizes)})
-    plan = {f"t{i}": Emission(load(f"t{i}", n), "") for i, n in enumerate(sizes)}
-    seen = []
-    names = write_shards(plan, Evaluator(table, {}), folder, "weights", lambda *p: seen.append(p), limit)
-    found = {}
-    for name in names:
-        shard = load_file(folder / name)
-        assert not set(shard) & set(found)
-        found |= shard
-    assert {k: v.tolist() for k, v in found.items()} == {k: v.tolist() for k, v in table.tensors.items()}
-    assert seen[-1] == (4 * sum(sizes), 4 * sum(sizes))
