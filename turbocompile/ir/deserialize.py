@@ -26,9 +26,8 @@ from turbocompile.ir.deserialize_weights import expr_from_json
 from turbocompile.ir.program import SHELL, Program, Subgraph, call
 from turbocompile.ir.reading import Unreadable, entry, items, one_of, plain, table, text, whole
 from turbocompile.ir.serialize import VERSION
-from turbocompile.ir.sizes import check_size, read_shape
+from turbocompile.ir.sizes import MAX_NODES, check_size, read_shape
 
-MAX_NODES = 200_000
 DEFAULT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

@@ -12,19 +12,19 @@ from typing import Any
 
 from turbocompile.errors import EngineError
 from turbocompile.ir.cost import natural
-from turbocompile.ir.reading import items, table
+from turbocompile.ir.reading import MAX_TEXT, items, table
+from turbocompile.ir.sizes import MAX_NODES
 
 INPUT, OUTPUT, CALL = "input", "output", "call"  # ops of a NodeView that are no operators
-MAX_NODES = 200_000
-MAX_TEXT = 10_000  # characters of a name or a line of code
 
 
 @dataclass(frozen=True)
 class NodeView:
-    """A node as it is shown: its printed code, its cost in one run, and by their places in the lists of the GraphView
-    the nodes that it reads and, after the passes, those before them that it stands for.
+    """A node as a page shows it: its printed code, its cost in one run, and its relations to other nodes.
 
-    op: as in "aten.linear", or input, output, call. passes: those that made it, the last one last.
+    op: as in "aten.linear", or input, output, call. flops, bytes: of one run. reads: positions, in the same list of the
+    GraphView, of the nodes that it reads. origins: of a node after the passes, the positions of the nodes before the
+    passes that it replaces. passes: the passes that made it, the last one last.
     """
 
     name: str
@@ -40,7 +40,7 @@ class NodeView:
 
     @property
     def free(self) -> bool:
-        """Whether it only looks at data in another way."""
+        """Whether the node is a view, which computes and moves nothing."""
         return not self.flops and not self.bytes and self.op not in (INPUT, OUTPUT, CALL)
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,14 +48,18 @@ class NodeView:
         return {**given, **{k: list(v) for k in _LISTS if (v := getattr(self, k))}}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], place: int, before: int) -> NodeView:
-        """place: its own, which all that it reads precede. before: how many nodes there were before the passes."""
+    def from_dict(cls, data: Mapping[str, Any], position: int, before: int) -> NodeView:
+        """The inverse of `to_dict`. Raises KeyError or ValueError for other data.
+
+        position: the node's own, which the positions of all nodes that it reads must precede. before: the number of
+        nodes before the passes.
+        """
         fields: dict[str, Any] = {k: _text(data[k]) for k in _TEXTS}
         fields |= {k: natural(data[k]) for k in _COUNTS}
         return cls(
             **fields,
-            reads=_places(data.get("reads", []), place),
-            origins=_places(data.get("origins", []), before),
+            reads=_positions(data.get("reads", []), position),
+            origins=_positions(data.get("origins", []), before),
             passes=tuple(_text(p) for p in items(data.get("passes", []), "passes")),
         )
 
@@ -104,8 +108,8 @@ def _text(value: Any) -> str:
     return value
 
 
-def _places(value: Any, end: int) -> tuple[int, ...]:
-    places = tuple(natural(v) for v in items(value, "places", MAX_NODES))
-    if any(p >= end for p in places):
+def _positions(value: Any, end: int) -> tuple[int, ...]:
+    positions = tuple(natural(v) for v in items(value, "places", MAX_NODES))
+    if any(p >= end for p in positions):
         raise ValueError(f"{str(value)[:20]} are no places")
-    return places
+    return positions

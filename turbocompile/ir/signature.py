@@ -70,7 +70,7 @@ _DEFAULT = _Default()
 def describe(
     model: nn.Module,
     args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    kwargs: Mapping[str, Any],
     wrapper: bool = True,
     numbers: Container[str] = (),
 ) -> tuple[Signature, list[torch.Tensor]]:
@@ -109,7 +109,7 @@ def describe(
     return Signature(parameters, tuple(inputs), guards, {}, has_return_dict), tensors
 
 
-def given_numbers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, float]:
+def given_numbers(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, float]:
     """The finite Python floats that the call passes, by path; defaults are not among them."""
     parameters = [(p.name, p.kind.name) for p in inspect.signature(model.forward).parameters.values()]
     found = dict(pair for path, value in _paths(parameters, args, kwargs) for pair in _walk(value, path))

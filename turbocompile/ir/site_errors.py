@@ -1,4 +1,4 @@
-"""What 8 bits do to each site, layer by layer: the rows of the report's sensitivity table, as data."""
+"""The error of each quantized site, layer by layer: the rows of the report's sensitivity table, as data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EIGHT_BITS = "8 bits"
 
 
 def finite(error: Any) -> dict[str, float] | None:
-    """The three figures of an error (a mapping, or an object with to_dict); None where one is no finite number."""
+    """The three figures of an error (a mapping, or an object with to_dict); None where a figure is not finite."""
     if error is None:
         return None
     given = error if isinstance(error, Mapping) else error.to_dict()
@@ -23,9 +23,9 @@ def finite(error: Any) -> dict[str, float] | None:
 
 @dataclass(frozen=True)
 class LayerError:
-    """A site in one layer. error: what 8 bits do there. quantized: whether they are used.
+    """A site in one layer. error: its error when it is quantized. quantized: whether the engine quantizes it there.
 
-    alpha: how its input is smoothed; None where it is not. unsmoothed: the relative L1 without that.
+    alpha: the exponent that smooths its input; None without smoothing. unsmoothed: the relative L1 without smoothing.
     """
 
     layer: str
@@ -54,8 +54,8 @@ class SiteError:
     """How far quantizing a site moves its value, on exact inputs.
 
     error: cosine, relative L1 and largest absolute error, in the worst layer or, without `layers`, in the first call of
-    the site's block. budget: the largest relative L1 allowed; above it the site stays as it was. layers: in the order
-    they run. note: what else decided.
+    the site's block. budget: the largest relative L1 allowed; a site above it stays as it was. layers: in the order
+    in which they run. note: another reason for the decision.
     """
 
     site: str
@@ -66,17 +66,17 @@ class SiteError:
 
     @property
     def kept(self) -> bool:
-        """Whether the site was quantized, in some layer at least."""
+        """Whether the site is quantized in at least one layer."""
         return any(e.quantized for e in self.layers) if self.layers else self.error["rel_l1"] <= self.budget
 
     @property
     def worst(self) -> str:
-        """The layer of the largest error; empty where one layer was measured."""
+        """The layer of the largest error; empty where the error was not measured by layer."""
         return max(self.layers, key=lambda e: e.error["rel_l1"]).layer if self.layers else ""
 
     @property
     def median(self) -> float | None:
-        """Of the relative L1 over the layers."""
+        """The median of the relative L1 over the layers; None where the error was not measured by layer."""
         return statistics.median(e.error["rel_l1"] for e in self.layers) if self.layers else None
 
     def computed_in(self, dtype: str) -> str:
@@ -100,7 +100,7 @@ class SiteError:
 
     @property
     def why(self) -> str:
-        """What was done and what else decided, in words."""
+        """The smoothing of the site and the other reason for the decision, in words."""
         return "; ".join(filter(None, (self.smoothing, self.note)))
 
     def to_dict(self) -> dict[str, Any]:

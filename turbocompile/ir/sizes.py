@@ -1,4 +1,4 @@
-"""Shapes that a file records, bounded in rank and in bytes."""
+"""The sizes that a file may record: of graphs, and of the shapes of tensors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from turbocompile.errors import EngineError
 from turbocompile.ir import reading
 
+MAX_NODES = 200_000  # of a graph
 MAX_TENSOR_BYTES = 1 << 40  # an activation larger than this is a mistake or an attack
 MAX_RANK = 16
 
