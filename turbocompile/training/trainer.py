@@ -182,7 +182,7 @@ class Trainer:
         return parallel.full(norm)
 
     def _time_is_over(self, began: float) -> bool:
-        """Whether max_seconds are over. Rank 0 decides, and at lines of metrics alone, because processes wait for it."""
+        """Whether max_seconds are over. Rank 0 decides, at lines of metrics alone, because processes wait for it."""
         if self.config.max_seconds is None or (parallel.world_size() > 1 and self.step % self.config.log_every):
             return False
         return parallel.broadcast(time.perf_counter() - began > self.config.max_seconds)
