@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     pass
 
 FILE = "tuning.json"
-LEAST_PRODUCTS = 1 << 31  # of a linear whose kernels compete: two microseconds of an H200 at its full FP8 rate
+LEAST_PRODUCTS = 1 << 32  # of a linear whose kernels compete: four microseconds of an H200 at its full FP8 rate
 Progress = Callable[[str, float], None]
 Size = TypeVar("Size", LinearSize, AttentionSize)
 
@@ -59,8 +59,8 @@ def tune(
 ) -> Tuning:
     """Lets the kernels of each large linear compete on the device, some seconds each. Returns the winners.
 
-    A linear of fewer products than LEAST_PRODUCTS keeps the default, because it takes some microseconds with any kernel,
-    and the competition would compile a dozen kernels for it.
+    A linear of fewer products than LEAST_PRODUCTS keeps the default, because it takes some microseconds with any
+    kernel, and the competition would compile a dozen kernels for it.
     """
     from turbocompile.kernels.linear import linear_choice, linear_triton  # here: a machine may lack Triton
 
