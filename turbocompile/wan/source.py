@@ -31,15 +31,9 @@ from turbocompile.recipe.presets import (
 from turbocompile.recipe.schema import Recipe
 from turbocompile.wan.checkpoints import CheckpointTensors, infer_config
 from turbocompile.wan.checks import check_channels, check_frames, geometry_of
-from turbocompile.wan.components import (
-    Components,
-    FolderComponents,
-    NoComponents,
-    SyntheticComponents,
-    read_index,
-    read_json,
-)
+from turbocompile.wan.components import Components, FolderComponents, NoComponents, read_index, read_json
 from turbocompile.wan.hub import fetch
+from turbocompile.wan.synthetic_components import SyntheticComponents
 from turbocompile.wan.tensors import SyntheticTensors, checkpoint_file, gguf_refusal, safetensors_folder
 from turbocompile.wan.transformer import TransformerSource, build_transformer, images_of
 

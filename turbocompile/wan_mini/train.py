@@ -353,7 +353,7 @@ def save_pipeline(folder: Path, model: TextToVideo, tensors: Mapping[str, torch.
     """Writes the WanPipeline folder. tensors: the weights of `model`, its averages for instance, under its names."""
     import diffusers
 
-    from turbocompile.wan.components import scheduler
+    from turbocompile.wan.synthetic_components import scheduler
 
     for name in ("transformer", "text_encoder"):
         own = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
