@@ -23,6 +23,7 @@ from turbocompile.ir.op_schema import argument_values
 from turbocompile.ir.program import SHELL, Program, Subgraph, call, is_op, walk_tensors
 from turbocompile.ir.stored_names import constant_name, stored_name
 from turbocompile.ir.weights import Constant, full_name
+from turbocompile.recipe.options import PassOptions
 from turbocompile.rewrite.normalize import normalize
 from turbocompile.rewrite.pipeline import load_pass
 from turbocompile.rewrite.run_pass import run_pass
@@ -106,12 +107,11 @@ def _plain(program: Program, weights: Mapping[str, torch.Tensor]) -> Program:
                 node.target = DECOMPOSITIONS[node.target]  # the normalization below traces through it
         for expr in sub.weights.values():
             for key in plain.keys(name, expr):
-                if (name := constant_name(key)) in weights:
-                    plain.constants[key] = weights[name].cpu()
+                if (stored := constant_name(key)) in weights:
+                    plain.constants[key] = weights[stored].cpu()
     normalize(plain)
-    run_pass(
-        plain, load_pass("norms"), {"target": "cpu"}
-    )  # a norm that an operator's definition wrote out becomes one operator again
+    # a norm that an operator's definition wrote out becomes one operator again
+    run_pass(plain, load_pass("norms"), PassOptions(enabled=True))
     return plain
 
 

@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import fx
 from turbocompile.kernels import ops
-from turbocompile.kernels.linear.w8a8_linear import ALIGNED
-from turbocompile.kernels.quantize.quantize import BLOCK
+from turbocompile.kernels.quantize.quantize import ALIGNED, BLOCK
 
 from turbocompile.ir.program import SHELL, dtype, shape
 from turbocompile.ir.weights import Cat, Expr, Quantize

@@ -76,3 +76,21 @@ def wan_call():
         }
 
     return make
+
+
+@pytest.fixture(scope="session")
+def example(tmp_path_factory):
+    """A function that gives the pipeline folder of a tiny variant, written once; tests must not change it."""
+    from turbocompile.wan.example import write_example
+
+    made = {}
+
+    def folder(variant: str = "t2v", head_dim: int = 64):
+        key = (variant, head_dim)
+        if key not in made:
+            target = tmp_path_factory.mktemp("example") / f"{variant}-{head_dim}"
+            write_example(target, variant, head_dim)
+            made[key] = target
+        return made[key]
+
+    return folder

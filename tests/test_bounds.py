@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import turbocompile
-from turbocompile.build import compile as build
 from turbocompile.capture.export import capture
+from turbocompile.capture.module_weights import ModuleTensors
 from turbocompile.errors import RecipeError, VerificationError
+from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import is_op
+from turbocompile.numerics.inputs import random_inputs
+from turbocompile.numerics.normal_forms import wrong_forms
 from turbocompile.rewrite import normalize, pipeline, run_pass, simplify
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -223,7 +227,7 @@ def test_a_pass_that_fails_costs_its_sites_and_not_the_build(small, monkeypatch,
         raise ZeroDivisionError("a pass divided by zero")
 
     changed = {"rule": {"function": fails}, "candidates": {"candidates": fails}, "clean-up": {}}[where]
-    broken = build.replace(norms, rules=[build.replace(rule, **changed), *norms.rules[1:]])
+    broken = replace(norms, rules=[replace(rule, **changed), *norms.rules[1:]])
     load, clean = pipeline.load_pass, run_pass.clean
     monkeypatch.setattr(pipeline, "load_pass", lambda name: broken if name == "norms" else load(name))
     if where == "clean-up":
@@ -244,7 +248,7 @@ def test_what_a_user_asked_for_and_cannot_have_is_no_fault_of_a_pass(small, monk
     def refuses(m):
         raise RecipeError("not with these options")
 
-    broken = build.replace(norms, rules=[build.replace(norms.rules[0], function=refuses)])
+    broken = replace(norms, rules=[replace(norms.rules[0], function=refuses)])
     monkeypatch.setattr(pipeline, "load_pass", lambda name: broken if name == "norms" else load(name))
     with pytest.raises(RecipeError, match="not with these options"):
         turbocompile.optimize(small, X)
@@ -257,7 +261,7 @@ def test_a_site_that_one_shape_alone_rewrites_is_left_alone_at_all(small, monkey
     def at_one_shape(m):
         return function(m) if m.root.meta["val"].shape[1] == 12 else "not at this shape"
 
-    broken = build.replace(adaln, rules=[build.replace(adaln.rules[0], function=at_one_shape)])
+    broken = replace(adaln, rules=[replace(adaln.rules[0], function=at_one_shape)])
     monkeypatch.setattr(pipeline, "load_pass", lambda name: broken if name == "adaln" else load(name))
     other = (torch.randn(1, 7, 32),)
     engine = turbocompile.optimize(small, [(X, {}), (other, {})])
@@ -305,9 +309,9 @@ def test_the_normal_form_of_a_16_bit_table_is_not_charged_with_its_rounding(tabl
     program = capture(Table(), X)
     raw = program.copy()
     assert normalize.normalize(program) == {}
-    inputs = build.random_inputs(program)
-    evaluate = build.Evaluator(build.ModuleTensors(Table()), {**raw.constants, **program.constants})
-    assert build.wrong_forms(raw, program, evaluate, inputs) == {}
+    inputs = random_inputs(program)
+    evaluate = Evaluator(ModuleTensors(Table()), {**raw.constants, **program.constants})
+    assert wrong_forms(raw, program, evaluate, inputs) == {}
     node = next(n for n in program.shell.graph.nodes if is_op(n, aten.cos.default))
     node.target = aten.sin.default
-    assert list(build.wrong_forms(raw, program, evaluate, inputs)) == ["shell"]
+    assert list(wrong_forms(raw, program, evaluate, inputs)) == ["shell"]

@@ -218,36 +218,36 @@ def test_a_place_that_cannot_be_written_is_one_sentence(recipe, engine, tmp_path
 
 @pytest.mark.parametrize(("number", "code"), [(errno.EACCES, 2), (errno.EROFS, 2), (errno.ENOSPC, 1)])
 def test_what_the_system_refuses_is_one_sentence(recipe, monkeypatch, number, code):
-    import turbocompile.build.compile
+    import turbocompile.build.from_recipe
 
     def fails(*args, **kwargs):
         raise OSError(number, os.strerror(number), "/some/engine")
 
-    monkeypatch.setattr(turbocompile.build.compile, "optimize_recipe", fails)
+    monkeypatch.setattr(turbocompile.build.from_recipe, "optimize_recipe", fails)
     result = call("optimize", recipe, "--dry-run")
     assert result.exit_code == code
     assert result.stderr.splitlines()[-1] == f"Error: /some/engine: {os.strerror(number)}"
 
 
 def test_a_failed_verification_has_exit_code_1(recipe, tmp_path, monkeypatch):
-    import turbocompile.build.compile
+    import turbocompile.build.from_recipe
 
     def fails(*args, **kwargs):
         raise VerificationError("a pass changed\n the numbers")
 
-    monkeypatch.setattr(turbocompile.build.compile, "optimize_recipe", fails)
+    monkeypatch.setattr(turbocompile.build.from_recipe, "optimize_recipe", fails)
     result = call("optimize", recipe, "-o", tmp_path / "engine")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == "Error: a pass changed the numbers"
 
 
 def test_an_unexpected_error_keeps_its_traceback(recipe, monkeypatch):
-    import turbocompile.build.compile
+    import turbocompile.build.from_recipe
 
     def fails(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(turbocompile.build.compile, "optimize_recipe", fails)
+    monkeypatch.setattr(turbocompile.build.from_recipe, "optimize_recipe", fails)
     assert isinstance(call("optimize", recipe, "--dry-run").exception, ZeroDivisionError)
 
 
@@ -288,11 +288,11 @@ def test_a_build_that_is_stopped_leaves_nothing(recipe, tmp_path):
     """By SIGTERM, as a scheduler stops it, while the weights are written."""
     code = """
 import os, signal, sys
-import turbocompile.build.compile as build
+import turbocompile.build.from_recipe as build
 from turbocompile.cli import main
 def stop(*arguments, **options):
     os.kill(os.getpid(), signal.SIGTERM)
-build.emit_module = stop
+build.write_recipes_module = stop
 main(sys.argv[1:])
 """
     command = (

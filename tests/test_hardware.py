@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from asked import sage_speeds
 
 from turbocompile import hardware
 from turbocompile.errors import UnsupportedError
@@ -116,8 +117,8 @@ def test_what_nobody_measured_stays_as_it_is_and_says_so():
 
 def test_the_nearest_smaller_attention_of_the_table_decides(monkeypatch):
     rows = (
-        *hardware._speeds("measured", "fp8", 12, 128, (1000, 1000, 0.8), (2000, 2000, 1.2), (4000, 500, 1.07)),
-        *hardware._speeds("measured", "fp8", 12, 64, (3000, 3000, 1.5)),
+        *sage_speeds("fp8", 12, 128, (1000, 1000, 0.8), (2000, 2000, 1.2), (4000, 500, 1.07)),
+        *sage_speeds("fp8", 12, 64, (3000, 3000, 1.5)),
     )
     monkeypatch.setattr(hardware, "_SAGE_SPEEDUP", {"sm90": rows})
     kinds = {

@@ -274,7 +274,7 @@ def tune(engine: Path, device: str, as_json: bool) -> None:
     """
     _quiet()
     from turbocompile.runtime.engine import load
-    from turbocompile.runtime.tuning import tune_engine
+    from turbocompile.tools.tune import tune_engine
 
     _check_device(device)
     with shown_progress() as progress:

@@ -21,6 +21,7 @@ from turbocompile.kernels.linear.linear_triton import CONFIGS, LIBRARY, LinearCo
 from turbocompile.kernels.quantize.quantize import BLOCK, FORMATS, blocks
 
 TURNS, CALLS = 3, 10  # turns over the candidates; calls of a candidate in its graph
+HOPELESS = 1.25  # a candidate whose first turn takes so many times the best one's runs in no further turn
 SETTLE, SPAN = 20.0, 10.0  # milliseconds that a turn runs a candidate: before it is timed, and timed
 
 
@@ -79,12 +80,15 @@ def _operands(format: str, rows: int, n: int, k: int, device: torch.device) -> t
 
 
 def _milliseconds(calls: list[Callable[[], object]], device: torch.device) -> list[float]:
-    """The median milliseconds of each call on the device."""
+    """The median milliseconds of each call on the device; of a hopeless one those of its first turn."""
     times: list[list[float]] = [[] for _ in calls]
     with torch.cuda.device(device):
         graphs = [_graph(call) for call in calls]
-        for _ in range(TURNS):
+        for turn in range(TURNS):
+            best = min((own[0] for own in times if own), default=math.inf)
             for own, graph in zip(times, graphs, strict=True):
+                if turn and own[0] > HOPELESS * best:
+                    continue
                 once = _between(graph, 1)
                 _between(graph, math.ceil(SETTLE / once))
                 own.append(_between(graph, math.ceil(SPAN / once)) / CALLS)

@@ -43,8 +43,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from turbocompile.kernels._jit import ROUND
 from turbocompile.kernels._registry import FUSED, Card, card, check
 from turbocompile.kernels.linear import w8a8_linear
-from turbocompile.kernels.linear.w8a8_linear import ALIGNED
-from turbocompile.kernels.quantize.quantize import BLOCK
+from turbocompile.kernels.quantize.quantize import ALIGNED, BLOCK
 
 from turbocompile.errors import UnsupportedError
 

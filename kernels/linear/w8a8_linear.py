@@ -23,7 +23,6 @@ from turbocompile.kernels.quantize.quantize import BLOCK, FORMATS, blocks, check
 
 # |a b| <= 2^14 for int8: sums of 1,024 products fit the 24 bits of a float32, so a float32 matmul that deep is exact.
 EXACT_DEPTH = 1024
-ALIGNED = 16  # bytes: what a tensor descriptor asks of addresses and strides, and a vector load of K
 ROWS = 1024  # of data at a time, to bound the reference's memory; a multiple of BLOCK
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from turbocompile.kernels._registry import check, choose, compute_dtype, register, register_kernel, takes_rows
 
 BLOCK = 128  # edge of an int8_block tile
+ALIGNED = 16  # bytes: what a tensor descriptor asks of addresses and strides, and a vector load of K
 FORMATS = {"int8": torch.int8, "int8_block": torch.int8, "fp8": torch.float8_e4m3fn}  # dtype of the data
 LIMIT = {"int8": 127.0, "int8_block": 128.0, "fp8": 448.0}  # what amax maps to; 448 is the largest e4m3
 FLOOR = {"int8": 1e-8, "int8_block": 1e-8, "fp8": 1e-12}  # amax of a row of zeros: its data are zeros, not NaN

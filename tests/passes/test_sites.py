@@ -70,8 +70,9 @@ def test_wan_text_to_video(blocks, head_dim, wan, wan_call, rewrite):
     done = rewrite(model, (), wan_call(), options=INT8)
     n = blocks
     assert {name: r.rewritten for name, r in done.results.items()} == {
-        "norms": 0, "rope": 2 * n, "sla": 0, "smooth": 0, "attention": 2 * n, "fuse_qkv": 2 * n, "w8a8": 10 * n,
-        "qk_norm_rope": 2 * n, "adaln": 2 * n + 1, "residual_norm": 3 * n, "gelu_quant": n, "norm_attention": 0,
+        "norms": 0, "rope": 2 * n, "sla": 0, "smooth": 0, "attention": 2 * n, "fuse_qkv": 2 * n,
+        "w8a8": 10 * n, "qk_norm_rope": 2 * n, "adaln": 2 * n + 1, "residual_norm": 3 * n, "gelu_quant": n,
+        "norm_attention": 0,
     }  # fmt: skip
     assert sum(count for _, _, count in done.results["w8a8"].skipped) == 6
     check_wan(done)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from turbocompile.errors import RecipeError
-from turbocompile.recipe import schema as recipes
+from turbocompile.recipe import reference
 from turbocompile.recipe.options import resolve
 from turbocompile.recipe.schema import PASS_NAMES, ModelSpec, Recipe, SamplerSpec, Shape, load_recipe
 
@@ -41,7 +41,7 @@ def sections(cls=Recipe):
 
 
 def test_every_field_is_documented_and_in_the_reference():
-    text = recipes.reference()
+    text = reference()
     for cls in sections():
         assert cls.__doc__
         for f in dataclasses.fields(cls):

@@ -23,6 +23,7 @@ from turbocompile.recipe.schema import load_recipe
 from turbocompile.runtime import tuning
 from turbocompile.runtime.engine import load
 from turbocompile.runtime.folder import read_manifest, seal
+from turbocompile.tools.tune import tune_engine
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -52,6 +53,7 @@ def picks(monkeypatch):
         return {config: float(i) for i, config in enumerate(reversed(CONFIGS[format]))}
 
     monkeypatch.setattr(linear_choice, "measure", measure)
+    monkeypatch.setattr(tuning, "LEAST_PRODUCTS", 0)
     return asked
 
 
@@ -221,7 +223,7 @@ def test_the_cache_comes_before_the_folder_and_damage_in_it_is_no_error(folder):
 
 def test_tuning_needs_a_gpu_and_a_linear(folder, tmp_path):
     with pytest.raises(UnsupportedError, match="on a GPU"):
-        tuning.tune_engine(load(folder))
+        tune_engine(load(folder))
     made = CliRunner().invoke(main, ["tune", str(folder), "--device", "cpu"])
     assert made.exit_code == 2
     assert "name a GPU" in made.stderr
@@ -261,9 +263,12 @@ class TestCuda:
         recipe = load_recipe(EXAMPLES / "wan-mini.yaml", ["target=host", "components=none", "passes.w8a8=off"])
         optimize_recipe(recipe, tmp_path / "engine")
         with pytest.raises(UnsupportedError, match="nothing to tune"):
-            tuning.tune_engine(load(tmp_path / "engine", device="cuda"))
+            tune_engine(load(tmp_path / "engine", device="cuda"))
 
-    def test_a_build_on_the_card_measures(self, tmp_path):
+    def test_a_build_on_the_card_measures_large_linears(self, tmp_path, monkeypatch):
         recipe = load_recipe(EXAMPLES / "wan-mini.yaml", ["target=host", "components=none"])
+        optimize_recipe(recipe, tmp_path / "small")
+        assert load(tmp_path / "small").tuning["linears"] == {}
+        monkeypatch.setattr(tuning, "LEAST_PRODUCTS", 0)
         optimize_recipe(recipe, tmp_path / "engine")
         assert len(load(tmp_path / "engine").tuning["linears"]) == 5

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-import turbocompile.build.compile as build
+import turbocompile.build.from_recipe as build
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.recipe.schema import Recipe
 from turbocompile.wan.components import MODELS, FolderComponents, load_components

@@ -1,1 +1,1 @@
-"""A Program as data: graphs, the expressions that its weights are, how it is written to files and printed."""
+"""A Program as data: its graphs, its weights as expressions, and how both are stored, read, printed and counted."""

@@ -61,9 +61,9 @@ def _allowed() -> dict[str, Any]:
 
 
 def _computes_tensors(op: Any) -> bool:
-    """Whether an overload gives tensors, in memory of its own; others are TorchScript's, on numbers, texts and lists.
+    """Whether an overload returns new tensors. The other overloads are TorchScript's, on numbers, texts and lists.
 
-    One of those multiplies a list by a number: that is memory without bound.
+    They are refused, because one of them multiplies a list by a number, which takes memory without bound.
     """
     gives = [str(r.type) for r in op._schema.returns]
     return bool(gives) and set(gives) <= {"Tensor", "List[Tensor]"} and not any(a.is_out for a in op._schema.arguments)

@@ -14,10 +14,11 @@ from turbocompile.ir import reading
 from turbocompile.ir.program import Program, infer, walk_tensors
 from turbocompile.ir.reading import Unreadable
 
-MAX_PARTS = 100_000  # tensors that one operator gives: each is made when the shapes are computed
-MAX_SLA_BLOCK = 1024  # tokens: its memory grows by the square; recipes have up to 256
-MAX_UPSAMPLE = 1e4
+MAX_PARTS = 100_000  # results of one operator, because computing the shapes makes a tensor for each
+MAX_SLA_BLOCK = 1024  # tokens: memory grows with the square of a block; recipes have up to 256
+MAX_UPSAMPLE = 1e4  # the factor by which an image may grow, or shrink
 
+# Operators whose operands must have one dtype; their fake versions look at the shapes alone.
 _ONE_DTYPE = (
     *("linear", "matmul", "mm", "bmm", "mv", "dot", "addmm", "addmv", "addr", "baddbmm", "convolution", "conv1d"),
     *("conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "scaled_dot_product_attention"),
@@ -39,9 +40,10 @@ _CHECKS: dict[str, Any] = {
 
 
 def check_arguments(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], where: str) -> None:
-    """Raises Unreadable for an argument of another type than the schema's, or one that costs without bound.
+    """Raises Unreadable or EngineError for an argument of another type than the schema's, or of a cost without bound.
 
-    torch takes numbers for dtypes, and strings for devices. Whether shapes fit, the operator itself says.
+    The types are checked because torch accepts numbers as dtypes and strings as devices. The shapes are not checked
+    here, because the operator refuses wrong ones when its result is computed.
     """
     known = {a.name: a for a in op._schema.arguments}
     positional = [a for a in op._schema.arguments if not a.kwarg_only]
@@ -54,7 +56,7 @@ def check_arguments(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapp
             raise EngineError(f"{where} does not compute: {reason}; the engine is damaged, build it again")
     by_name = {a.name: v for a, v in given}
     operands = {v.meta["val"].dtype for k, v in by_name.items() if is_tensor(v) and k != "attn_mask"}
-    if op._opname in _ONE_DTYPE and len(operands) > 1:  # their fake versions look at the shapes alone
+    if op._opname in _ONE_DTYPE and len(operands) > 1:
         raise EngineError(f"{where} does not compute: its operands are {', '.join(sorted(map(str, operands)))}")
     _check_cost(op, by_name, where)
 
@@ -72,7 +74,7 @@ def _is_of(kind: str, value: Any) -> bool:
 
 
 def _check_cost(op: torch._ops.OpOverload, a: Mapping[str, Any], where: str) -> None:
-    """Raises Unreadable for what the shapes of the results do not show: how many there are, memory on the way."""
+    """Raises Unreadable for costs that the shapes of the results do not show: their number, and intermediate memory."""
     if any(type(a.get(k)) is int and a[k] > MAX_SLA_BLOCK for k in ("block_q", "block_k")):
         raise Unreadable(f"{where} has blocks of more than {MAX_SLA_BLOCK} tokens")
     scales = [v for k, v in a.items() if k.startswith("scale") and "upsample" in op._opname]
@@ -84,7 +86,7 @@ def _check_cost(op: torch._ops.OpOverload, a: Mapping[str, Any], where: str) -> 
 
 
 def _parts(name: str, a: Mapping[str, Any]) -> int:
-    """At most how many tensors an operator gives, where a number among its arguments or a size says it."""
+    """An upper bound of the number of results, where an argument or a size determines it; else 0."""
     asked = [v for k in ("chunks", "sections") if type(v := a.get(k)) is int]
     one = next((n for n in a.values() if is_tensor(n)), None)
     if one is None or asked or ("split_size" not in a and name != "unbind"):
@@ -96,8 +98,9 @@ def _parts(name: str, a: Mapping[str, Any]) -> int:
 
 
 def fix_dtype(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any], recorded: Any) -> None:
-    """Gives a maker of tensors (full, zeros, arange) the dtype that it had at capture: left out, it is torch's default
-    floating one, whatever that is when the engine is loaded or called.
+    """Gives an operator that makes a tensor (full, zeros, arange) the dtype that the tensor had at capture.
+
+    Without the argument the dtype would be torch's default dtype at the time when the engine is loaded or called.
     """
     names = [a.name for a in op._schema.arguments]
     makes = not any(isinstance(v, fx.Node) for v in [*args, *kwargs.values()]) and "dtype" in names
@@ -118,10 +121,10 @@ def infer_checked(node: fx.Node, program: Program, where: str, label: str) -> An
 
 
 def _try_one_element(node: fx.Node) -> None:
-    """Runs an elementwise operator on one element of each operand's dtype; raises what every call of it would.
+    """Runs an elementwise operator on one element of each operand's dtype, and raises any error of that run.
 
-    Shapes do not tell that there is no minimum of complex numbers, or that 1e308 is no float32. What this torch lacks
-    on a CPU alone (NotImplementedError), a card may have.
+    Shapes do not tell that there is no minimum of complex numbers, or that 1e308 is no float32. NotImplementedError is
+    no error here, because a card may have an operator that the CPU lacks.
     """
     op: Any = node.target
     if torch.Tag.pointwise not in op.tags and op._opname != "floor_divide":  # which torch does not mark as one

@@ -19,11 +19,11 @@ from turbocompile.ir.op_schema import op_name
 from turbocompile.ir.program import Program, module_path
 
 MEMORY = "memory"
-_MOST = 1 << 80  # no count is larger; one that is, in a file, is a mistake or an attack
+_MOST = 1 << 80  # a larger count in a file is a mistake or an attack
 
 
 def natural(value: Any) -> int:
-    """A count that was read from a file. Raises ValueError where it is no whole number of a sensible size."""
+    """A count that a file holds. Raises ValueError unless it is a whole number from 0 to 2^80."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _MOST:
         raise ValueError(f"{str(value)[:20]!r} is no count")
     return value
@@ -31,9 +31,9 @@ def natural(value: Any) -> int:
 
 @dataclass(frozen=True)
 class OpCost:
-    """Equal ops of one graph: what they do in one forward of the model, all calls of the graph together.
+    """The cost of equal ops of one graph in one forward of the model, summed over all calls of the graph.
 
-    name: as in "aten.linear". where: paths of the modules that they come from. shapes: as in
+    name: as in "aten.linear". where: paths of the modules that the ops come from. shapes: as in
     "1x32760x1536 bf16, 8960x1536 bf16 -> 1x32760x8960 bf16". count: how often they run. work: operations by kind.
     """
 
@@ -57,13 +57,13 @@ class OpCost:
         return {**{k: n / gpu.rate(k) for k, n in self.work.items() if n}, MEMORY: self.bytes / gpu.bandwidth}
 
     def seconds(self, gpu: Gpu) -> float:
-        """The roofline time of all `count` of them: the slowest of tensor cores, ordinary cores and memory."""
+        """The roofline time of all `count` runs: that of the slowest of tensor cores, ordinary cores and memory."""
         times = self.times(gpu)
         tensor = sum(t for kind, t in times.items() if kind not in ("fp32", MEMORY))  # one unit: its formats take turns
         return max(tensor, times.get("fp32", 0.0), times[MEMORY])
 
     def bound(self, gpu: Gpu) -> str:
-        """What binds: "memory", or the kind of arithmetic that takes longest."""
+        """The resource that takes longest: "memory", or a kind of arithmetic."""
         times = self.times(gpu)
         if times[MEMORY] >= self.seconds(gpu):
             return MEMORY
@@ -109,7 +109,7 @@ class Cost:
 
 
 def cost(program: Program) -> Cost:
-    """What one forward of the program costs, at the shape it was captured at."""
+    """The cost of one forward of the program, at the shape of the capture."""
     rows: dict[tuple[Any, ...], list[Any]] = {}
     for graph, sub in program.graphs.items():
         calls = program.count(graph)
@@ -132,6 +132,6 @@ def _alike(node: fx.Node, work: Work, moved: int) -> tuple[Any, ...]:
 
 
 def alike(node: fx.Node) -> tuple[Any, ...] | None:
-    """What nodes of one `OpCost` have in common within their graph; None for a node that costs nothing."""
+    """The key that nodes of one `OpCost` share within their graph; None for a node that costs nothing."""
     work, moved = node_cost(node)
     return _alike(node, work, moved) if any(work.values()) or moved else None

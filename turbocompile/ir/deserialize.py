@@ -33,7 +33,7 @@ DEFAULT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def from_json(data: Any) -> Program:
-    """The Program that `to_json` wrote, checked. Raises EngineError in one sentence where it is not one."""
+    """The Program that `to_json` wrote, checked. Raises EngineError, in one sentence, for any other data."""
     try:
         with _quiet():
             return _program(table(data, "the program"))
@@ -43,7 +43,7 @@ def from_json(data: Any) -> Program:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's log of operators that refuse their arguments: the one sentence says it."""
+    """Silences torch's log of operators that refuse their arguments, because the error says so in one sentence."""
     log = logging.getLogger(fake_tensor.__name__)
     before, log.disabled = log.disabled, True
     try:
@@ -71,7 +71,7 @@ def _program(data: dict[str, Any]) -> Program:
 
 
 class _Reader:
-    """Reads one graph of a program node by node; each is computed on shapes before the next is looked at."""
+    """Reads one graph of a program node by node; the shapes of a node are computed before the next node is read."""
 
     def __init__(self, program: Program, name: str) -> None:
         self.program, self.name = program, name
@@ -94,7 +94,7 @@ class _Reader:
         return self.sub
 
     def _output(self, value: Any) -> None:
-        """The last node: what the graph returns, each one tensor."""
+        """Reads the last node, the output: a list of tensors."""
         if not isinstance(value, dict) or value.get("op") != "output":
             raise EngineError(f"{self.where} has no output; the engine is damaged, build it again")
         args = _arg(items(entry(value, "args", "the output"), "the output"), self.env)
@@ -194,7 +194,7 @@ class _Reader:
 
 
 def _is_label(label: Any) -> bool:
-    """Whether generated code can have a variable of that name."""
+    """Whether a text can be the name of a variable in generated code."""
     return isinstance(label, str) and len(label) < 1000 and label.isascii() and label.isidentifier()
 
 
@@ -204,7 +204,7 @@ def _fake(program: Program, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
 
 
 def _arg(value: Any, env: Mapping[str, fx.Node]) -> Any:
-    """An argument. Raises Unreadable for what `_arg_json` does not write."""
+    """The argument that `_arg_json` wrote. Raises Unreadable or EngineError for any other data."""
     if isinstance(value, list):
         return [_arg(v, env) for v in value]
     if not isinstance(value, dict) or set(value) == {"float"}:
@@ -228,7 +228,7 @@ def _arg(value: Any, env: Mapping[str, fx.Node]) -> Any:
 
 
 def _item(args: tuple[Any, ...], label: str) -> Any:
-    """One of the results of an operator that has several."""
+    """The value of `getitem`: one result of an operator that has several."""
     of = args[0].meta["val"] if args and isinstance(args[0], fx.Node) else None
     if len(args) != 2 or not isinstance(of, (tuple, list)):
         raise Unreadable(f"the node {label!r} takes an item of what has none")
@@ -236,7 +236,10 @@ def _item(args: tuple[Any, ...], label: str) -> Any:
 
 
 def _call_value(node: fx.Node, program: Program) -> Any:
-    """What a call gives: the outputs of the graph it names, whose inputs must be what it is given."""
+    """The value of a call: the outputs of the graph that the call names.
+
+    Raises EngineError where the call's arguments are no inputs of that graph.
+    """
     if len(node.args) < 3:
         raise Unreadable(f"the call {node.name!r} names no graph, prefix and phase")
     graph, prefix, phase, *args = node.args
@@ -258,7 +261,7 @@ def _call_value(node: fx.Node, program: Program) -> Any:
 
 
 def _fitting_default(node: fx.Node, program: Program, recorded: Any) -> torch.dtype | None:
-    """The default dtype under which a node gives what is recorded, where that is what differs."""
+    """The default dtype under which a node has its recorded value; None where no default dtype helps."""
     before = torch.get_default_dtype()
     try:
         for dtype in DEFAULT_DTYPES if isinstance(node.target, torch._ops.OpOverload) else ():

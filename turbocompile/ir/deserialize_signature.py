@@ -31,7 +31,7 @@ def read_signature(value: Any) -> Signature:
 
 
 def _parameters(value: Any) -> tuple[tuple[str, str, bool, Any], ...]:
-    """The parameters, such that Python takes them for those of a function."""
+    """The parameters. Raises Unreadable unless `inspect.Signature` accepts them."""
     made = []
     for one in items(value, "the parameters"):
         if len(items(one, "a parameter")) != 4:
@@ -104,7 +104,7 @@ def _container(value: dict[str, Any], what: str, more: tuple[str, ...]) -> dict[
 
 
 def check_output(value: Any, outputs: int) -> None:
-    """Raises Unreadable unless the tree of the result is one over this many tensors."""
+    """Raises Unreadable unless the tree of the result is well-formed and its tensors are among this many outputs."""
     tree = table(value, "the result")
     kind = one_of(entry(tree, "kind", "the result"), "a kind in the result", ("tensor", "none", "value", *_ITEMS))
     if kind == "tensor":

@@ -32,7 +32,7 @@ _FIELDS: dict[type, dict[str, Any]] = {
 
 
 def expr_from_json(data: Any, depth: int = 0) -> weights.Expr:
-    """The expression that `expr_json` wrote. Raises EngineError or Unreadable where it has no shape."""
+    """The expression that `expr_json` wrote. Raises EngineError or Unreadable for any other data."""
     if depth > MAX_EXPR_DEPTH:
         raise EngineError("a weight of the engine is nested absurdly deep; build it again")
     given = table(data, "a weight")
@@ -47,7 +47,7 @@ def expr_from_json(data: Any, depth: int = 0) -> weights.Expr:
 
 
 def _field(value: Any, kind: Any, what: str, depth: int) -> Any:
-    """A field of a weight, of the type that the dataclass declares."""
+    """A field of a weight expression, read as the type `kind` that its dataclass declares."""
     if isinstance(kind, types.UnionType):
         kind = weights.Expr if isinstance(value, dict) else float
     if kind is weights.Expr:
@@ -93,6 +93,6 @@ def _check_expr(expr: weights.Expr) -> None:
 
 
 def _alike(expr: weights.Expr, first: weights.Expr, dim: int) -> bool:
-    """Whether two shapes differ along dim alone."""
+    """Whether two shapes differ along `dim` at most."""
     one, other = list(expr.shape), list(first.shape)
     return len(one) == len(other) and one[:dim] + one[dim + 1 :] == other[:dim] + other[dim + 1 :]

@@ -32,7 +32,7 @@ class TensorSource(Protocol):
     """Named tensors, read one at a time: a checkpoint, a module's state, or synthetic weights."""
 
     def keys(self) -> Iterable[str]:
-        """The names."""
+        """The names of the tensors."""
 
     def spec(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of a tensor, without reading it; KeyError where there is none."""
@@ -43,7 +43,7 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True)
 class WithVectors:
-    """A source and tensors that a build made beside it (the scales of smoothed linears), by their full names."""
+    """A source, and tensors that a build computed (the scales of smoothed linears), by their full names."""
 
     source: TensorSource
     vectors: Mapping[str, torch.Tensor]
@@ -62,7 +62,7 @@ class WithVectors:
 class Evaluator:
     """Computes expressions from a source. Values are read and freed one at a time.
 
-    The operand of the last quantization is kept, because its data and its scale are asked for one after the other.
+    The result of the last quantization is kept, because callers ask for its data and then for its scale.
     """
 
     def __init__(self, source: TensorSource, constants: Mapping[str, torch.Tensor]) -> None:

@@ -17,7 +17,7 @@ from turbocompile.ir.weights import nbytes
 
 
 def parameter_bytes(programs: Iterable[Program]) -> int:
-    """Bytes of all weights as stored: a weight that differs from call to call counts once a call, a shared one once.
+    """Bytes of all stored weights. A weight that differs from call to call counts once a call, a shared weight once.
 
     Programs of several shapes share their weights.
     """
@@ -37,16 +37,19 @@ def parameters_by_dtype(programs: Iterable[Program]) -> dict[str, int]:
 
 
 def activation_bytes(program: Program) -> int:
-    """The most bytes of activations alive at once, inputs included, when each is freed after its last use.
+    """The peak of the bytes of activations, inputs included, when each activation is freed after its last use.
 
-    Weights, and what an op allocates for itself, are not counted.
+    Weights and the workspace of an op are not counted.
     """
     inner = {name: _peak(sub, {}, inputs=False) for name, sub in program.graphs.items() if name != SHELL}
     return _peak(program.shell, inner, inputs=True)
 
 
 def _peak(sub: Subgraph, inner: Mapping[str, int], inputs: bool) -> int:
-    """inputs: whether this graph's inputs count (a block's inputs are alive in the shell, and count there)."""
+    """The peak of one graph. inner: the peaks of the blocks that it calls, by name.
+
+    inputs: whether the inputs of the graph count. The inputs of a block count in the shell, which keeps them alive.
+    """
     nodes = list(sub.graph.nodes)
     storage = _storages(nodes)
     size: dict[Any, int] = {}
@@ -74,7 +77,7 @@ def _peak(sub: Subgraph, inner: Mapping[str, int], inputs: bool) -> int:
 
 
 def _storages(nodes: list[fx.Node]) -> dict[fx.Node, list[tuple[Any, torch.Tensor]]]:
-    """Per node the storages that its value lies in, each as ((node that made it, index), tensor)."""
+    """For each node the storages of its value, each as ((node that made the storage, index), tensor)."""
     found: dict[fx.Node, list[tuple[Any, torch.Tensor]]] = {}
     for node in nodes:
         if node.op == "output" or "val" not in node.meta:

@@ -28,7 +28,7 @@ def tensor_text(value: Any) -> str:
 def describe(node: fx.Node) -> str:
     """Shapes and dtypes of what a node reads and makes, as in "3 of 1x12x32760x128 bf16 -> 1x12x32760x128 bf16".
 
-    What is a thousand times smaller than the largest (biases, scales, tables) is left out.
+    Tensors that are a thousand times smaller than the largest (biases, scales, tables) are left out.
     """
     read = [t for n in node.all_input_nodes for t in walk_tensors(n.meta["val"])]
     made = list(walk_tensors(node.meta["val"]))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-# Ops that look at data instead of moving it, unless they have to copy (`is_view` asks).
+# Ops that return a view of their input where strides and dtype allow it, and a copy otherwise.
 MAY_COPY = ("aten::reshape", "aten::reshape_as", "aten::flatten", "aten::contiguous", "aten::to", "aten::type_as")
 
 
@@ -36,11 +36,11 @@ def _value_of(argument: Any) -> Any:
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether a node only looks at the storage of its first argument. The schema says so; reshape and to may copy."""
+    """Whether a node returns a view of its first argument. For an op of MAY_COPY the strides and dtypes decide."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return False
-    if schema.name == "aten::dropout":  # hands its input on where it is not training
+    if schema.name == "aten::dropout":  # returns its input outside of training
         return not argument_values(node)["train"]
     if not is_alias(node) or schema.arguments[0].is_write:
         return False

@@ -1,7 +1,7 @@
 """A Program as code that a person reads: one line a node, shapes behind it, blocks called in a loop.
 
-The text is no program, but says all that the graph does. It is stable: node names are identity, so a pass changes the
-lines of what it rewrote and no others.
+The text is no Python program, but shows every operation of the graph. It is stable: nodes keep their names, so that a
+pass changes the lines of the nodes that it rewrote and no other line.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _how_often(prefixes: Sequence[str]) -> str:
 
 
 def _weights(sub: Subgraph) -> list[str]:
-    """The weights that are more than the checkpoint's tensor of the same name."""
+    """Lines for the weights that differ from the checkpoint's tensor of the same name."""
     lines = []
     for local in sorted({str(n.target) for n in sub.graph.nodes if n.op == "get_attr"}):
         expr = sub.weights[local]
@@ -144,7 +144,7 @@ def _line(node: fx.Node) -> str:
 
 
 def code(node: fx.Node) -> str:
-    """A node as one line of code; an input, which has none, by its name."""
+    """A node as one line of code; an input is its name alone."""
     if node.op == "output":
         return f"return {_value(tuple(node.args[0]))}"  # type: ignore[arg-type]
     return f"{node.name} = {_expression(node)}" if node.op == "call_function" else node.name
@@ -225,7 +225,7 @@ class _Loop:
         self.calls = calls
         self.carried = carried  # position of an argument -> which output of the call before it is (None: the only one)
         self.aside = aside  # nodes between the calls that depend on none of them: they are printed before the loop
-        self.length = length  # nodes that all this stands for
+        self.length = length  # how many nodes the loop stands for
 
     @classmethod
     def starting_at(cls, nodes: Sequence[fx.Node], start: int) -> _Loop | None:
@@ -235,7 +235,7 @@ class _Loop:
             return None
         calls, end = [first], start + 1
         carried: dict[int, int | None] = {}
-        after = {first}  # what depends on the calls so far
+        after = {first}  # nodes that depend on the calls so far
         aside: list[fx.Node] = []
         between: list[fx.Node] = []
         for i, node in enumerate(nodes[start + 1 :], start + 1):
@@ -285,7 +285,7 @@ def _numbered(prefix: str) -> tuple[str, int, str] | None:
 
 
 def _carried(one: fx.Node, two: fx.Node) -> dict[int, int | None] | None:
-    """How call `two` continues call `one`: argument position -> output of `one`; None where it is no next turn."""
+    """How call `two` continues call `one`: argument position -> output of `one`; None where `two` is no next turn."""
     a, b = _numbered(str(one.args[1])), _numbered(str(two.args[1]))
     if one.args[0] != two.args[0] or one.args[2] != two.args[2] or len(one.args) != len(two.args):
         return None
@@ -304,6 +304,6 @@ def _carried(one: fx.Node, two: fx.Node) -> dict[int, int | None] | None:
 
 
 def _only_feeds(one: fx.Node, two: fx.Node) -> bool:
-    """Whether nothing but call `two` reads what call `one` gives."""
+    """Whether call `two` is the only reader of the outputs of call `one`."""
     readers = [r for user in one.users for r in (user.users if user.target is operator.getitem else [user])]
     return all(r is two for r in readers)

@@ -28,7 +28,7 @@ SHELL = "shell"
 
 
 def call(graph: str, prefix: str, phase: str, *args: torch.Tensor) -> Any:
-    """Marks a call of another graph in a shell. It is data: backends replace it by the block that it names."""
+    """Marks a call of another graph in a shell. Nobody runs this function: backends run the named graph instead."""
     raise RuntimeError(f"turbocompile::call of {graph!r} at {prefix!r} was run as a function; run it through a backend")
 
 
@@ -47,7 +47,7 @@ class Subgraph:
     """A graph and the weights that it reads: local name -> expression over checkpoint tensors.
 
     A name in a `Load` leaf that starts with "." is relative to the prefix of the call.
-    left: why the graph is as it was captured, and no pass rewrites it; empty where it has its normal form.
+    left: the reason why the graph stays as it was captured and no pass rewrites it; empty for a graph in normal form.
     """
 
     graph: fx.Graph
@@ -86,10 +86,10 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 @dataclass(frozen=True)
 class Input:
-    """One tensor of the call. `path` is its place in the bound arguments, as in `hidden_states` or `kwargs.freqs.0`.
+    """One tensor of the call. path: where the bound arguments hold the tensor, as `hidden_states` or `kwargs.freqs.0`.
 
-    `cast` says that a tensor of another dtype is cast to `dtype` (timesteps); otherwise it is refused. `number` says
-    that the call gives a Python float there.
+    cast: whether a tensor of another dtype is cast to `dtype` (timesteps); otherwise such a tensor is refused. number:
+    whether the call passes a Python float there.
     """
 
     path: str
@@ -136,7 +136,7 @@ class Program:
         return self.graphs[SHELL]
 
     def calls(self) -> list[Call]:
-        """The uses of blocks, in the order they run."""
+        """The calls of blocks, in the order in which they run."""
         found = []
         for node in self.shell.graph.nodes:
             if node.op == "call_function" and node.target is call:
@@ -153,19 +153,19 @@ class Program:
         return [""] if graph == SHELL else [c.prefix for c in self.calls() if c.graph == graph]
 
     def keys(self, graph: str, expr: Expr) -> list[str]:
-        """The names in `constants` of what an expression of the graph reads there: one a call of what a layer owns."""
+        """The keys of `constants` that an expression of the graph reads: a relative key gives one key a call."""
         found = [leaf.key for leaf in leaves(expr) if isinstance(leaf, Constant)]
         return list(dict.fromkeys(full_name(key, prefix) for key in found for prefix in self.prefixes(graph) or [""]))
 
     def constants_read(self) -> set[str]:
-        """The names in `constants` of what the graphs read."""
+        """The keys of `constants` that the graphs read."""
         weights = [(graph, expr) for graph, sub in self.graphs.items() for expr in sub.weights.values()]
         return {key for graph, expr in weights for key in self.keys(graph, expr)}
 
     def split(self, graph: str, names: Mapping[str, str]) -> None:
-        """Gives some calls of a graph a copy of it, which may then be rewritten in another way.
+        """Points some calls of a graph to copies of the graph, which passes may then rewrite differently.
 
-        names: the prefix of a call -> the name of the graph that it runs from now on; the others keep theirs.
+        names: the prefix of a call -> the name of the graph that the call runs from now on. Other calls do not change.
         """
         for made in dict.fromkeys(names.values()):
             if made != graph:
@@ -181,14 +181,17 @@ class Program:
 
 
 def drop_unread(sub: Subgraph) -> None:
-    """Drops the weights that no node reads: equal constants share a name, so one that goes may leave a reader."""
+    """Drops the weights that no node reads.
+
+    A weight is dropped by its readers, not when one reader goes, because equal constants share a name.
+    """
     read = {str(node.target) for node in sub.graph.nodes if node.op == "get_attr"}
     for name in [n for n in sub.weights if n not in read]:
         del sub.weights[name]
 
 
 def val(node: fx.Node) -> Any:
-    """The FakeTensor (or tuple) a node stands for."""
+    """The FakeTensor, or the tuple of them, that the node computes."""
     return node.meta["val"]
 
 
@@ -201,7 +204,7 @@ def dtype(node: fx.Node) -> torch.dtype:
 
 
 def is_op(node: Any, *targets: Any) -> bool:
-    """Whether node is a call of one of the overloads, or of any overload of the packets, given."""
+    """Whether node calls one of the targets: an overload, or any overload of a packet."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
     packet = getattr(node.target, "overloadpacket", None)
@@ -209,7 +212,7 @@ def is_op(node: Any, *targets: Any) -> bool:
 
 
 def module_path(node: fx.Node) -> str:
-    """The path of the innermost module that made the node, as in `blocks.0.attn1.to_q`; "" where none is known.
+    """The path of the innermost module that made the node, as in `blocks.0.attn1.to_q`; "" for a node without a path.
 
     Capture rewrites the paths of a block's nodes to be relative to the block ("attn1.to_q").
     """
@@ -223,7 +226,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def infer(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode) -> Any:
-    """What `target` returns for the arguments, as FakeTensors of `mode`."""
+    """The result of `target` for the arguments, as FakeTensors of `mode`."""
 
     def unwrap(a: Any) -> Any:
         return a.meta["val"] if isinstance(a, fx.Node) else a

@@ -1,7 +1,8 @@
 """Typed readers of parsed JSON from a file that anyone may have written.
 
-Each takes a value and what it is called, gives it back as that type, and raises `Unreadable` with one clause
-("the name of a node is 7, and should be a text") for anything else. Nobody uses a value before one of these saw it.
+Each reader takes a value and `what`, the words for it in an error message. It returns the value as its type, and raises
+`Unreadable` with one clause ("the name of a node is 7, and should be a text") for a value of another type. No value of
+a file is used before a reader has checked it.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ PLAIN = (bool, int, float, str, type(None))
 
 
 class Unreadable(ValueError):
-    """A value that is not of the type that its field has; the reader of the file says which file it is."""
+    """A value of another type than its field; whoever opened the file adds the file's name."""
 
 
 def shown(value: Any) -> str:
-    """A value in a message, cut: a file may hold a megabyte where a number should stand, or a control character."""
+    """A value as a short text for a message: a field of a file may hold a megabyte, or control characters."""
     if isinstance(value, (dict, list)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     if isinstance(value, int) and not -INT64 <= value < 2 * INT64:
@@ -42,14 +43,14 @@ def text(value: Any, what: str, most: int = MAX_TEXT) -> str:
 
 
 def one_of(value: Any, what: str, names: Any) -> str:
-    """One of the names, which a table of them may have as its keys."""
+    """A text that is one of the names: a sequence, or a table whose keys are the names."""
     if not isinstance(value, str) or value not in names:
         raise _refuse(value, what, f"one of {', '.join(names)}" if len(names) <= 12 else "one that there is")
     return value
 
 
 def whole(value: Any, what: str, least: int = -INT64, most: int = INT64 - 1) -> int:
-    """A whole number; True is none."""
+    """A whole number from `least` to `most`; a bool is refused."""
     if type(value) is not int or not least <= value <= most:
         kind = "a whole number" if (least, most) == (-INT64, INT64 - 1) else f"a whole number from {least} to {most}"
         raise _refuse(value, what, kind)
@@ -91,14 +92,14 @@ def table(value: Any, what: str) -> dict[str, Any]:
 
 
 def entry(data: dict[str, Any], key: str, what: str) -> Any:
-    """What an object has under a key that it must have."""
+    """The value under a key. Raises Unreadable where the object lacks the key."""
     if key not in data:
         raise Unreadable(f"{what} lacks {key!r}")
     return data[key]
 
 
 def plain(value: Any, what: str) -> Any:
-    """A plain value as it is; a number that JSON has no form for stands as {"float": "inf"}."""
+    """A plain value. {"float": "inf"} (or "-inf", "nan") stands for a number that JSON cannot write."""
     if isinstance(value, dict) and set(value) == {"float"}:
         return float(one_of(value["float"], what, ("inf", "-inf", "nan")))
     if type(value) is int:
@@ -111,7 +112,7 @@ def plain(value: Any, what: str) -> Any:
 
 
 def file_name(value: Any, what: str = "a file that the engine names") -> str:
-    """A plain relative name, as in "programs/a.json": it leads nowhere else, on any system."""
+    """A plain relative name, as in "programs/a.json", which stays in its folder on every system."""
     if not is_plain_name(value):
         raise Unreadable(f"{what} is {shown(value)}, which is no plain relative name")
     return value

@@ -41,9 +41,10 @@ def write_shards(
     progress: Callable[[int, int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[str]:
-    """Evaluates the plan tensor by tensor and writes `stem-00001.safetensors`, ...; the file names, in order.
+    """Evaluates the plan tensor by tensor and writes `stem-00001.safetensors`, ...; returns the file names, in order.
 
-    At most one shard and one tensor's operands are in memory. progress(done, total) is called with bytes.
+    stem: `stored_names.shard_stem` of the module. At most one shard and one tensor's operands are in memory.
+    progress: called as progress(done, total) with bytes.
     """
     names: list[str] = []
     shard: dict[str, torch.Tensor] = {}
@@ -66,9 +67,9 @@ def write_shards(
 def _write_shard(shard: dict[str, torch.Tensor], folder: Path, stem: str, number: int) -> str:
     """Writes one safetensors file whose tensors start at multiples of 64 bytes once it is mapped.
 
-    The library's own writer aligns to 8. CPU matrix products take other paths for other alignments: a mapped engine
-    then differed from its source model by an ulp (1e-6 of the values). Tensors of odd sizes stand last, so that no gap
-    is needed, which the format does not allow.
+    The library's own writer aligns to 8 bytes. A mapped engine then differed from its source model by an ulp (1e-6 of
+    the values), because CPU matrix products take other code paths for other alignments. Tensors whose sizes are no
+    multiples of 64 bytes stand last, because the format allows no gaps.
     """
     name = f"{stem}-{number:05d}.safetensors"
     ordered = sorted(shard, key=lambda k: (shard[k].nbytes % ALIGNMENT != 0, k))
@@ -89,9 +90,9 @@ def _write_shard(shard: dict[str, torch.Tensor], folder: Path, stem: str, number
 
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that starts as far from a multiple of 64 bytes as the tensor does.
+    """A copy of the tensor at the same alignment: as far from a multiple of 64 bytes as the tensor.
 
-    CPU matrix products take other paths for other alignments: a copy elsewhere gives other sums, by an ulp.
+    CPU matrix products take other code paths for other alignments, and their sums then differ by an ulp.
     """
     offset = tensor.data_ptr() % ALIGNMENT
     if not offset or not tensor.is_contiguous() or tensor.is_complex():

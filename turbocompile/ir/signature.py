@@ -1,9 +1,9 @@
-"""How a model is called, as data: names, kinds, defaults, the tensors' shapes, the plain values, the tree of the
-result.
+"""How a model is called, as data: parameters, shapes of the tensors, plain values, and the tree of the result.
 
-A graph takes flat tensors. `describe` records how a call of `forward` maps to them, and `bind` maps any later spelling
-of the call (positional, keyword, omitted defaults) the same way, or says in one sentence why it does not fit. A
-`Spelling` makes the call again as its user wrote it, because a model may look at how it was called.
+A graph takes a flat list of tensors. `describe` records how the arguments of a call of `forward` map to that list.
+`bind` maps the arguments of a later call, in any spelling (positional, keyword, omitted defaults), to the list in the
+same way, or raises an error that says why the call does not fit. A `Spelling` repeats a call exactly as its user wrote
+it, because a model may behave differently when an argument is passed by position, by name, or not at all.
 """
 
 from __future__ import annotations
@@ -26,18 +26,23 @@ from turbocompile.errors import CaptureError
 from turbocompile.ir.program import Input, Signature
 
 PLAIN = (bool, int, float, str, type(None))
-NUMBER = torch.float64  # of a Python float that is an input
+NUMBER = torch.float64  # the dtype of the tensor that stands for a Python float that is an input
 TIMESTEP = re.compile(r"(^|\.)(timesteps?|t|time)$")
-OUTPUT_CLASSES = {  # what a loaded engine may construct; anything else becomes an `Output`
+OUTPUT_CLASSES = {  # the classes that a loaded engine may construct; any other becomes an `Output`
     "diffusers.models.modeling_outputs.Transformer2DModelOutput",
     "diffusers.models.transformers.transformer_2d.Transformer2DModelOutput",
 }
-BY_DEFAULT = {"container": "default", "keys": []}  # of an argument left out whose default is no data: it stays out
-seen_classes: dict[str, type] = {}  # classes met by captures of this process, which may be given back as they were
+BY_DEFAULT = {
+    "container": "default",
+    "keys": [],
+}  # marks an argument that the call left out and whose default is no plain value: calls leave it out, too
+seen_classes: dict[
+    str, type
+] = {}  # classes of results that captures of this process met, by name: engines of this process return them
 
 
 class Output(OrderedDict[str, Any]):
-    """A result whose class is not at hand: a dictionary with attributes, indexable like diffusers' outputs."""
+    """A result whose class an engine may not construct: a dictionary with attributes, indexable as in diffusers."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -53,7 +58,7 @@ class Output(OrderedDict[str, Any]):
 
 
 class _Default:
-    """An argument left out whose default is no data."""
+    """The value of an argument that the call left out and whose default is no plain value."""
 
     def __repr__(self) -> str:
         return "its default"
@@ -69,11 +74,14 @@ def describe(
     wrapper: bool = True,
     numbers: Container[str] = (),
 ) -> tuple[Signature, list[torch.Tensor]]:
-    """The signature of a call (its output is filled in after the export) and its tensors, in order.
+    """The signature of a call and the call's tensors, in order. The output is filled in after the export.
 
-    wrapper: whether a `return_dict` that is on by default means what diffusers means by it: the same results, in an
-    object or in a tuple. Else it is an argument like any other. numbers: paths of the Python floats that are inputs,
-    tensors of float64 without dimensions, rather than fixed.
+    wrapper: whether a parameter `return_dict` that is true by default selects, as in diffusers, between the same
+    results in an object and in a tuple; otherwise `return_dict` is an argument like any other. numbers: paths of the
+    Python floats that become inputs (float64 tensors without dimensions); all other floats are fixed at capture.
+
+    Raises CaptureError for a call without a tensor and for an argument that is neither a tensor, nor a plain value, nor
+    a container of them.
     """
     declared = list(inspect.signature(model.forward).parameters.values())
     parameters = tuple((p.name, p.kind.name, p.default is not p.empty, _as_data(p.default)) for p in declared)
@@ -102,7 +110,7 @@ def describe(
 
 
 def given_numbers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, float]:
-    """The finite Python floats that a call itself gives, by path: without the defaults."""
+    """The finite Python floats that the call passes, by path; defaults are not among them."""
     parameters = [(p.name, p.kind.name) for p in inspect.signature(model.forward).parameters.values()]
     found = dict(pair for path, value in _paths(parameters, args, kwargs) for pair in _walk(value, path))
     return {path: v for path, v in found.items() if type(v) is float and math.isfinite(v)}
@@ -111,7 +119,7 @@ def given_numbers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def _paths(
     parameters: Sequence[tuple[str, str]], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any]]:
-    """Each argument that a call gives, with its path; first those by position."""
+    """The path and value of each argument that a call passes, positional arguments first."""
     positional = [n for n, kind in parameters if kind in ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD")]
     rest = next((n for n, kind in parameters if kind == "VAR_POSITIONAL"), "")
     more = next((n for n, kind in parameters if kind == "VAR_KEYWORD"), "")
@@ -124,10 +132,10 @@ def _paths(
 
 @dataclass(frozen=True)
 class Spelling:
-    """A call as its user wrote it: what is positional and what is named, in which containers, and what is left out.
+    """A call as its user wrote it: which arguments are positional, named or left out, and in which containers they are.
 
-    Its tensors, and the numbers that are inputs, have a place by their paths. return_dict: the value that the call is
-    made with where that selects the wrapper alone, None where the call's own stays.
+    `call` finds tensors, and numbers that are inputs, by their paths. return_dict: the value that the call passes where
+    `return_dict` selects the wrapper alone; None where the user's value stays.
     """
 
     args: tuple[Any, ...]
@@ -141,16 +149,16 @@ class Spelling:
         return cls(tuple(args), dict(kwargs), signature.parameters, True if signature.return_dict else None)
 
     def call(self, leaves: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-        """args and kwargs with `leaves[path]` in the places that have one, in new containers of the same kinds."""
+        """args and kwargs in new containers of the same kinds; `leaves[path]` replaces the value at its path."""
         kinds = [(n, kind) for n, kind, _, _ in self.parameters]
         filled = [_filled(value, path, leaves) for path, value in _paths(kinds, self.args, self.kwargs)]
         args, kwargs = filled[: len(self.args)], dict(zip(self.kwargs, filled[len(self.args) :], strict=True))
         if self.return_dict is not None:
             names = [n for n, kind in kinds if kind in ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD")]
-            place = names.index("return_dict") if "return_dict" in names else len(args)
+            index = names.index("return_dict") if "return_dict" in names else len(args)
             default = next(d for n, _, _, d in self.parameters if n == "return_dict")
-            if place < len(args):
-                args[place] = self.return_dict
+            if index < len(args):
+                args[index] = self.return_dict
             elif "return_dict" in kwargs or default is not self.return_dict:
                 kwargs["return_dict"] = self.return_dict
         return args, kwargs
@@ -176,7 +184,10 @@ def _filled(value: Any, path: str, leaves: Mapping[str, Any]) -> Any:
 
 
 def float_timesteps(signature: Signature) -> Signature:
-    """Integer timesteps become float32: samplers give either, and a sinusoidal embedding takes both."""
+    """The signature with float32 timesteps instead of integer ones.
+
+    Samplers pass integers or floats, and a sinusoidal embedding takes both.
+    """
     inputs = tuple(
         replace(i, dtype=torch.float32) if i.cast and not i.dtype.is_floating_point else i for i in signature.inputs
     )
@@ -188,7 +199,7 @@ def with_output(signature: Signature, output: dict[str, Any]) -> Signature:
 
 
 def _as_data(default: Any) -> Any:
-    """A default as it is stored: plain values as they are, containers of them as a tree, anything else a marker."""
+    """A default as data: a plain value as it is, a container of them as a tree, any other default as a marker."""
     if default is inspect.Parameter.empty:
         return None
     if type(default) in PLAIN:
@@ -229,12 +240,12 @@ def _bind(parameters: Sequence[tuple[str, str, bool, Any]], args: Any, kwargs: A
 
 
 def _is_marker(value: Any) -> bool:
-    """An empty or opened container leaves a marker, so that a call with another structure is refused."""
+    """Whether a recorded value stands for a container: such markers let `differs` see another structure."""
     return isinstance(value, dict) and set(value) == {"container", "keys"}
 
 
 def _walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves by dotted path; every container below the top yields a marker with its kind and keys."""
+    """Dotted path and value of each leaf; each container below the top gives a marker with its kind and keys."""
     if isinstance(value, Mapping):
         if path:
             yield path, {"container": "dict", "keys": [str(k) for k in value]}
@@ -263,7 +274,7 @@ def _unwalk(path: str, leaves: Mapping[str, Any], guards: Mapping[str, Any]) -> 
 
 
 def rebuild(signature: Signature, tensors: Sequence[torch.Tensor]) -> tuple[list[Any], dict[str, Any]]:
-    """args and kwargs of `forward` from flat tensors and the recorded plain values."""
+    """args and kwargs of `forward`, from tensors in the order of `signature.inputs` and the recorded plain values."""
     leaves = {i.path: t for i, t in zip(signature.inputs, tensors, strict=True)}
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
@@ -271,7 +282,7 @@ def rebuild(signature: Signature, tensors: Sequence[torch.Tensor]) -> tuple[list
     for name, kind, _, _ in signature.parameters:
         value = _unwalk(name, leaves, signature.guards)
         if value is _DEFAULT:
-            left_out = True  # what follows has to be named
+            left_out = True  # the arguments after it have to be passed by name
         elif kind == "VAR_POSITIONAL":
             args.extend(value)
         elif kind == "VAR_KEYWORD":
@@ -284,9 +295,10 @@ def rebuild(signature: Signature, tensors: Sequence[torch.Tensor]) -> tuple[list
 
 
 def bind(signature: Signature, args: Any, kwargs: Any, name: str = "the engine") -> tuple[list[torch.Tensor], bool]:
-    """The tensors of a call in the order of `signature.inputs`, and whether the wrapped output is wanted.
+    """The tensors of a call in the order of `signature.inputs`, and whether the caller wants the wrapped output.
 
-    Raises CaptureError where an argument that was fixed at capture differs. Shapes and dtypes are checked by `fits`.
+    Raises CaptureError where an argument that was fixed at capture differs. `fits` checks the shapes, `cast` the
+    dtypes.
     """
     given = bound(signature, args, kwargs, name)
     reason = differs(signature, given)
@@ -297,7 +309,7 @@ def bind(signature: Signature, args: Any, kwargs: Any, name: str = "the engine")
 
 @dataclass(frozen=True)
 class Bound:
-    """A call's arguments: its tensors and plain values by path, and whether the wrapped output is wanted."""
+    """A call's arguments: tensors and plain values by path, and whether the caller wants the wrapped output."""
 
     values: Mapping[str, Any]
     wrapped: bool
@@ -319,7 +331,10 @@ def tensors_of(signature: Signature, given: Bound) -> list[torch.Tensor]:
 
 
 def differs(signature: Signature, given: Bound) -> str:
-    """Why a call is not the captured one, shapes and dtypes aside; "" where it is. Reads on after the engine's name."""
+    """How a call differs from the captured one, apart from shapes and dtypes; "" where it does not differ.
+
+    The text continues a sentence that begins with the engine's name.
+    """
     wanted = {i.path: i for i in signature.inputs}
     for path, value in given.values.items():
         if isinstance(value, torch.Tensor):
@@ -348,7 +363,7 @@ def differs(signature: Signature, given: Bound) -> str:
 
 
 def _same(was: Any, value: Any) -> bool:
-    """Whether a plain value is the captured one. An int may stand for an equal float; a bool stands for itself."""
+    """Whether a plain value equals the captured one. An int equals a float of its value; a bool equals bools alone."""
     if type(was) is float and type(value) in (float, int):
         return was == value or (was != was and value != value)
     return type(was) is type(value) and was == value
@@ -385,7 +400,10 @@ def same_shapes(signature: Signature, given: Bound) -> bool:
 
 
 def cast(signature: Signature, tensors: Sequence[torch.Tensor], name: str = "the engine") -> list[torch.Tensor]:
-    """Tensors in the captured dtypes: timesteps are cast, any other mismatch is refused, and what a cast would cut."""
+    """The tensors in the captured dtypes. Timesteps are cast.
+
+    Raises CaptureError for another tensor of a wrong dtype, and for timesteps that a cast to an integer would round.
+    """
     out = []
     for t, i in zip(tensors, signature.inputs, strict=True):
         if t.dtype != i.dtype and not i.cast:
@@ -397,7 +415,10 @@ def cast(signature: Signature, tensors: Sequence[torch.Tensor], name: str = "the
 
 
 def describe_output(value: Any, flat: list[torch.Tensor]) -> dict[str, Any]:
-    """The tree of a result (see `Signature.output`); its tensors are appended to `flat`."""
+    """The tree of a result (see `Signature.output`). Appends the tensors of the result to `flat`.
+
+    Raises CaptureError for a result that holds anything but tensors, plain values and containers of them.
+    """
     if isinstance(value, torch.Tensor):
         flat.append(value)
         return {"kind": "tensor", "index": len(flat) - 1}
@@ -426,7 +447,7 @@ def describe_output(value: Any, flat: list[torch.Tensor]) -> dict[str, Any]:
 
 
 def wrap_output(signature: Signature, flat: Sequence[torch.Tensor], wrapped: bool) -> Any:
-    """The result as the model returns it; with `return_dict=False` the wrapper's items as a tuple."""
+    """The result as the model returns it. wrapped: False gives the items of the wrapper as a tuple."""
     tree = signature.output
     if not wrapped and signature.return_dict and tree["kind"] in ("class", "dict"):
         tree = {"kind": "tuple", "items": tree["items"]}

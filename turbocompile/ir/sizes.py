@@ -16,7 +16,7 @@ MAX_RANK = 16
 
 
 def read_shape(value: Any) -> tuple[int, ...]:
-    """Sizes whose product torch can count."""
+    """The shape that a file records. Raises EngineError unless it is a list of sizes whose product fits in 64 bits."""
     good = isinstance(value, list) and len(value) <= MAX_RANK and all(type(v) is int and v >= 0 for v in value)
     if not good or math.prod(max(v, 1) for v in value) >= reading.INT64:
         raise EngineError(f"the engine has a shape {str(value)[:60]!r} that is none; build it again")

@@ -20,7 +20,8 @@ RELATIVE = "."  # the name of a Load or a Constant that starts with it is relati
 class Expr:
     """One weight. Subclasses are frozen dataclasses with a `shape` and a `dtype`.
 
-    A shape is computed once: one that asks its part for each axis would take time exponential in the depth.
+    Each expression computes its shape once, because a shape that asked its parts for each axis would take time
+    exponential in the depth.
     """
 
     shape: tuple[int, ...]
@@ -54,7 +55,7 @@ class Constant(Expr):
 
 @dataclass(frozen=True)
 class Zeros(Expr):
-    """Zeros: what a pass adds and the checkpoint lacks (SLA's untuned proj_l)."""
+    """Zeros, for a weight that a pass adds and the checkpoint lacks (SLA's untuned proj_l)."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -187,7 +188,7 @@ class AddLora(Expr):
 
 @dataclass(frozen=True)
 class Dequantize(Expr):
-    """The floating weight that quantized data and scale of a checkpoint stand for."""
+    """The floating-point weight that the quantized data and scale of a checkpoint encode."""
 
     data: Expr
     scale: Expr
@@ -232,16 +233,16 @@ def leaves(expr: Expr) -> list[Expr]:
 
 
 def stacked(expr: Expr) -> list[Load]:
-    """The checkpoint tensors whose rows a weight holds, one after the other; empty where it holds anything else.
+    """The checkpoint tensors whose rows a weight holds, one after the other; empty for a weight of anything else.
 
-    A quantized, cast or scaled weight holds the rows of what it is made of, and so does one that a LoRA was added to.
+    Quantizing, casting, scaling by a number and adding a LoRA keep the rows of a weight.
     """
     match expr:
         case Load():
             return [expr]
         case Cast() | AddLora() | Quantize():
             return stacked(expr.of)
-        case Mul():  # by a number; with vectors it is another function that the rows are of
+        case Mul():  # a product with a vector holds rows of another linear function
             return stacked(expr.of) if not isinstance(expr.by, Expr) else []
         case Dequantize():
             return stacked(expr.data)
@@ -268,7 +269,7 @@ def is_relative(expr: Expr) -> bool:
 
 
 def absolute(expr: Expr, prefix: str) -> Expr:
-    """The same with full names, as a call with this prefix reads it."""
+    """The expression with full names, as a call with this prefix reads it."""
     if isinstance(expr, Load):
         return replace(expr, name=full_name(expr.name, prefix))
     if isinstance(expr, Constant):

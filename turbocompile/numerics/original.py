@@ -21,6 +21,7 @@ from torch import fx, nn
 from turbocompile.capture.isolation import State
 from turbocompile.capture.module_weights import quantized
 from turbocompile.capture.process import compiling, process_kept
+from turbocompile.errors import brief
 from turbocompile.ir import signature as sig
 from turbocompile.ir.emit import weight_plan
 from turbocompile.ir.evaluate import Evaluator, TensorSource
@@ -117,9 +118,10 @@ class Original:
             try:
                 differences = self._differences(_Graph(program, source, self.device), made)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                return self._not_compared(NO_MEMORY)
+                if is_out_of_memory(error):
+                    return self._not_compared(NO_MEMORY)
+                # Older torch traces operators with dtypes that they do not compute.
+                return Comparison(wrong=f"{self.name} computes where its graph does not ({brief(error)})")
         for number, (difference, bound) in enumerate(differences):
             if not difference <= bound:
                 return Comparison(number + 1, self._wrong(number, difference, made))

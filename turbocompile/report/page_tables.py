@@ -10,9 +10,9 @@ from turbocompile.ir.cost import OpCost
 from turbocompile.report.data import ReportData, least_seconds
 from turbocompile.report.markup import cell, counted, data_attributes, number_cell, table
 from turbocompile.report.rows import PassReport, Skip
-from turbocompile.report.tables import sensitivity_title
+from turbocompile.report.tables import attention_title, sensitivity_title
 from turbocompile.report.timings import Bench, OpTime
-from turbocompile.report.words import duration, size
+from turbocompile.report.words import attention_kind, attention_size, duration, keys_read, optional_duration, size
 
 BAR = 70  # pixels of a whole forward in the table of operations
 ERRORS = ("rel_l1", "cosine", "max_abs")
@@ -87,26 +87,22 @@ def total_seconds(ops: Sequence[OpCost], card: Gpu) -> float | None:
 
 
 def attention_section(report: ReportData, card: Gpu) -> str:
+    """A row for each attention: what it became, why, how long it takes."""
     if not report.attention:
         return ""
     rows = []
     for a in report.attention:
         least = least_seconds(a.cost, card)
-        kind = a.kind if a.pv in (None, "none") else f"{a.kind} {a.pv}"
-        of = f"{a.role}, {a.queries:,} x {a.keys:,} tokens, {a.heads} x {a.head_dim}"
-        if (s := a.sparsity) is not None:
-            of += f"; reads {s.kept} of {s.blocks} blocks of {s.block_k} keys"
         rows.append(
             f"<tr{data_attributes({'attention': a.site, 'attention_kind': a.kind})}>{cell(a.site, 'code')}"
-            f"{number_cell(str(a.count), count=a.count)}{cell(kind, 'strong')}"
-            f"{cell(of)}"
+            f"{number_cell(str(a.count), count=a.count)}{cell(attention_kind(a), 'strong')}"
+            f"{cell(attention_size(a))}{cell(keys_read(a))}"
             f"{number_cell(counted(a.cost.flops, 'FLOP'), flops=a.cost.flops)}"
-            f"{number_cell(duration(least) if least is not None else '', seconds=least)}"
-            f"{number_cell(duration(a.seconds) if a.seconds is not None else '', measured=a.seconds)}{cell(a.why)}</tr>"
+            f"{number_cell(optional_duration(least), seconds=least)}"
+            f"{number_cell(optional_duration(a.seconds), measured=a.seconds)}{cell(a.why)}</tr>"
         )
-    measured = f"measured on {report.measured_on}" if report.measured_on else "measured"
-    columns = ("site", "runs#", "kind", "of", "operations#", f"at least, {card.name}#", f"{measured}#", "because")
-    return table("Attention", columns, rows)
+    columns = ("site", "runs#", "kind", "of", "keys read", "operations#", "at least#", "measured#", "because")
+    return table(attention_title(report, card), columns, rows)
 
 
 def operation_section(report: ReportData, card: Gpu, record: Bench | None) -> str:

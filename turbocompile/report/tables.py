@@ -115,8 +115,7 @@ def _skips_table(report: ReportData) -> Table:
 
 
 def _attention_table(report: ReportData, card: Gpu) -> Table:
-    measured = f", and as measured on {with_article(report.measured_on)}" if report.measured_on else ""
-    title = f"Attention: what each site became, its least time on {with_article(card.name)}{measured}"
+    title = attention_title(report, card)
     columns = ("site", "runs", "kind", "of", "keys read", "at least", "measured", "because")
     rows = [
         (
@@ -154,6 +153,12 @@ def _cards_table(report: ReportData) -> Table:
         rows.append((card.name, time, fits, card.source))
     columns = ("card", "least time of a forward", "weights and activations fit", "figures from")
     return Table("Cards", columns, rows, right=(1,))
+
+
+def attention_title(report: ReportData, card: Gpu) -> str:
+    """What the table of attentions shows, with the card that the times are of."""
+    measured = f", and as measured on {with_article(report.measured_on)}" if report.measured_on else ""
+    return f"Attention: what each site became, its least time on {with_article(card.name)}{measured}"
 
 
 def sensitivity_title(passes: Mapping[str, PassReport]) -> str:

@@ -1,7 +1,7 @@
 """An engine: compiled Programs and their weights, called like the model they came from.
 
-`load` opens an engine's folder. It executes nothing from there: folder.py checks the files, and ir/serialize.py checks
-the Programs operator by operator and shape by shape.
+`load` opens an engine's folder. It executes nothing from there: folder.py checks the files, and ir/deserialize.py
+checks the Programs operator by operator and shape by shape.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, astuple
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -27,15 +26,16 @@ from turbocompile.backends.launchers import (
     attention_size,
     linear_size,
 )
-from turbocompile.cache import cache_path, keep_json
-from turbocompile.errors import EngineError, UnsupportedError
+from turbocompile.cache import cache_path
+from turbocompile.errors import EngineError
 from turbocompile.ir.program import Program
 from turbocompile.ir.reading import Unreadable, plain, table
 
 if TYPE_CHECKING:
-    from turbocompile.runtime.engine import Engine
+    pass
 
 FILE = "tuning.json"
+LEAST_PRODUCTS = 1 << 32  # of a linear whose kernels compete: four microseconds of an H200 at its full FP8 rate
 Progress = Callable[[str, float], None]
 Size = TypeVar("Size", LinearSize, AttentionSize)
 
@@ -57,11 +57,16 @@ def _sizes(programs: Mapping[str, Program], size: Callable[[fx.Node], Size | Non
 def tune(
     programs: Mapping[str, Program], device: torch.device, progress: Progress = lambda stage, fraction: None
 ) -> Tuning:
-    """Lets the kernels of each linear compete on the device, about a second each. Returns the winners."""
+    """Lets the kernels of each large linear compete on the device, some seconds each. Returns the winners.
+
+    A linear of fewer products than LEAST_PRODUCTS keeps the default, because it takes some microseconds with any
+    kernel, and the competition would compile a dozen kernels for it.
+    """
     from turbocompile.kernels.linear import linear_choice, linear_triton  # here: a machine may lack Triton
 
     # A linear that no kernel takes runs on the reference, where there is nothing to choose.
-    wanted = [one for one in linears(programs) if linear_triton.takes(one.format, one.dtype, one.k, device)]
+    large = [one for one in linears(programs) if one.rows * one.n * one.k >= LEAST_PRODUCTS]
+    wanted = [one for one in large if linear_triton.takes(one.format, one.dtype, one.k, device)]
     winners: dict[str, dict[str, Any]] = {}
     for done, one in enumerate(wanted):
         size = (one.format, one.rows, one.n, one.k, one.dtype, device)
@@ -113,24 +118,9 @@ def read_tuning(data: Any, where: str) -> Tuning:
 
 
 def read_cache(digest: str) -> Tuning:
-    """The tuning that `tune_engine` kept for an engine of this digest; empty where no readable one is there."""
+    """The tuning that `turbocompile tune` kept for an engine of this digest; empty where no readable one is there."""
     try:
         path = cache_path("tuning", digest)
         return read_tuning(json.loads(path.read_text(encoding="utf-8")), str(path))
     except (OSError, ValueError, RecursionError, EngineError):
         return {}
-
-
-def tune_engine(engine: Engine, progress: Progress = lambda stage, fraction: None) -> tuple[Tuning, Path | None]:
-    """Tunes all modules of an engine's folder on the GPU that it is on, and keeps the result in the user's cache.
-
-    Returns the tuning, which engines have that are loaded afterwards, and the file that keeps it; None (and a warning)
-    where the cache cannot be written. Raises UnsupportedError for an engine that is on no GPU, or has no 8-bit linear.
-    """
-    if engine.device.type != "cuda":
-        raise UnsupportedError(f"tuning measures kernels on a GPU, and the engine is on {engine.device}; name a GPU")
-    programs = {f"{name}/{shape}": p for name, e in engine.experts.items() for shape, p in e.programs.items()}
-    if not linears(programs):
-        raise UnsupportedError("the engine has no 8-bit linear, so there is nothing to tune")
-    found = tune(programs, engine.device, progress)
-    return found, keep_json("tuning", str(engine.manifest["digest"]), found)

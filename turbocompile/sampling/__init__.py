@@ -22,7 +22,7 @@ TRAIN_TIMESTEPS = 1000.0  # a network is given 1000 t for a time t in [0, 1]
 
 
 class SamplingWarning(UserWarning):
-    """The sampler runs, and what comes out is not what the model was made for."""
+    """The sampler runs, but its result will be bad, because the model was not made for it."""
 
 
 def choose_experts(times: Sequence[float], boundary: float | None) -> list[str]:

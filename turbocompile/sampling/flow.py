@@ -1,8 +1,8 @@
 """The sampler of teachers: the flow-matching ODE by diffusers' solvers, with classifier-free guidance.
 
-The loop is that of diffusers' WanPipeline, so that an engine gives the pipeline's numbers. One thing differs:
-velocities are handed to the solver in float32, whatever the network computes in. The Euler solver returns the dtype
-it is given, and a state in bfloat16 would lose 50 small steps to rounding.
+The loop is the loop of diffusers' WanPipeline, so that an engine gives the pipeline's numbers. One thing differs: the
+solver gets velocities in float32, whatever the network computes in, because the Euler solver returns the dtype of the
+velocity and a state in bfloat16 would lose 50 small steps to rounding.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from turbocompile.errors import UnsupportedError
 from turbocompile.sampling import TRAIN_TIMESTEPS, Denoise, Progress, choose_experts, draw_noise
 
 SOLVERS = ("unipc", "euler")
-# (x, timestep, expert, conditional) -> velocity: a network with a text and with the negative one
+# (x, timestep, expert, conditional) -> velocity; conditional: True for the prompt, False for the negative prompt
 Conditioned = Callable[[torch.Tensor, torch.Tensor, str, bool], torch.Tensor]
 
 
 def guided(denoise: Conditioned, guidance: float) -> Denoise:
     """Classifier-free guidance: u + guidance (c - u) with the velocities of the prompt, c, and the negative prompt, u.
 
-    The network is called twice a step; once where guidance is 1, since c alone is left then.
+    The network is called twice a step; once where guidance is 1, because the formula is c then.
     """
 
     def velocity(x: torch.Tensor, timestep: torch.Tensor, expert: str) -> torch.Tensor:

@@ -8,9 +8,9 @@ Continuous-Time Consistency", arXiv 2510.08431):
     x_0 = x - r v(x, 1000 r)
     SDE:  x' = (1 - r') x_0 + r' noise'          ODE:  x' = x - (r - r') v
 
-What decides the numbers beside the formulas, kept as in the released sampler: the state is float64; the network's
-timestep is rounded to bfloat16 (987.654 becomes 988); noise is drawn in float32, at the last step too, where it is
-multiplied by zero, so that the generator ends where the released sampler's does.
+Three choices change the numbers and are those of the released sampler: the state is float64; the network's timestep is
+rounded to bfloat16 (987.654 becomes 988); noise is drawn in float32, also at the last step, where it is multiplied by
+zero, so that the generator ends in the same state as the released sampler's.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def schedule(steps: int, sigma_max: float, mid_steps: Sequence[float]) -> list[f
 
 
 def network_timestep(time: float, batch: int, device: torch.device) -> torch.Tensor:
-    """What the network is given: 1000 t, computed in float32 and rounded to bfloat16, as float32 (batch,)."""
+    """The timestep that the network gets: 1000 t in float32, rounded to bfloat16, as float32 (batch,)."""
     value = (torch.tensor(time, dtype=torch.float32) * TRAIN_TIMESTEPS).bfloat16().float()
     return value.to(device).expand(batch)
 

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk: its folder, and what about.json says."""
+    """A whole checkpoint on disk: its folder, and the data of its about.json."""
 
     path: Path
     about: dict[str, Any]
@@ -87,7 +87,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Renames first: what is half removed must not look whole."""
+    """Removes a checkpoint. Its folder is renamed first, so that a half-removed one does not look whole."""
     trash = folder.with_name(f".{folder.name}.removing")
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(folder, trash)
@@ -101,7 +101,7 @@ def _folders(root: Path) -> list[Path]:
 
 
 def clean(root: Path) -> None:
-    """Removes what a killed run left half written or half removed."""
+    """Removes the folders that a killed run left half written or half removed."""
     for path in root.glob(".step_*"):
         shutil.rmtree(path)
 
@@ -174,7 +174,8 @@ def read(checkpoint: Checkpoint, parts: tuple[str, ...] = ("",)) -> dict[str, to
 def read_weights(folder: str | Path, *, ema: bool = True) -> dict[str, torch.Tensor]:
     """The model's state dict of the newest checkpoint of a run's folder, on the CPU and without a trainer.
 
-    With `ema` the moving averages stand in for the trained weights. Raises EngineError if there is none.
+    ema: whether to read the moving averages instead of the trained weights. Raises EngineError if the folder has no
+    checkpoint, or the checkpoint no averages.
     """
     root = Path(folder) / "checkpoints"
     checkpoint = newest(root)
@@ -195,7 +196,7 @@ def _strip(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch warns of a checkpoint without a process group, and of its own use of its older storage class."""
+    """Silences torch's warnings of a missing process group, and of torch's own use of its older storage class."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="torch")
         yield

@@ -10,8 +10,8 @@ from turbocompile.errors import RecipeError
 from turbocompile.recipe.fields import Section
 from turbocompile.training.ema import power_gamma
 
-# What a resumed run may change: how long, how often and how fast, not what is learned until then. The decay belongs to
-# them: the point of a stable phase is that one checkpoint of it can be decayed at several lengths.
+# Fields that a resumed run may change, because they do not change what the run has learned so far. The decay is one of
+# them, so that one checkpoint of the stable phase can be decayed at several lengths.
 FREE = ("steps", "decay", "checkpoint_every", "keep", "log_every", "deterministic", "cuda_graph", "max_seconds")
 
 
@@ -65,7 +65,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def ema_weight(config: TrainConfig, step: int) -> float:
-    """How much of the new weights the moving average takes in at a step (counted from 0): 1 - beta."""
+    """The weight of the new parameters in the moving average at a step (counted from 0): 1 - beta."""
     if config.ema_power is not None:
         return 1.0 - (1.0 - 1.0 / (step + 1)) ** (power_gamma(config.ema_power) + 1.0)
     if config.ema_decay is not None:

@@ -1,4 +1,4 @@
-"""Several processes: who is who, sharding with FSDP2, and the few collectives that training needs.
+"""Several processes: their ranks, sharding with FSDP2, and the few collectives that training needs.
 
 With one process everything here is the identity, with or without a process group.
 """
@@ -65,7 +65,7 @@ def barrier() -> None:
 
 
 def broadcast(value: _T) -> _T:
-    """Rank 0's value; any object."""
+    """Rank 0's value, in every process; any object that can be pickled."""
     if world_size() == 1:
         return value
     box: list[Any] = [value]
@@ -87,7 +87,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a sharded tensor; every process must ask."""
+    """The whole of a sharded tensor; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -114,7 +114,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 def shard(model: nn.Module, device: torch.device, *, compile: bool = False) -> None:
     """Shards each repeated block, then the rest, over all processes; all start from rank 0's weights.
 
-    A block is compiled on its own: the collectives between blocks break the graph anyway.
+    Each block is compiled on its own, because the collectives between blocks break a graph of the whole model.
     """
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:

@@ -37,7 +37,7 @@ Batch = Mapping[str, torch.Tensor]
 Data = Callable[[int], Batch]
 Objective = Callable[[nn.Module, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
-WARMUP = 3  # eager steps before a CUDA graph is captured: libraries choose and allocate in them
+WARMUP = 3  # eager steps before a CUDA graph is captured, in which libraries choose algorithms and allocate
 
 
 def step_generator(seed: int, step: int, device: str | torch.device = "cpu") -> torch.Generator:
@@ -56,12 +56,12 @@ def step_generator(seed: int, step: int, device: str | torch.device = "cpu") -> 
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. `finished` is False where max_seconds stopped it."""
+    """The end of a run. `finished` is False where max_seconds stopped the run."""
 
     step: int
     finished: bool
-    seconds: float  # of training in all, those before a resume included
-    metrics: dict[str, float]  # the last line, empty if this run wrote none
+    seconds: float  # of the whole training, runs before a resume included
+    metrics: dict[str, float]  # the last line of metrics; empty if this run wrote no line
     checkpoint: Path
 
 
@@ -120,7 +120,7 @@ class Trainer:
         return {name: parallel.full(v.detach()).clone() for name, v in self.model.state_dict().items()}
 
     def ema_state_dict(self) -> dict[str, torch.Tensor]:
-        """The same with the moving averages in place of the trained weights. Raises RecipeError if there are none."""
+        """The state dict with moving averages instead of trained weights. Raises RecipeError if the run keeps none."""
         if self.ema is None:
             raise RecipeError("the configuration has no moving average; set ema_decay or ema_power")
         averages = {name: parallel.full(a).clone() for name, a in self._averages().items()}
@@ -182,12 +182,12 @@ class Trainer:
         return parallel.full(norm)
 
     def _time_is_over(self, began: float) -> bool:
-        """Processes agree by asking rank 0, which makes them wait for each other: at lines of metrics alone."""
+        """Whether max_seconds are over. Rank 0 decides, at lines of metrics alone, because processes wait for it."""
         if self.config.max_seconds is None or (parallel.world_size() > 1 and self.step % self.config.log_every):
             return False
         return parallel.broadcast(time.perf_counter() - began > self.config.max_seconds)
 
-    # ---- what it says and writes
+    # ---- metrics and checkpoints
 
     def _log(self) -> MetricsLog | None:
         if parallel.rank() != 0:
@@ -230,7 +230,7 @@ class Trainer:
         return self.folder / "checkpoints"
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """All that a checkpoint holds, as views: to save, or to load in place."""
+        """All tensors of a checkpoint, as views, so that they can be saved or loaded in place."""
         tensors = {f"model.{name}": value.detach() for name, value in self.model.state_dict().items()}
         if self.ema is not None:
             tensors |= {f"ema.{name}": value for name, value in self._averages().items()}
@@ -305,7 +305,7 @@ def _pinned(value: torch.Tensor) -> torch.Tensor:
 
 
 def _move(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """To the device without waiting for it: a copy from pageable memory would."""
+    """The tensor on the device, through pinned memory, because a copy from pageable memory waits for the device."""
     return _pinned(value).to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
@@ -349,9 +349,11 @@ def _optimizer(
 
 
 def _adamw(parameters: Mapping[str, nn.Parameter], lr: torch.Tensor, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with its state in place from the start, for a checkpoint to be read into."""
+    """AdamW whose state exists from the start, so that a checkpoint can be read into it."""
     matrices = [p for p in parameters.values() if p.ndim >= 2]
-    vectors = [p for p in parameters.values() if p.ndim < 2]  # biases, norms: decaying them shrinks what they scale
+    vectors = [
+        p for p in parameters.values() if p.ndim < 2
+    ]  # biases and norms, whose decay would shrink the activations
     groups = [
         {"params": group, "weight_decay": decay}
         for group, decay in ((matrices, config.weight_decay), (vectors, 0.0))
@@ -382,7 +384,7 @@ def _check_config(found: checkpoint.Checkpoint, config: TrainConfig) -> None:
 
 @contextlib.contextmanager
 def _flags(deterministic: bool) -> Iterator[None]:
-    """torch's switches for a run, and back."""
+    """Sets torch's switches for a run, and restores them."""
     cudnn = torch.backends.cudnn
     before = (
         torch.are_deterministic_algorithms_enabled(),

@@ -9,16 +9,19 @@ import torch
 
 from turbocompile.runtime.engine import Engine
 from turbocompile.runtime.folder import check_files, check_strangers
-from turbocompile.wan.components import load_components
+from turbocompile.wan.components import folder_name, load_components
 
 
 def check_component(engine: Engine, name: str) -> Mapping[str, str]:
-    """Its row of the manifest. Raises EngineError where one of its files was altered, is gone, or is one too many."""
+    """The row of a component in the manifest.
+
+    Raises EngineError where a file of the component was altered, is gone, or is not listed.
+    """
     assert engine.folder is not None
     row: Mapping[str, str] = engine.manifest["components"][name]
-    place = f"components/{row.get('folder', name)}"
-    check_files(engine.folder, engine.manifest, [f for f in engine.manifest["files"] if f.startswith(place + "/")])
-    check_strangers(engine.folder, engine.manifest, place)
+    folder = f"components/{folder_name(name, row)}"
+    check_files(engine.folder, engine.manifest, [f for f in engine.manifest["files"] if f.startswith(folder + "/")])
+    check_strangers(engine.folder, engine.manifest, folder)
     return row
 
 
@@ -30,10 +33,11 @@ def component(engine: Engine, name: str) -> Any:
 
 
 def placed(part: Any, name: str, device: torch.device) -> Any:
-    """A component on the device.
+    """The component on the device.
 
-    On a CPU it computes in float32, whatever its files hold: one that has no instructions for 16 bits took 300 times as
-    long for a convolution of Wan's VAE in bfloat16. The text encoder has the dtype that was asked for.
+    On a CPU the component computes in float32, whatever dtype its files hold, because a CPU without instructions for
+    16 bits took 300 times as long for a convolution of Wan's VAE in bfloat16. The text encoder keeps the dtype that the
+    recipe asks for.
     """
     if not isinstance(part, torch.nn.Module):
         return part

@@ -1,4 +1,4 @@
-"""Image-to-video: what the transformer is given of the first frame.
+"""Image-to-video: the inputs of the transformer that describe the first frame.
 
 Wan's I2V transformers take 36 channels: 16 of noise, a mask of 4 (which pixel frames of a latent frame are given) and
 16 of the latent of [image, black frames]. Wan2.1's take CLIP tokens of the image besides. With another VAE the mask has
@@ -53,7 +53,7 @@ def image_embeddings(image_encoder: Any, image_processor: Any, image: Any) -> to
 
 
 def open_image(image: Any) -> Any:
-    """A PIL image of a path or of itself."""
+    """A PIL image, opened if `image` is a path. Raises UnsupportedError for a file that is no image."""
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(image, Image.Image):

@@ -18,14 +18,14 @@ from turbocompile.sampling import flow, rcm
 from turbocompile.video import image as wan_image
 from turbocompile.video import text as wan_text
 from turbocompile.video.components import check_component, component
-from turbocompile.wan.components import vae_config
+from turbocompile.wan.components import folder_name, vae_config
 
 Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
 class _Conditions:
-    """What the transformer is given beside the noisy latent, in its dtype and on its device.
+    """The inputs of the transformer beside the noisy latent, in its dtype and on its device.
 
     text, negative: (B, 512, text_dim); negative is None without guidance. channels: (B, 20, T, H, W), mask and latent
     of the first frame. tokens: (B, N, image_dim), the image's CLIP tokens.
@@ -39,9 +39,10 @@ class _Conditions:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What makes latents: transformers by name, an engine's or eager, and the components around them.
+    """The parts that make latents: transformers by name, an engine's or eager ones, and the components around them.
 
-    config: of the transformers. component: gives one by its name, on the device. geometry: of videos and latents.
+    config: of the transformers. component: returns the component of a name, on the device. geometry: of videos and
+    latents.
     """
 
     experts: Mapping[str, Any]
@@ -55,7 +56,7 @@ class Pipeline:
     def of_engine(cls, engine: Engine) -> Pipeline:
         assert engine.folder is not None
         row = check_component(engine, "vae")
-        strides = vae_strides(vae_config(engine.folder / "components" / row.get("folder", "vae")))
+        strides = vae_strides(vae_config(engine.folder / "components" / folder_name("vae", row)))
         geometry = Geometry(*strides, tuple(engine.config["patch_size"]))
         return cls(
             engine.experts, engine.config, engine.dtype, engine.device, lambda name: component(engine, name), geometry
@@ -63,7 +64,7 @@ class Pipeline:
 
 
 class Stages:
-    """Times the stages; progress(stage, fraction) is told 0 at the start of one and 1 at its end."""
+    """Measures the seconds of each stage; calls progress(stage, 0.0) at its start and (stage, 1.0) at its end."""
 
     def __init__(self, progress: Progress | None) -> None:
         self.seconds: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Records what a recipe's original transformers are called with while they sample, to calibrate a build on."""
+"""Records inputs of a recipe's original transformers while they sample, to calibrate a build on them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def record_inputs(
     out = check_file(out, ".safetensors")
     if not prompts:
         raise RecipeError("calibrate: there is no prompt; give one at least")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with stages("open"):
         source = open_source(recipe)
         if not {"tokenizer", "text_encoder", "vae"} <= set(source.components.names):
@@ -64,10 +64,10 @@ def record_inputs(
         )
     sampler = choose_sampler(recipe.sampler, source.task, steps, guidance)
     with stages("load"):
-        experts = {name: t.load().to(place) for name, t in source.transformers.items()}
-        parts = {name: placed(part, name, place) for name, part in source.components.load().items()}
+        experts = {name: t.load().to(target) for name, t in source.transformers.items()}
+        parts = {name: placed(part, name, target) for name, part in source.components.load().items()}
     first = source.transformers["transformer"]
-    pipeline = Pipeline(experts, first.config, recipe.torch_dtype, place, parts.__getitem__, source.geometry)
+    pipeline = Pipeline(experts, first.config, recipe.torch_dtype, target, parts.__getitem__, source.geometry)
     boundary = None
     if len(experts) > 1:
         boundary = boundary_of(source.boundary_ratio, source.task)

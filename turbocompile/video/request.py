@@ -37,7 +37,7 @@ def choose_sampler(spec: SamplerSpec, task: str, steps: int | None, guidance: fl
 
 
 def choose_shape(shapes: Sequence[Shape], wanted: Shape | str | None) -> Shape:
-    """The shape of the engine that is meant; the first where nothing is said. Raises UnsupportedError."""
+    """The shape of the engine that `wanted` names; the first shape for None. Raises UnsupportedError for another."""
     if wanted is None:
         return shapes[0]
     name = wanted.name if isinstance(wanted, Shape) else wanted.lower().replace(" ", "")
@@ -86,7 +86,7 @@ def check_images(config: Mapping[str, Any]) -> None:
 
 
 def check_size(made: torch.Tensor, size: Shape) -> None:
-    """Raises EngineError where the VAE made a video of another size than was asked for."""
+    """Raises EngineError where the VAE made a video of another size than the shape's."""
     asked = (size.batch, size.num_frames, size.height, size.width)
     if tuple(made.shape[:4]) != asked:
         found = " x ".join(map(str, made.shape[1:4]))
@@ -97,14 +97,16 @@ def check_size(made: torch.Tensor, size: Shape) -> None:
 
 
 def _needed(engine: Engine) -> list[str]:
-    """The components that a video takes."""
+    """The names of the components that making a video needs."""
     image = ["image_encoder", "image_processor"] if engine.config.get("image_dim") is not None else []
     return ["tokenizer", "text_encoder", "vae", *image]
 
 
 def tell_quality(recipe: Recipe, report: Report | None) -> None:
-    """Warns where the video cannot be good: random weights; else rCM of a model that was not distilled, SLA of one that
-    was not trained with it.
+    """Warns (SamplingWarning) where the video cannot be good.
+
+    The causes are synthetic weights, rCM sampling of a model that was not distilled, and SLA of a model that was not
+    trained with SLA.
     """
     if recipe.model.weights == "synthetic":
         warnings.warn("the weights are synthetic, so the picture is noise", SamplingWarning, stacklevel=4)

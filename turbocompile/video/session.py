@@ -1,7 +1,7 @@
 """From a prompt to a video, by an engine: text, image, noise, steps, pixels, file.
 
-`generate` is what `turbocompile run` and examples/run_engine.py call. Only what a stage needs is in memory beside the
-engine: the text encoder (11 GB for Wan) is gone before the first step.
+`generate` is what `turbocompile run` and examples/run_engine.py call. A component is in memory only during
+the stage that needs it: the text encoder (11 GB for Wan) is freed before the first step.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from turbocompile.video.request import (
 
 @dataclass(frozen=True)
 class GenerateResult:
-    """What was made.
+    """The videos of one call, and how long each stage took.
 
     video: uint8 (B, F, H, W, 3), RGB. timings: seconds by stage ("load", "text", "image", "denoise", "decode",
     "write"; those that ran). paths: the files, one a video.
@@ -71,8 +71,8 @@ def generate(
 ) -> GenerateResult:
     """Makes the videos of one batch of an engine.
 
-    engine: the folder, or what `turbocompile.load` gave of it. prompt: one for all videos of the batch, or one for
-    each. negative_prompt: what guidance leads away from; empty by default. shape: one of the engine's, as in
+    engine: its folder, or the result of `turbocompile.load`. prompt: one for all videos of the batch, or one for
+    each. negative_prompt: the text that guidance leads away from; empty by default. shape: one of the engine's, as in
     "480x832x81" (height, width, frames; the batch may follow); the first by default. image: a PIL image or its path,
     for image-to-video. steps, guidance: instead of the recipe's. out: an .mp4 file; with several videos -1, -2 ...
     follow its name. frames: a folder for PNG frames. device: by default the engine's; for a folder the GPU, where the
@@ -111,13 +111,13 @@ def generate(
 
 
 def default_device(folder: str | Path) -> str:
-    """The GPU, where there is one and the engine was built for one."""
+    """ "cuda" where torch has a GPU and the engine was not built for the CPU; else "cpu"."""
     target = read_manifest(Path(folder)).get("target")
     return "cuda" if target != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _write(videos: torch.Tensor, out: Path | None, frames: str | Path | None) -> tuple[Path, ...]:
-    """Writes each video of the batch; the paths of the mp4 files, or of the folders of frames where there are none."""
+    """Writes each video of the batch. Returns the paths of the mp4 files, or else of the folders of frames."""
     files, folders = [], []
     for number, made in enumerate(videos):
         suffix = f"-{number}" if number else ""

@@ -43,8 +43,8 @@ def encode_prompt(
         return_attention_mask=True,
         return_tensors="pt",
     )
-    place = next(text_encoder.parameters()).device
-    mask = tokens.attention_mask.to(place)
-    hidden = text_encoder(tokens.input_ids.to(place), mask).last_hidden_state
+    encoder_device = next(text_encoder.parameters()).device
+    mask = tokens.attention_mask.to(encoder_device)
+    hidden = text_encoder(tokens.input_ids.to(encoder_device), mask).last_hidden_state
     hidden = hidden.masked_fill(mask.unsqueeze(-1) == 0, 0)
-    return hidden.to(device=device or place, dtype=dtype or hidden.dtype)
+    return hidden.to(device=device or encoder_device, dtype=dtype or hidden.dtype)

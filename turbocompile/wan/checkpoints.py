@@ -27,9 +27,9 @@ from turbocompile.wan.scaled import ScaledTensors
 
 PREFIXES = ("net.", "net_ema.", "model.", "diffusion_model.", "module.", "transformer.")
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")
-AVERAGE = "net_ema."  # of a training state: the model, beside what the training still needs
+AVERAGE = "net_ema."  # prefix of the averaged model in a training state, which holds other tensors, too
 TRAINED = ("net.", "net_teacher.", "net_fake_score.")
-HEAD_DIM = 128  # of every published Wan; a checkpoint does not say it
+HEAD_DIM = 128  # of every published Wan, because a checkpoint's shapes do not determine it
 PATCH = (1, 2, 2)
 
 _ATTENTION = {
@@ -84,7 +84,7 @@ def strip_prefix(name: str) -> str:
 
 
 def diffusers_name(name: str) -> str | None:
-    """diffusers' name of a parameter in Wan's own layout (prefixes stripped), None where it has none."""
+    """diffusers' name of a parameter in Wan's own layout (prefixes stripped); None for a name of no parameter."""
     if name in _WHOLE:
         return _WHOLE[name]
     block = re.fullmatch(r"(blocks\.\d+\.)(.+)", name)
@@ -147,7 +147,7 @@ class CheckpointTensors:
         return {theirs: stripped[name] for name, theirs in mapped.items() if theirs is not None}
 
     def _add_dequantized(self, where: str) -> None:
-        """A `weight` in bfloat16 (what the checkpoint was quantized from) for each `int8_weight`."""
+        """Adds a dequantized `weight` in bfloat16, the dtype before quantization, for each `int8_weight`."""
         for name in [n for n in self._entries if n.endswith(".int8_weight")]:
             path = name.removesuffix(".int8_weight")
             data, scale = self._entries[name], self._entries.get(f"{path}.scale")

@@ -22,7 +22,7 @@ def geometry_of(config: Mapping[str, Any], vae: Mapping[str, Any], where: str) -
 def check_channels(
     config: Mapping[str, Any], vae: Mapping[str, Any], task: str, geometry: Geometry, where: str
 ) -> None:
-    """The transformer must take what the VAE makes. Raises EngineError, UnsupportedError."""
+    """Raises EngineError or UnsupportedError unless the transformer takes latents of the VAE's channels."""
     wrong = wrong_latents(vae)
     if wrong is not None:
         raise EngineError(f"{where}: the VAE's configuration cannot be: {wrong}")
@@ -48,7 +48,10 @@ def check_channels(
 
 
 def check_frames(recipe: Recipe, geometry: Geometry, where: str) -> None:
-    """diffusers' VAE encodes the first frame, then fours of frames, whatever its stride."""
+    """Raises UnsupportedError or RecipeError for numbers of frames that diffusers' VAE cannot encode.
+
+    It encodes the first frame, and then four frames at a time whatever its temporal stride.
+    """
     if ENCODED % geometry.temporal:
         raise UnsupportedError(
             f"{where}: the VAE makes one latent frame of {geometry.temporal}, and diffusers encodes {ENCODED} at a "

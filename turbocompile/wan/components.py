@@ -1,7 +1,7 @@
-"""What surrounds the transformer: VAE, text encoder, tokenizer, scheduler, image encoder and image processor.
+"""The components beside the transformer: VAE, text encoder, tokenizer, scheduler, image encoder, image processor.
 
-They are kept as diffusers-style sub-folders (vae/, text_encoder/, ...), in an engine as in a pipeline. Classes come
-from the table here, never from the folder: nothing is imported, downloaded or executed because a file names it.
+Components are diffusers-style sub-folders (vae/, text_encoder/, ...), in an engine as in a pipeline. The table ALLOWED
+gives their classes: no file of a folder makes this module import, download or execute anything.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from turbocompile.wan.stored import WIDE, StoredWeights
 from turbocompile.wan.tensors import Spec, synthetic
 from turbocompile.wan.tokenizer import VOCAB_SIZE, save_tokenizer
 
-MODELS = ("vae", "text_encoder", "image_encoder")  # those with weights
+MODELS = ("vae", "text_encoder", "image_encoder")  # the components with weights
 
-# component -> class -> the library that has it; the first class is what synthetic components use
+# component -> class -> the library of the class; synthetic components use the first class
 ALLOWED: Mapping[str, Mapping[str, str]] = {
     "vae": {"AutoencoderKLWan": "diffusers"},
     "text_encoder": {"UMT5EncoderModel": "transformers", "T5EncoderModel": "transformers"},
@@ -51,7 +51,7 @@ _ALIASES = {"TokenizersBackend": "PreTrainedTokenizerFast", "CLIPImageProcessorP
 _KEPT = (".json", ".safetensors", ".model", ".txt")
 _INDEX = re.compile(r"\.safetensors\.index\.([\w-]+\.)?json$")
 _TIED = frozenset({"shared.weight", "encoder.embed_tokens.weight"})  # one table of umT5 under two names
-# What a component's files may hold beside what its class reads: the other halves of whole T5 and CLIP models, tables.
+# Tensors that a component's files may hold and its class does not read: the other halves of T5 and CLIP models, tables.
 _UNREAD: Mapping[str, tuple[str, ...]] = {
     "vae": (),
     "text_encoder": (r"^decoder\.", r"^lm_head\.", r"^spiece_model$"),
@@ -59,7 +59,11 @@ _UNREAD: Mapping[str, tuple[str, ...]] = {
         r"^text_model\.", r"^text_projection\.", r"^visual_projection\.", r"^logit_scale$", r"(^|\.)position_ids$",
     ),
 }  # fmt: skip
-_CODE_KEYS = ("auto_map", "quantization_config", "custom_pipelines")  # would import something else than the class
+_CODE_KEYS = (
+    "auto_map",
+    "quantization_config",
+    "custom_pipelines",
+)  # keys that would make a library import other code than the class
 
 
 class Components(Protocol):
@@ -367,8 +371,13 @@ def load_components(folder: Path, table: Mapping[str, Mapping[str, str]]) -> dic
     return {name: _load(Path(folder), name, row) for name, row in table.items()}
 
 
+def folder_name(name: str, row: Mapping[str, str]) -> str:
+    """The sub-folder of a component. row: of a table of components; older tables leave the folder out."""
+    return row.get("folder", name)
+
+
 def _load(folder: Path, name: str, row: Mapping[str, str]) -> Any:
-    cls, place = row.get("class", ""), row.get("folder", name)
+    cls, place = row.get("class", ""), folder_name(name, row)
     if cls not in ALLOWED.get(name, {}):
         raise EngineError(
             f"{folder}: the component {name} is of the class {cls!r}, which is not one that may be loaded"

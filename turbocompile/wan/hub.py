@@ -15,9 +15,9 @@ PROBE_SECONDS = 5.0
 
 
 def fetch(repo: str, revision: str | None, without_transformers: bool = False) -> Path:
-    """The folder of a hub model: from the local cache, else downloaded. Raises RecipeError in one sentence.
+    """The folder of a hub model: from the local cache, else downloaded. Raises RecipeError where neither is possible.
 
-    Whether the hub can be reached is asked once, for 5 seconds: on a machine without a network nothing is retried.
+    The hub is probed once, for at most PROBE_SECONDS, because the hub's client would retry without a network.
     """
     import huggingface_hub
     from huggingface_hub import constants
@@ -41,7 +41,7 @@ def fetch(repo: str, revision: str | None, without_transformers: bool = False) -
 
 
 def _reachable(url: str) -> bool:
-    """Whether anything answers; a refusal is an answer."""
+    """Whether a server answers; an HTTP error is an answer."""
     try:
         with urllib.request.urlopen(url, timeout=PROBE_SECONDS):
             return True

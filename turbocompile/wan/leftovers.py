@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that no model reads: what they are, in a sentence, instead of a silence.
+"""Tensors of a checkpoint that no model reads: an error says in one sentence what they are.
 
 A checkpoint's tensor is used, or it is known to say nothing (`IRRELEVANT`), or the checkpoint is refused: a scale or a
 LoRA that is left out makes another model.
@@ -21,7 +21,7 @@ IRRELEVANT = re.compile(
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a name tells of a tensor. what: completes "the tensor X ..."; mend: what to do."""
+    """A kind of tensor, recognized by its name. what: completes "the tensor X ..."; mend: tells the user what to do."""
 
     pattern: re.Pattern[str]
     what: str
@@ -73,9 +73,10 @@ def is_lora(names: Iterable[str]) -> bool:
 
 
 def refusal(where: str, names: Collection[str], owner: str = "") -> TurbocompileError:
-    """The error for tensors that nothing reads: names one, says how many more there are, what it is and what to do.
+    """The error for tensors that nothing reads: names one, counts the others, and says what it is and what to do.
 
-    owner: whose they would be where it is no transformer, as in "the text encoder of the class UMT5EncoderModel".
+    owner: the model that the tensors should belong to, if it is no transformer, as in "the text encoder of the class
+    UMT5EncoderModel".
     """
     kind, name = next((k, n) for k in _KINDS for n in sorted(names) if k.pattern.search(n))
     more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -1,4 +1,4 @@
-"""Weights stored in 8 bits with a scale beside them, read as the numbers that they stand for.
+"""Weights stored in 8 bits with a scale beside them, read as the float32 numbers that they encode.
 
     w = stored * scale        stored: e4m3, e5m2 or int8
 
@@ -52,7 +52,7 @@ class ScaledTensors:
             )
 
     def _find(self, names: set[str]) -> dict[str, str]:
-        """8-bit weight -> its scale."""
+        """The scale of each 8-bit weight, by the weight's name."""
         found: dict[str, str] = {}
         for name in names:
             if name.rpartition(".")[2] != "weight" or self._raw.spec(name)[1] not in EIGHT_BIT:
@@ -69,7 +69,7 @@ class ScaledTensors:
         return found
 
     def _described(self, names: set[str]) -> set[str]:
-        """ComfyUI's descriptions of weights. Raises UnsupportedError where one asks for more than a scale."""
+        """ComfyUI's descriptions of weights. Raises UnsupportedError for a description of more than a scale."""
         found = set()
         for name in names:
             if name.rpartition(".")[2] != DESCRIPTION:
@@ -102,7 +102,7 @@ class ScaledTensors:
                 )
 
     def _check_stored(self) -> None:
-        """Integers are no weights without a scale, nor is a float8 weight among others that have one."""
+        """Raises EngineError for integers without a scale, and for float8 weights without a scale among scaled ones."""
         scaled = {self._raw.spec(name)[1] for name in self._scales}
         for name in self._names:
             dtype = self._raw.spec(name)[1]
@@ -147,7 +147,7 @@ def _grid(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shape of a scale with as many dimensions as its weight, and the block that one of its numbers scales.
 
-    Raises EngineError where the scale's shape does not say it.
+    Raises EngineError for a scale of another shape.
     """
     sizes, dtype = spec
     wrong = EngineError(
@@ -169,9 +169,9 @@ def _grid(
 
 
 def _block(count: int, size: int) -> int:
-    """How many of `size` values each of `count` scales covers; 0 where the two do not say it.
+    """How many of `size` values each of `count` scales covers; 0 where no block size fits.
 
-    Blocks of 128 may leave a rest at the end; other blocks must divide.
+    The last block may be shorter than 128 values; other block sizes must divide `size`.
     """
     if count in (1, size):
         return size // count

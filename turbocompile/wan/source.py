@@ -43,7 +43,7 @@ from turbocompile.wan.hub import fetch
 from turbocompile.wan.tensors import SyntheticTensors, checkpoint_file, gguf_refusal, safetensors_folder
 from turbocompile.wan.transformer import TransformerSource, build_transformer, images_of
 
-CLIP_TOKENS = 257  # image tokens of the CLIP encoder that Wan2.1 I2V was trained with: 16 x 16 patches and the class
+CLIP_TOKENS = 257  # tokens of an image from the CLIP encoder of Wan2.1 I2V: 16 x 16 patches and the class token
 TRANSFORMERS = ("transformer", "transformer_2")
 IMAGE_PIPELINE = "WanImageToVideoPipeline"
 ONE_TIMESTEP = (
@@ -56,8 +56,8 @@ ONE_TIMESTEP = (
 class Source:
     """An opened model. task: "t2v" or "i2v". boundary_ratio: below it (times 1000) transformer_2 takes over.
 
-    is_synthetic: the transformers' weights are random. where: names the model in messages. seed: of synthetic ones.
-    geometry: how a video's size becomes that of its latent.
+    is_synthetic: whether the transformers' weights are random. where: names the model in messages. seed: of synthetic
+    weights.
     """
 
     transformers: Mapping[str, TransformerSource]
@@ -73,7 +73,7 @@ class Source:
         return next(iter(self.transformers.values())).geometry
 
     def synthetic(self, name: str) -> TensorSource:
-        """Synthetic weights in the names, shapes and dtypes of a transformer's own: for plans that read none."""
+        """Synthetic weights with the names, shapes and dtypes of a transformer's weights, for plans without values."""
         tensors = self.transformers[name].tensors
         return SyntheticTensors({key: tensors.spec(key) for key in tensors.keys()}, self.seed, name)  # noqa: SIM118
 
@@ -113,7 +113,7 @@ def _source(
     synthetic: bool,
     where: str,
 ) -> Source:
-    """The opened model, its parts checked against each other and against the recipe's sizes. own: its components.
+    """The opened model, after a check that its parts fit each other and the recipe's sizes. own: its components.
 
     Raises RecipeError, EngineError, UnsupportedError.
     """
@@ -255,7 +255,7 @@ def _open_transformer(recipe: Recipe, folder: Path, name: str, image_tokens: int
 
 
 def _check_layers(tensors: TensorSource, written: Any, asked: int, where: str) -> None:
-    """Blocks may be left out by the recipe, which says so, not by a configuration of fewer than the file holds."""
+    """Raises EngineError for a configuration of fewer blocks than the file; the recipe alone may leave blocks out."""
     blocks = {int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in tensors.keys()) if m}  # noqa: SIM118
     if type(written) is int and blocks and max(blocks) >= max(written, asked):
         left = [n for n in tensors.keys() if n.startswith(f"blocks.{max(blocks)}.")]  # noqa: SIM118
@@ -266,9 +266,9 @@ def _check_layers(tensors: TensorSource, written: Any, asked: int, where: str) -
 
 
 def _tokens_an_image(config: Mapping[str, Any], encoder: int | None, where: str) -> int | None:
-    """CLIP tokens of one image; None where the transformer takes none. encoder: what the image encoder makes.
+    """CLIP tokens of one image; None for a transformer without images. encoder: tokens that the image encoder makes.
 
-    Raises EngineError where the transformer's table of positions is of another number.
+    Raises EngineError where the transformer's table of positions has another number of tokens.
     """
     if config["image_dim"] is None:
         return None
@@ -330,7 +330,7 @@ def _components_hint(config: Mapping[str, Any]) -> str:
 
 
 def _components(recipe: Recipe, own: Components) -> Components:
-    """What `components.source` says; `own` are the model's."""
+    """The components that `components.source` names. own: the components of the model's folder."""
     source = recipe.components.source
     if source == "none":
         return NoComponents()

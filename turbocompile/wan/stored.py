@@ -1,4 +1,4 @@
-"""The weights of a component's folder, copied as they are, or cast and freed of their scales on the way."""
+"""The weights of a component's folder: copied as they are, or cast, with scales multiplied into 8-bit weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StoredWeights:
     """The safetensors weights of one model in a folder. dtype: that of the weights once saved."""
 
     def __init__(self, folder: Path, of_transformers: bool, cast: torch.dtype | None) -> None:
-        """cast: the dtype to save in; None saves what is stored, and float32 in place of 8 bits and float64.
+        """cast: the dtype to save in; None keeps the stored dtypes, except that 8 bits and float64 become float32.
 
         Reads headers. Raises EngineError where the files are missing or not whole, UnsupportedError for GGUF.
         """
@@ -49,7 +49,7 @@ class StoredWeights:
         return sum(math.prod(shape) * dtype.itemsize + 100 for shape, dtype in self.specs().values())
 
     def save(self, folder: Path) -> None:
-        """Writes the files into `folder` under the names that the libraries look for; one is in memory at a time."""
+        """Writes the files into `folder` under the libraries' names; one file is in memory at a time."""
         for path in self._found.files:
             target = folder / (path.name if self._found.index else f"{self._stem}.safetensors")
             if self._cast is None and not self._tensors.converted:

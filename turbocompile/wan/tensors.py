@@ -46,7 +46,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 
 class SafetensorsFiles:
-    """The tensors of some safetensors files. Values are mapped: reading one costs no memory until it is used."""
+    """The tensors of some safetensors files. Values are mapped into memory, and read from disk when they are used."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         """Reads the headers. Raises EngineError for a missing or damaged file, or a name that two files hold."""
@@ -153,7 +153,7 @@ def safetensors_folder(folder: Path) -> SafetensorsFiles:
 
 
 class Tensors:
-    """Named tensors that are at hand."""
+    """Named tensors in memory."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = tensors
@@ -213,7 +213,7 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _check_beside(loaded: Mapping[Any, Any], chosen: str, path: Path) -> None:
-    """Raises EngineError for tensors beside the state dict that is taken: scales, adapters, another model."""
+    """Raises EngineError for tensors outside of the state dict that is used: scales, adapters, another model."""
     for key, value in loaded.items():
         if key != chosen and _holds_tensors(value) and not _TRAINING.fullmatch(str(key)):
             raise EngineError(
@@ -267,10 +267,10 @@ def synthetic(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 class SyntheticTensors:
-    """Synthetic values for given shapes and dtypes. A tensor is made when asked for; no memory is kept."""
+    """Synthetic values for given shapes and dtypes. `get` makes a tensor anew each time, so that no memory is kept."""
 
     def __init__(self, specs: Mapping[str, Spec], seed: int, prefix: str) -> None:
-        """prefix: goes before each name in the seed, so that two models with equal names differ."""
+        """prefix: part of each tensor's seed, so that two models with the same names have different values."""
         self._specs = dict(specs)
         self._seed, self._prefix = seed, prefix
 

@@ -1,4 +1,4 @@
-"""One Wan transformer that was opened and not yet read: its configuration, how it is built, where its weights are."""
+"""One Wan transformer before its weights are read: its configuration, how to build it, and where its weights are."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from turbocompile.recipe.schema import Shape
 from turbocompile.wan.leftovers import refusal
 
 PUBLISHED = Geometry()
-QUANTIZED = ("int8_weight", "scale")  # TurboDiffusion's two parts of a weight
+QUANTIZED = ("int8_weight", "scale")  # the names of the two parts of a weight that TurboDiffusion quantized
 _OF_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _SLA = re.compile(r"blocks\.\d+\.attn1\.proj_l\.(weight|bias)")  # read by the pass for sparse-linear attention
 
 
 @dataclass(frozen=True)
 class TransformerSource:
-    """One transformer: its configuration, how it is built, and where its weights are.
+    """One transformer: its configuration, how to build it, and where its weights are.
 
-    dtype: what `from_pretrained(torch_dtype=...)` would be given. image_tokens: of the image encoder, None without one.
-    geometry: how a video's size becomes that of its latent. notes: what of the checkpoint is not used, as sentences.
+    dtype: as in `from_pretrained(torch_dtype=...)`. image_tokens: CLIP tokens of one image; None for a transformer
+    without images. where: names the checkpoint in errors. geometry: maps the size of a video to the size of its latent.
+    notes: sentences about the parts of the checkpoint that the build does not use.
     """
 
     name: str
@@ -63,7 +64,7 @@ class TransformerSource:
         return model
 
     def _check_all_used(self, available: set[str], parameters: set[str]) -> None:
-        """Every tensor must be a parameter, or one of a block that the recipe leaves out (num_layers)."""
+        """Raises unless every tensor is a parameter, or belongs to a block that the recipe leaves out (num_layers)."""
         layers = self.config["num_layers"]
 
         def used(name: str) -> bool:
@@ -80,7 +81,7 @@ class TransformerSource:
             raise refusal(self.where, left)
 
     def load(self) -> nn.Module:
-        """The model with its weights, on the CPU: the eager one that an engine is compared with."""
+        """The model with its weights, on the CPU: the eager model that an engine is compared with."""
         model = self.build()
         for key, parameter in list(model.named_parameters()):
             path, _, leaf = key.rpartition(".")
@@ -116,14 +117,13 @@ class TransformerSource:
 def build_transformer(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     """WanTransformer3DModel for inference: parameters on meta, buffers real.
 
-    diffusers keeps the modules named in `_keep_in_fp32_modules` in float32 whatever dtype is asked for, by whole
-    components of the parameter's name; so does this.
+    As in diffusers, a parameter stays in float32 if a component of its name is in `_keep_in_fp32_modules`.
     """
     from diffusers import WanTransformer3DModel
 
     with torch.device("meta"):
         model: Any = WanTransformer3DModel(**config)
-    # The rotary tables are in no checkpoint, so that their module is built for real.
+    # The module of the rotary tables is built on the CPU, because no checkpoint holds the tables.
     model.rope = type(model.rope)(config["attention_head_dim"], tuple(config["patch_size"]), config["rope_max_seq_len"])
     lost = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if lost:
@@ -137,14 +137,15 @@ def build_transformer(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Modul
 
 
 def images_of(config: Mapping[str, Any]) -> int:
-    """How many images the transformer takes tokens of: two (the first and the last frame) where it has a table of
-    positions over them, which diffusers' WanImageEmbedding adds to pairs.
+    """The number of images whose CLIP tokens the transformer takes: 2 (first and last frame), or 1.
+
+    A transformer of two images has a table of positions, which diffusers' WanImageEmbedding adds to pairs of images.
     """
     return 2 if config.get("pos_embed_seq_len") is not None else 1
 
 
 class BlocksFrom:
-    """The tensors of a checkpoint with blocks `first` and the next under the names of the first two, and no others."""
+    """The tensors of a checkpoint with two blocks, `first` and the next, under the names of blocks 0 and 1."""
 
     def __init__(self, tensors: TensorSource, first: int) -> None:
         self._tensors = tensors

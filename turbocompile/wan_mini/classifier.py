@@ -61,7 +61,7 @@ def classifier(device: torch.device | str = "cpu") -> Classifier:
 
 
 def name_digit(scores: torch.Tensor) -> tuple[int | None, float, str]:
-    """The digit, or None and why, of log-probabilities (F, 11)."""
+    """The digit, its confidence and "", or None, the confidence and the reason, of log-probabilities (F, 11)."""
     mean = scores.mean(0).softmax(0)
     confidence, best = (float(x) for x in mean.max(0))
     if best == NO_DIGIT:

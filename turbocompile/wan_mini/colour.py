@@ -26,13 +26,13 @@ def to_lab(colour: torch.Tensor) -> torch.Tensor:
 
 
 _PALETTE = to_lab(torch.tensor(list(COLOURS.values())))
-# A colour farther than this from all of the palette is none: half the least distance between two of them, so that what
-# is taken for one colour would never be taken for another.
+# A colour that is farther than this from all of the palette has no name. It is half the least distance of two colours
+# of the palette, so that no colour could have two names.
 MOST_COLOUR_DISTANCE = 0.5 * min(math.dist(a, b) for a, b in itertools.combinations(_PALETTE.tolist(), 2))
 
 
 def name_colour(lab: torch.Tensor) -> tuple[str | None, str]:
-    """The colour's name, or None and why, of colours (F, 3) in CIELAB."""
+    """The name of the colour of frames (F, 3) in CIELAB and "", or None and the reason."""
     distances = (lab[:, None] - _PALETTE).square().sum(-1).sqrt()  # (F, 8)
     nearest = distances.min(1)
     named = nearest.indices.masked_fill(nearest.values > MOST_COLOUR_DISTANCE, len(COLOURS))

@@ -1,4 +1,4 @@
-"""What stands out from the ground in one frame of a video: flaw, colour, centroid, mask of opacity."""
+"""The thing that stands out from the ground in one frame: its flaw, colour, centroid and mask of opacity."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ FLAWS = (
 
 @dataclass(frozen=True)
 class Look:
-    """N frames.
+    """The digits of N frames.
 
-    flaw: (N,) int64, the number in `FLAWS` of the first that a frame has. colour: (N, 3), sRGB 0..255, of the core.
-    centroid: (N, 2), (x, y) in pixels. glyph: (N, 32, 32), the mask around it, in [0, 1].
+    flaw: (N,) int64, the index in `FLAWS` of the first flaw of a frame. colour: (N, 3), sRGB 0..255, of the digit's
+    core. centroid: (N, 2), (x, y) in pixels. glyph: (N, 32, 32), the mask around the centroid, in [0, 1].
     """
 
     flaw: torch.Tensor
@@ -68,7 +68,7 @@ class Look:
 
 
 def look(pixels: torch.Tensor) -> Look:
-    """What is in frames (N, 3, 256, 256), float32 in 0..255."""
+    """The digits of frames (N, 3, 256, 256), float32 in 0..255."""
     finite = pixels.flatten(1).isfinite().all(1)
     cells = F.avg_pool2d(pixels.nan_to_num(GROUND, GROUND, GROUND), _CELL)
     difference = cells - GROUND
@@ -113,8 +113,8 @@ def _extent(sums: torch.Tensor) -> torch.Tensor:
 def _share_apart(present: torch.Tensor) -> torch.Tensor:
     """The share (N,) of the cells present (N, 128, 128) that is not linked to the largest thing.
 
-    The largest is looked for from the place that is most densely covered, and, where that was not most of it, once more
-    in what is left.
+    The search for the largest thing starts at the most densely covered cell. Where it finds less than half of the
+    cells, it runs once more on the remaining cells.
     """
     coarse = F.max_pool2d(present[:, None].float(), 2)
     linked = F.max_pool2d(coarse, 2 * _LINK + 1, stride=1, padding=_LINK)
@@ -128,14 +128,14 @@ def _share_apart(present: torch.Tensor) -> torch.Tensor:
 
 
 def _reach(linked: torch.Tensor) -> torch.Tensor:
-    """What is connected, in masks (N, 1, C, C) of 0 and 1, with the most densely covered place."""
+    """The cells of masks (N, 1, C, C) of 0 and 1 that are connected with the most densely covered cell."""
     start = (F.avg_pool2d(linked, 5, stride=1, padding=2) * linked).flatten(1).argmax(1)
     reached = torch.zeros_like(linked)
     reached.flatten(1).scatter_(1, start[:, None], 1.0)
     reached = reached * linked
     while True:
         wider = reached
-        for _ in range(8):  # a look at the result stops a GPU, so not after each step
+        for _ in range(8):  # the comparison below synchronizes a GPU, so it follows eight steps
             wider = F.max_pool2d(wider, 3, stride=1, padding=1) * linked
         if torch.equal(wider, reached):
             return reached

@@ -1,14 +1,14 @@
 """Which digit, colour and motion a video of the world of digits shows.
 
-The judge never sees a prompt. It looks at a video and says what it shows, or "none"; whether that is right is then a
-comparison of words. What it measures:
+The judge never sees a prompt. It names the digit, colour and motion of a video, or says "none"; an evaluation compares
+these words with those of the prompt. The judge measures:
 
-* In each frame, the pixels that stand out from the grey ground. They must be one connected thing with the extent of a
-  digit, on a ground that is grey; this holds in every frame, or the video shows nothing at all.
+* In each frame, the pixels that stand out from the grey ground. In every frame they must be one connected thing with
+  the extent of a digit, on a grey ground; otherwise the video shows nothing at all.
 * Colour: the mean colour of the digit's core in each frame, the nearest of the palette in CIELAB.
 * Digit: the opacity mask that this colour leaves, cropped around its centroid at a fixed scale, classified by two small
-  convolutional networks in every frame; log-probabilities are averaged over networks and frames. An eleventh class is
-  what is no digit.
+  convolutional networks in every frame; log-probabilities are averaged over networks and frames. The
+  eleventh class is "no digit".
 * Motion: the path of the centroid, fitted by a straight line at constant speed, with one turn back or without.
 """
 
@@ -25,15 +25,15 @@ from turbocompile.wan_mini.frame import FLAWS, VIEW, look
 from turbocompile.wan_mini.motion import name_motion
 from turbocompile.wan_mini.world import DIGITS, FRAMES, SIZE, Combination
 
-_BATCH = 4  # videos in float32 at once: 4 x 26 MB
+_BATCH = 4  # videos that are judged at once, in float32: 4 x 26 MB
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a video shows.
+    """The digit, colour and motion that a video shows.
 
-    digit: 0..9; colour: its name; direction: its name, of the way until the turn. None stands for "none". confidence:
-    the classifier's, for its digit, over all frames. reason: what is wrong where something is None, else "". glyph:
+    digit: 0..9; colour: its name; direction: its name, before the turn. None stands for "none". confidence: the
+    classifier's, for its digit, over all frames. reason: why something is None, else "". glyph:
     (32, 32), float32 on the CPU, the digit's mask of opacity around its centroid, mean over the frames; zeros where
     there is no digit.
     """
@@ -55,7 +55,7 @@ class Verdict:
         )
 
     def __str__(self) -> str:
-        """In the words of a prompt, as in "a red seven moves left and bounces"; ? for what is none."""
+        """In the words of a prompt, as in "red seven, left and bounces"; "?" stands for None."""
         digit = "?" if self.digit is None else DIGITS[self.digit]
         ending = " and bounces" if self.bounces and self.direction else ""
         return f"{self.colour or '?'} {digit}, {self.direction or '?'}{ending}"

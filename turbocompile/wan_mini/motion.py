@@ -26,10 +26,11 @@ _JUMP = 2 * world.SPEED[True][1]  # 8
 
 
 def name_motion(path: torch.Tensor) -> tuple[str | None, bool, str]:
-    """Direction and whether it bounces, or None, False and why, of centroids (33, 2) in pixels.
+    """Direction, whether the digit bounces, and ""; or None, False and the reason. path: centroids (33, 2) in pixels.
 
-    Along the axis with more way, the position is fitted by p0 + v t, and by p0 + v (t - 2 max(0, t - T)), least squares
-    over p0, v, and T on a grid of quarter frames: it bounces where the second is closer, and both legs were gone.
+    Along the axis of the longer way, the position is fitted by p0 + v t, and by p0 + v (t - 2 max(0, t - T)), with
+    least squares over p0 and v, and T on a grid of quarter frames. The digit bounces where the second fit is closer and
+    both legs are long enough.
     """
     steps = path.diff(dim=0).abs()
     span = path.amax(0) - path.amin(0)
