@@ -130,7 +130,7 @@ def test_damage_is_found_before_a_build_takes_its_time(example, tmp_path, monkey
         index = {"weight_map": {"a": next((folder / "text_encoder").glob("*.safetensors")).name, "b": path.name}}
         (folder / "text_encoder" / "model.safetensors.index.json").write_text(json.dumps(index))
         words = f"{path}: this part of the weights is missing"
-    monkeypatch.setattr(build, "_compile_transformer", None)  # it is not called
+    monkeypatch.setattr(build, "_TransformerBuild", None)  # it is not called
     recipe = Recipe.from_dict({"model": {"path": str(folder)}, "target": "cpu"})
     with pytest.raises(EngineError, match=re.escape(words)):
         build.optimize_recipe(recipe, tmp_path / "engine")
