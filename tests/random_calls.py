@@ -10,11 +10,14 @@ import argparse
 import collections
 import functools
 import importlib.util
+import itertools
 import logging
 import random
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ if "random_dits" not in sys.modules:  # as in tests/conftest.py, for a script
     spec = importlib.util.spec_from_file_location("random_dits", Path(__file__).parent / "random_dits.py")
     sys.modules["random_dits"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["random_dits"])
-from random_dits import random_dit
+import random_dits
 
 import turbocompile
 from turbocompile.errors import TurbocompileError
@@ -50,11 +53,9 @@ def table_of_file(n: int) -> Tensor:
 class Model(nn.Module):
     """A DiT with options: a gain, a flag, a size that groups tokens, a list of shifts; and what it keeps."""
 
-    def __init__(self, net: nn.Module, rng: random.Random) -> None:
+    def __init__(self, net: nn.Module, table: str, counting: str) -> None:
         super().__init__()
-        self.net = net
-        self.table = rng.choice(("none", "cache", "file", "attribute"))
-        self.counting = rng.choice(("none", "none", "none", "harmless", "attribute", "file"))
+        self.net, self.table, self.counting = net, table, counting
         self.step, self.kept = 0, None
 
     def forward(
@@ -170,15 +171,6 @@ def same(a: Any, b: Any, bound: float) -> bool:
     return a == b
 
 
-def spelled(
-    rng: random.Random, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call with some arguments by name."""
-    names = ("x", "timestep", "text")
-    count = rng.randint(0, len(args))
-    return args[:count], dict(zip(names[count:], args[count:], strict=True)) | kwargs
-
-
 def options(rng: random.Random) -> dict[str, Any]:
     """Plain arguments of a call."""
     drawn: dict[str, Any] = {}
@@ -195,20 +187,81 @@ def options(rng: random.Random) -> dict[str, Any]:
     return drawn
 
 
+@dataclass(frozen=True)
+class Choices:
+    """How a model is made and called. positional, options: of each call."""
+
+    net: dict[str, Any]
+    wrap: Callable[[nn.Module], nn.Module]
+    table: str
+    counting: str
+    train: bool
+    positional: tuple[int, ...]
+    options: tuple[dict[str, Any], ...]
+    lazy: bool
+
+    def pairs(self) -> set[tuple[Any, ...]]:
+        """Each two of the choices. Models that are refused because they count their calls are apart from the others."""
+        o = vars(random_dits.draw(0, **self.net))
+        made = {k: o[k] for k in ("depth", "heads", "batch", "cross", "layer_constants", *WRITTEN)}
+        made |= {"wrap": WRAPS.index(self.wrap), "table": self.table, "train": self.train, "lazy": self.lazy}
+        made |= {"calls": len(self.options), "positional": self.positional[0]}
+        made |= {k: str(self.options[0].get(k, "absent")) for k in ("gain", "skip", "group", "shifts", "more")}
+        if self.counting in STATE:
+            return {(self.counting, k, v) for k, v in made.items() if k in ("wrap", "table", "lazy", "calls", "train")}
+        return set(itertools.combinations([*made.items(), ("counting", self.counting)], 2))
+
+
+STATE = ("attribute", "file")
+WRITTEN = (
+    "qkv",
+    "qkv_bias",
+    "layout",
+    "attention",
+    "mask",
+    "qk_norm",
+    "norm",
+    "rope",
+    "modulation",
+    "gate",
+    "mlp",
+    "buffer",
+)
+
+
+def choose(seed: int) -> Choices:
+    """The choices of a trial, without making its model."""
+    rng = random.Random(seed)
+    calls = rng.randint(1, 2)
+    o = random_dits.draw(
+        seed, layer_constants=rng.random() < 0.5, tokens=rng.randint(6, 12), depth=rng.randint(1, 3),
+        heads=rng.randint(1, 2), head_dim=8,
+    )  # fmt: skip
+    return Choices(
+        vars(o),
+        rng.choice(WRAPS),
+        rng.choice(("none", "cache", "file", "attribute")),
+        rng.choice(("none", "none", "none", "harmless", *STATE)),
+        rng.random() < 0.3,
+        tuple(rng.randint(0, 3) for _ in range(calls)),
+        tuple(options(rng) for _ in range(calls)),
+        rng.random() < 0.3,
+    )
+
+
 def trial(seed: int, passes: bool = False) -> str:
     """Compiles one model in one way and compares it, itself and the process. Raises AssertionError with the seed.
 
     passes: with all exact rewrites. Returns what came of it: "equal", or the beginning of the sentence that refused.
     """
-    rng = random.Random(seed)
-    net, calls = random_dit(
-        seed, calls=rng.randint(1, 2), layer_constants=rng.random() < 0.5, tokens=rng.randint(6, 12),
-        depth=rng.randint(1, 3), heads=rng.randint(1, 2), head_dim=8,
-    )  # fmt: skip
-    model = rng.choice(WRAPS)(Model(net, rng))
-    model.train(rng.random() < 0.3)
-    calls = [spelled(rng, args, {**kwargs, **options(rng)}) for args, kwargs in calls]
-    lazy = rng.random() < 0.3
+    chosen = choose(seed)
+    lazy, calls = chosen.lazy, []
+    net, drawn = random_dits.random_dit(seed, calls=len(chosen.options), **chosen.net)
+    model = chosen.wrap(Model(net, chosen.table, chosen.counting))
+    model.train(chosen.train)
+    for (args, kwargs), count, more in zip(drawn, chosen.positional, chosen.options, strict=True):
+        named = dict(zip(("x", "timestep", "text")[count:], args[count:], strict=True))
+        calls.append((args[:count], named | kwargs | more))
     before, was = process(), inside(model)
     try:
         with torch.no_grad():
@@ -224,12 +277,12 @@ def trial(seed: int, passes: bool = False) -> str:
     assert left[2:] == was[2:], (seed, "a dictionary of the model's file was changed")
     assert all(torch.equal(a, b) for a, b in zip(left[1], was[1], strict=True)), (seed, "a tensor was changed")
     if outcome == "equal":
-        assert model.counting not in ("attribute", "file"), (seed, "state between calls was not seen")
+        assert model.counting not in STATE, (seed, "state between calls was not seen")
         bound = 1e-4 if passes else 1e-5  # a model's own rounding, some ten blocks of it where sums are made otherwise
         wanted = [eager(model, *call) for call in calls]
         for found, true in (*zip(first, wanted, strict=True), *zip(second, reversed(wanted), strict=True)):
             assert same(found, true, bound), (seed, "the engine is not the model")
-    elif model.counting in ("attribute", "file"):
+    elif model.counting in STATE:
         assert "keeps something between calls" in outcome, (seed, outcome)
         return "state refused"
     return outcome if outcome == "equal" else outcome[:80]

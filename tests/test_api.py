@@ -418,7 +418,7 @@ def test_a_wrong_option_or_call_is_one_sentence(tiny):
 def test_the_custom_dit_example_rewrites_every_block_and_stays_exact(tmp_path):
     script = Path(__file__).parent.parent / "examples" / "custom_dit.py"
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "engine")], capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, str(script), str(tmp_path / "engine")], capture_output=True, text=True, check=True, timeout=900
     )
     error = float(re.search(r"largest difference to the model: (\S+)", done.stdout)[1])
     assert error <= 1e-5

@@ -62,7 +62,7 @@ def test_version_and_help_need_no_torch():
         "assert 'torch' not in sys.modules and 'rich' not in sys.modules"
     )
     for option in ("--version", "--help"):
-        done = subprocess.run([sys.executable, "-c", code, option], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", code, option], capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
     assert call("--version").stdout == f"turbocompile, version {__version__}\n"
 
@@ -137,13 +137,13 @@ def test_a_terminal_without_unicode_shows_what_it_can(engine, tmp_path):
     place.symlink_to(engine)
     command = [sys.executable, "-c", "from turbocompile.cli import main; main()", "explain", str(place)]
     env = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, capture_output=True, env=env, timeout=120)
+    done = subprocess.run(command, capture_output=True, env=env, timeout=900)
     assert done.returncode == 0, done.stderr
     text = done.stdout.decode("ascii")
     assert "residual_norm" in text
     assert " us " in text or " ms " in text
     assert "12 µs … 引".encode("ascii", "turbocompile") == b"12 us ... ?"  # registered by the engine's build
-    nothing = subprocess.run([*command[:-1], str(place / "not")], capture_output=True, env=env, timeout=120)
+    nothing = subprocess.run([*command[:-1], str(place / "not")], capture_output=True, env=env, timeout=900)
     assert nothing.returncode == 2
     assert nothing.stderr.startswith(b"Error: ")
 
@@ -254,12 +254,12 @@ def test_an_unexpected_error_keeps_its_traceback(recipe, monkeypatch):
 def test_the_example_script_makes_a_video_and_says_how(engine, tmp_path):
     script = ROOT / "examples" / "run_engine.py"
     command = [sys.executable, str(script), str(engine), "--prompt", "a cat", "-o", str(tmp_path / "out.mp4")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert read_video(tmp_path / "out.mp4")[0].shape == (5, 64, 64, 3)
     for part in ("rewritten:", "residual_norm", "capture", "denoise", f"video: {tmp_path / 'out.mp4'}"):
         assert part in done.stdout
-    wrong = subprocess.run([*command[:2], "nowhere", *command[3:]], capture_output=True, text=True, timeout=300)
+    wrong = subprocess.run([*command[:2], "nowhere", *command[3:]], capture_output=True, text=True, timeout=900)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "Error: nowhere is no folder" in wrong.stderr
 
@@ -306,6 +306,6 @@ main(sys.argv[1:])
         "--set",
         "verify=off",
     )
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 128 + 15, done.stderr
     assert not list(tmp_path.iterdir())

@@ -38,7 +38,7 @@ def test_ci_runs_the_readmes_second_block(tmp_path):
     for tool in tmp_path.iterdir():
         tool.chmod(0o755)
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "venv.sh")}
-    subprocess.run([ROOT / ".ci" / "run"], env=env | {"SEEN": str(tmp_path / "seen")}, check=True, timeout=60)
+    subprocess.run([ROOT / ".ci" / "run"], env=env | {"SEEN": str(tmp_path / "seen")}, check=True, timeout=900)
     assert (tmp_path / "seen").read_text().strip() == blocks("README.md", "bash")[1].strip()
 
 

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -258,13 +257,13 @@ LABOURS = {
 
 @pytest.mark.parametrize("name", LABOURS)
 def test_what_would_take_for_ever_or_all_memory_is_refused_before_it_is_done(name):
-    with fuzz_engines.deadline(10), pytest.raises(EngineError, match=r"more than|operator that an engine|scales"):
+    with fuzz_engines.deadline(), pytest.raises(EngineError, match=r"more than|operator that an engine|scales"):
         from_json(LABOURS[name])
 
 
 def test_the_shape_of_a_nested_weight_takes_time_in_proportion_to_its_depth():
     """Each level asked the one below five times: 14 levels were 6e9 questions."""
-    with fuzz_engines.deadline(10):
+    with fuzz_engines.deadline():
         assert expr_from_json(nested(14)).shape == (2, 2, 2, 2)
 
 
@@ -305,10 +304,9 @@ def test_json_of_any_bytes_is_read_or_refused_in_proportion_to_its_size(tmp_path
     path = tmp_path / "a.json"
     for data in (b'"' + b'\\"' * 1_000_000, b'{"a":"\\ud800"}', '{"a": 1}'.encode("utf-16"), b"\xff", b"9" * 5000):
         path.write_bytes(data)
-        started = time.process_time()
-        with pytest.raises(EngineError, match="not valid JSON"):
+        # Were each quote followed to the end of the file, reading would take 10^12 steps.
+        with fuzz_engines.deadline(), pytest.raises(EngineError, match="not valid JSON"):
             read_json(path)
-        assert time.process_time() - started < 5  # each quote was followed to the end of the file: 10^12 steps
     path.write_bytes(b'{"a":"\\ud83d\\ude00"}')
     assert read_json(path) == {"a": "\U0001f600"}
 

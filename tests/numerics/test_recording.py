@@ -279,7 +279,7 @@ def save(path, **tensors):
         (torch.zeros(1, 16, 8, 8), r"'0.hidden_states' is of the shape \[1, 16, 8, 8\]"),
         (torch.zeros(1, 16, 2, 7, 8), "'0.hidden_states' is the latent of no video: height must be a multiple of 16"),
         (torch.zeros(1, 12, 2, 8, 8), r"'0.hidden_states' has the shape \[1, 12, 2, 8, 8\], the model takes"),
-        (torch.zeros(1, 16, 21, 30, 52), "the calls have 8190 tokens, and a build measures on 4096 at most"),
+        (torch.zeros(1, 16, 5, 58, 58), "the calls have 4205 tokens, and a build measures on 4096 at most"),
     ],
 )
 def test_latents_of_no_video_are_refused(tmp_path, latent, sentence):

@@ -43,6 +43,19 @@ def folder(tmp_path_factory):
     return folder
 
 
+# 32 tokens instead of 2,304, for calls: on a CPU, FP8 products of the full size take seconds a call.
+SHORT = "shapes=[{height: 64, width: 64, num_frames: 5}]"
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """The engine of `folder` for a short video."""
+    folder = tmp_path_factory.mktemp("tuning") / "short"
+    overrides = ["target=sm90", "components=none", "passes.attention=native", "verify=off", SHORT]
+    optimize_recipe(load_recipe(EXAMPLES / "wan-mini.yaml", overrides), folder)
+    return folder
+
+
 @pytest.fixture
 def picks(monkeypatch):
     """Stands for the measurement: the last declared configuration of the format wins. The sizes that were asked for."""
@@ -89,9 +102,9 @@ def choices(engine, config):
     return {"linears": dict.fromkeys(names, asdict(config))}
 
 
-def test_two_engines_launch_the_kernels_that_each_of_them_chose(folder, launched):
+def test_two_engines_launch_the_kernels_that_each_of_them_chose(short, launched):
     """In turns in one process: each linear of an engine's four blocks is given that engine's configuration."""
-    first, second, plain = load(folder), load(folder), load(folder)
+    first, second, plain = load(short), load(short), load(short)
     one, other = CONFIGS["fp8"][0], CONFIGS["fp8"][1]
     first.tuning, second.tuning = choices(first, one), choices(second, other)
     out = call_once(first)
@@ -110,8 +123,8 @@ def test_two_engines_launch_the_kernels_that_each_of_them_chose(folder, launched
     assert launched == []
 
 
-def test_choices_of_another_card_are_not_looked_at(folder, launched):
-    engine = load(folder)
+def test_choices_of_another_card_are_not_looked_at(short, launched):
+    engine = load(short)
     engine.tuning = {"linears": {KEY: {"path": "none of this card"}}}
     call_once(engine)
     assert launched == []
@@ -163,7 +176,14 @@ def test_a_build_keeps_them_in_the_folder_and_a_load_takes_them(tmp_path, picks,
 )
 def test_an_engine_goes_on_with_the_attention_that_it_was_built_with(tmp_path, picks, launched, attention, blocks):
     """The configuration is kept as it was, also where the default is another one by then."""
-    overrides = ["target=sm90", "components=none", f"passes.attention={attention}", "passes.w8a8=off", "verify=off"]
+    overrides = [
+        "target=sm90",
+        "components=none",
+        f"passes.attention={attention}",
+        "passes.w8a8=off",
+        "verify=off",
+        SHORT,
+    ]
     optimize_recipe(load_recipe(EXAMPLES / "wan-mini.yaml", overrides), tmp_path / "engine")
     device = torch.device("cpu")
     engine = load(tmp_path / "engine")

@@ -65,7 +65,7 @@ def test_each_attention_is_timed_by_its_site(folder):
     program = next(iter(load(folder).programs.values()))
     times = time_attentions(program, torch.device("cpu"))
     assert list(times) == ["blocks:attn1", "blocks:attn2"]
-    assert all(0 < seconds < 10 for seconds in times.values())
+    assert all(seconds > 0 for seconds in times.values())
 
 
 def test_expanded_operands_are_timed_too():

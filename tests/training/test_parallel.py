@@ -41,7 +41,7 @@ def two(tmp_path_factory):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launch, toy.__file__, "distributed", root], env=environment, capture_output=True, text=True, timeout=300
+        [*launch, toy.__file__, "distributed", root], env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     return root

@@ -26,7 +26,7 @@ def killed(tmp_path_factory):
     """A folder with a killed run for each moment."""
     root = tmp_path_factory.mktemp("killed")
     process = start("kill", root)
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors.decode()
     return root
 
@@ -90,9 +90,7 @@ def test_killed_and_resumed_equals_uninterrupted(killed, uninterrupted, moment, 
 def test_killed_from_outside_and_resumed_equals_uninterrupted(tmp_path):
     process = start("forever", tmp_path / "run")
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 5):  # 20 steps
-        assert time.monotonic() < deadline
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

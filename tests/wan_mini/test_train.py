@@ -181,7 +181,12 @@ def test_the_pipelines_text_is_the_one_trained_with(folder, model):
 
 
 @pytest.mark.slow
-def test_sampling_follows_seed_and_prompt(model, vae):
+def test_sampling_follows_seed_and_prompt(model):
+    """The VAE has an eighth of the channels, because decoding at the full size takes most of the time."""
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**{**wan_mini.VAE, "base_dim": 2}).eval().requires_grad_(False)
     prompts = ["a red zero moves left", "a red one moves left"]
     made = wan_mini.sample_videos(model, vae, prompts, [3, 3], steps=2)
     assert made.shape == (2, 33, 256, 256, 3)

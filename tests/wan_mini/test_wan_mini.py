@@ -101,9 +101,9 @@ def test_the_recipe_samples_as_the_weights_were_judged():
 
 
 def test_a_video_made_on_the_cpu_shows_its_prompt(engine, tmp_path):
-    """The README's prompt and seed in 20 steps, judged from the file that a user would open."""
+    """The README's prompt and seed in 10 steps, judged from the file that a user would open."""
     prompt = "a red seven moves left and bounces"
-    generate(engine, prompt, seed=0, steps=20, out=tmp_path / "out.mp4", device="cpu")
+    generate(engine, prompt, seed=0, steps=10, out=tmp_path / "out.mp4", device="cpu")
     frames, _ = read_video(tmp_path / "out.mp4")
     (verdict,) = judge(frames[None])
     assert (verdict.digit, verdict.colour) == (7, "red")
