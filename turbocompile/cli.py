@@ -33,10 +33,8 @@ if TYPE_CHECKING:
 
     from turbocompile.report.report import Report
 
-NOISY_LOGGERS = (
-    "torchao",
-    "torch.utils._pytree",
-)  # torchao logs a note if it is imported under a torch that it was not built for
+# torchao logs a note if it is imported under a torch that it was not built for.
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 
 # Errors that a path given by the user causes. A full disk is not among them, because the user did not cause it.
 USER_ERRNOS = (

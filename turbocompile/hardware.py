@@ -92,9 +92,7 @@ class AttentionShape:
 
 
 DRIFT = 1.08  # between runs a card's clock changes times by up to 7% (SDPA's), so a smaller speedup counts as none
-SLACK = (
-    7 / 8
-)  # an attention with at least this share of a measured attention's tokens counts as large as the measured one
+SLACK = 7 / 8  # an attention with this share of a measured attention's tokens counts as large as the measured one
 
 
 @dataclass(frozen=True)
