@@ -7,7 +7,8 @@ layout work. Times are milliseconds between CUDA events around the call, the med
 come in three turns over the variants, so that the card's drift changes the times of all variants alike; in a turn,
 some calls of one variant are queued back to back. --shapes without a name times no shape. --accuracy: errors on random
 inputs and on the inputs of wan-mini's attentions. --lengths: from which size on Sage is faster (lengths.py); --write
-puts the speedups into turbocompile/speeds.json, which `attention: auto` reads. FOLDER gets attention.json and attention.md.
+puts the speedups into turbocompile/speeds.json, which `attention: auto` reads.
+FOLDER gets attention.json and attention.md.
 """
 
 from __future__ import annotations
