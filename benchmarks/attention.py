@@ -2,12 +2,13 @@
 
     python benchmarks/attention.py [--out FOLDER] [--shapes 1.3B-480p ...] [--parts] [--accuracy] [--lengths [--write]]
 
-Each call starts from bf16 q, k, v (B, L, H, D) as a model makes them, N(0, 1), and holds all quantization and layout
-work. Times are milliseconds between CUDA events around the call, the median over all calls: three turns over the
-variants, so that the card's drift meets all alike, some calls of one variant queued back to back in each. --shapes
-without a name leaves them out. --accuracy: errors on random inputs, and on what the attentions of examples/wan-mini are
-given. --lengths: where Sage begins to pay (lengths.py); --write puts it into
-turbocompile/speeds.json, which `attention: auto` reads. FOLDER gets attention.json and attention.md.
+Each call starts from bf16 q, k, v (B, L, H, D) of N(0, 1), in the layout of a model, and includes all quantization and
+layout work. Times are milliseconds between CUDA events around the call, the median over all calls. The calls
+come in three turns over the variants, so that the card's drift changes the times of all variants alike; in a turn,
+some calls of one variant are queued back to back. --shapes without a name times no shape. --accuracy: errors on random
+inputs and on the inputs of wan-mini's attentions. --lengths: from which size on Sage is faster (lengths.py); --write
+puts the speedups into turbocompile/speeds.json, which `attention: auto` reads.
+FOLDER gets attention.json and attention.md.
 """
 
 from __future__ import annotations

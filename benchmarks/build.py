@@ -2,7 +2,8 @@
 
     python benchmarks/build.py [--plan examples/wan21.yaml] [--set model.weights=synthetic]
 
-Each is a process of its own, as a user starts one; processor seconds, which other processes move less than the wall's.
+Each is measured in a process of its own, as a user starts it. Processor seconds come first, because other processes
+change them less than wall seconds.
 The build is that of a two-layer Wan at a tiny size; the plan is the recipe's `--dry-run`.
 """
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: times between CUDA events, and what a reader needs to repeat a run.
+"""Timing for all benchmarks: times between CUDA events, and the versions that a reader needs to repeat a run.
 
 `milliseconds` times calls as Python makes them: below some 0.2 ms that is the time of the launch. `replayed` times them
 in CUDA graphs, as an engine runs them.
@@ -26,7 +26,7 @@ _Name = TypeVar("_Name")
 def milliseconds(calls: Mapping[_Name, Callable[[], object]], rounds: int) -> dict[_Name, list[float]]:
     """Times of each call: TURNS turns over all of them, in each some calls queued one behind the other.
 
-    The card's drift then meets all alike.
+    The card's drift then changes the times of all calls alike.
     """
     times: dict[_Name, list[float]] = {name: [] for name in calls}
     for _ in range(TURNS):

@@ -1,7 +1,7 @@
-"""The command line: turbocompile optimize | run | explain | verify | evaluate | doctor | init-example.
+"""The command line, `turbocompile COMMAND`: each function with `@main.command` is a command.
 
 Results go to stdout, progress and warnings to stderr. Exit codes: 0 done, 1 it failed, 2 the user's input was wrong.
-What a command needs is imported when it runs, so that --help and --version answer at once.
+Each command imports its modules when it runs, so that --help and --version answer at once.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 
     from turbocompile.report.report import Report
 
-NOISY_LOGGERS = ("torchao", "torch.utils._pytree")  # what torchao says when it is imported under another torch
+# torchao logs a note if it is imported under a torch that it was not built for.
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 
-# A path that cannot be used as it was given; a full disk is no mistake of the user's.
+# Errors that a path given by the user causes. A full disk is not among them, because the user did not cause it.
 USER_ERRNOS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
     errno.ELOOP, errno.ENOTEMPTY, errno.EXDEV,
@@ -45,7 +46,7 @@ SEED = click.IntRange(0, 2**63 - 1)
 
 
 class _Group(click.Group):
-    """Turns the errors that are raised on purpose into one sentence and an exit code; the rest keep their traceback."""
+    """Turns errors that are raised on purpose into one sentence and an exit code; other errors keep their traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -60,7 +61,7 @@ class _Group(click.Group):
                 raise
             sentence = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
             raise _failure(sentence, code) from error
-        except SafetensorError as error:  # which is no OSError where a file cannot be written
+        except SafetensorError as error:  # safetensors raises it, and no OSError, if a file cannot be written
             raise _failure(error, 1) from error
 
 
@@ -77,9 +78,9 @@ def _failure(error: Exception | str, code: int) -> click.ClickException:
 @click.version_option(__version__, prog_name="turbocompile")
 def main() -> None:
     """Compile diffusion transformers into engines that run fast, verify themselves, and say what was done."""
-    with contextlib.suppress(ValueError):  # in a thread that takes no signals
+    with contextlib.suppress(ValueError):  # raised outside the main thread, which alone sets handlers
         for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) == signal.SIG_DFL:  # nohup, or a caller, may have another in mind
+            if signal.getsignal(number) == signal.SIG_DFL:  # nohup or a caller may have set another handler
                 signal.signal(number, _stopped)
     codecs.register_error("turbocompile", _in_its_place)
     for stream in (sys.stdout, sys.stderr):
@@ -91,7 +92,7 @@ PLAIN = str.maketrans({"µ": "u", "…": "...", "×": "x", "✓": "v"})
 
 
 def _in_its_place(error: UnicodeError) -> tuple[str, int]:
-    """What a terminal without Unicode shows for characters that it does not have: a letter, or a question mark."""
+    """Replaces characters that a terminal without Unicode lacks by a letter or a question mark."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end].translate(PLAIN)
@@ -99,7 +100,7 @@ def _in_its_place(error: UnicodeError) -> tuple[str, int]:
 
 
 def _stopped(number: int, frame: object) -> None:
-    """Ends as an error does, so that what was half written goes."""
+    """Ends the process by an exception, so that half-written folders are removed."""
     sys.exit(128 + number)
 
 
@@ -340,7 +341,7 @@ def evaluate(engine: Path, sheet: Path | None, as_json: bool, **options: Any) ->
         _print_json(found.to_dict())
     else:
         _print(found)
-    if sheet is not None:  # the last, since what was seen may have taken hours
+    if sheet is not None:  # last, so that an error here does not lose a result that may have taken hours
         write_sheet(found, sheet)
         click.echo(f"sheet: {sheet}", err=as_json)
 
@@ -399,7 +400,7 @@ def _print_json(value: Mapping[str, Any]) -> None:
 
 
 def _print(value: RenderableType) -> None:
-    """Prints to stdout; tables have room where nobody's terminal is too narrow for them."""
+    """Prints to stdout; if stdout is no terminal, tables are 160 characters wide."""
     from rich.console import Console
 
     console = Console(markup=False, highlight=False)
@@ -418,7 +419,7 @@ def _print_summary(report: Report) -> None:
 
 
 def _quiet() -> None:
-    """Keeps other libraries' notes off the terminal; turbocompile's own warnings become one line each."""
+    """Hides other libraries' notes and warnings; each warning of turbocompile becomes one line."""
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     for name in NOISY_LOGGERS:

@@ -1,4 +1,4 @@
-"""The few errors turbocompile raises on purpose. Each message is one sentence: what is wrong, where, and what to do."""
+"""The errors that turbocompile raises on purpose. Each message is one sentence: what is wrong, where, what to do."""
 
 
 class TurbocompileError(Exception):
@@ -10,15 +10,15 @@ class RecipeError(TurbocompileError):
 
 
 class CaptureError(TurbocompileError):
-    """The model cannot be captured as a graph, or a call does not fit what was captured."""
+    """The model cannot be captured as a graph, or a call does not fit the captured graph."""
 
 
 class EngineError(TurbocompileError):
-    """An engine folder or a checkpoint is damaged, hostile, newer than this version, or lacks what is asked of it."""
+    """An engine folder or a checkpoint is damaged, hostile, newer than this version, or lacks a part that is needed."""
 
 
 class UnsupportedError(TurbocompileError):
-    """What is asked for is valid, but this machine, this backend or this installation cannot do it."""
+    """The request is valid, but this machine, this backend or this installation cannot do it."""
 
 
 class VerificationError(TurbocompileError):
@@ -26,6 +26,6 @@ class VerificationError(TurbocompileError):
 
 
 def brief(error: BaseException) -> str:
-    """An error of someone else's code in a few words: its class and the first line of what it says."""
+    """An error of another library in a few words: its class and the first line of its message."""
     line = next(iter(str(error).strip().splitlines()), "")[:200].rstrip()
     return f"{type(error).__name__}: {line}" if line else type(error).__name__

@@ -1,8 +1,8 @@
-"""The cards: what they can do on paper, what was measured, and what that decides.
+"""The cards: their rates on paper, their measured speeds, and the choices that depend on the card.
 
-Everything that depends on the kind of GPU is decided here: which 8-bit format a linear gets, which attention, which
-format the product with V has. Rates are dense (no structured sparsity), with float32 accumulation, as the vendor gives
-them; nothing reaches them, so a time computed from them is a lower bound.
+This module makes each choice that depends on the kind of GPU: the 8-bit format of a linear, the kind of an attention,
+the format of its product with V. Rates are dense (no structured sparsity), with float32 accumulation, as the vendor
+states them; no kernel reaches them, so a time computed from them is a lower bound.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ G = 1e9
 class Gpu:
     """One card. Rates: operations per second, a multiply-add being two. Bandwidth: bytes per second. Memory: bytes.
 
-    bf16 is the rate of fp16 too. fp8 is None where the tensor cores have no such format. fp32 is the rate of the
-    ordinary cores: float32 matrix products run there unless TF32 is allowed, and so does everything that is no product.
+    bf16 is also the rate of fp16. fp8 is None if the tensor cores have no FP8. fp32 is the rate of the ordinary cores,
+    which run float32 matrix products (unless TF32 is allowed) and all operations that are not matrix products.
     """
 
     key: str
@@ -58,12 +58,12 @@ class Gpu:
 
 
 _GPUS = (
-    # HBM parts are sold by decimal gigabytes; what CUDA reports is about 1% less of the decimal figure.
+    # Data sheets of HBM cards state decimal gigabytes; CUDA reports about 1% less.
     Gpu("h100", "H100 SXM", "sm90", 989.4 * T, 1978.9 * T, 1978.9 * T, 66.9 * T, 3350 * G, 80 * 10**9,
         "NVIDIA H100 Tensor Core GPU datasheet and Hopper architecture white paper (sparse figures halved)"),
     Gpu("h200", "H200 SXM", "sm90", 989.4 * T, 1978.9 * T, 1978.9 * T, 66.9 * T, 4800 * G, 141 * 10**9,
         "NVIDIA H200 Tensor Core GPU datasheet (sparse figures halved; the chip of the H100)"),
-    # GeForce: products with float32 accumulation run at half the rate of those with float16 accumulation; not so INT8.
+    # GeForce: products that accumulate in float32 run at half the rate of float16 accumulation; INT8 is not halved.
     Gpu("rtx5090", "RTX 5090", "sm120", 209.5 * T, 419.0 * T, 838.0 * T, 104.8 * T, 1792 * G, 32 << 30,
         "NVIDIA RTX Blackwell GPU architecture white paper, appendix of the GeForce RTX 5090"),
     Gpu("rtx4090", "RTX 4090", "sm89", 165.2 * T, 330.3 * T, 660.6 * T, 82.6 * T, 1008 * G, 24 << 30,
@@ -79,7 +79,7 @@ DEFAULT_GPU = "h100"
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """The sizes of an attention. heads: of the queries, of all items of the batch together."""
+    """The sizes of an attention. heads: the query heads of all items of the batch together."""
 
     queries: int
     keys: int
@@ -91,15 +91,15 @@ class AttentionShape:
         return f"{self.queries:,} x {self.keys:,} tokens, {heads}"
 
 
-DRIFT = 1.08  # a card's own clock moves times by so much between runs (SDPA's by 7%): less is no difference
-SLACK = 7 / 8  # an attention with so many of a measured one's tokens counts as it
+DRIFT = 1.08  # between runs a card's clock changes times by up to 7% (SDPA's), so a smaller speedup counts as none
+SLACK = 7 / 8  # an attention with this share of a measured attention's tokens counts as large as the measured one
 
 
 @dataclass(frozen=True)
 class _SageSpeed:
-    """How much faster than bf16 SDPA a whole call of Sage is, all quantization included, at one size.
+    """How much faster than bf16 SDPA a whole call of Sage is at one size, with all quantization.
 
-    SDPA is the fastest of its backends there (cuDNN, FlashAttention). pv: Sage's format of the product with V.
+    SDPA is timed with its fastest backend (cuDNN or FlashAttention). pv: Sage's format of the product with V.
     """
 
     pv: str
@@ -108,20 +108,20 @@ class _SageSpeed:
     source: str
 
     def covers(self, shape: AttentionShape) -> bool:
-        """Whether `shape` has as many queries, keys and heads at least."""
+        """Whether `shape` has at least SLACK times as many queries and keys, and at least as many heads."""
         mine = self.shape
         enough = SLACK * mine.queries <= shape.queries and SLACK * mine.keys <= shape.keys
         return enough and mine.heads <= shape.heads
 
 
 def read_speeds(path: Path) -> tuple[dict[str, dict[str, float]], dict[str, tuple[_SageSpeed, ...]]]:
-    """The tables of a file like speeds.json: of linears and of attentions, by target.
+    """The two tables of a file like speeds.json, by target: the speedups of linears, and those of attentions.
 
-    `linears`: target -> format -> the time of a bf16 linear over that of an 8-bit one at the shapes of Wan, without the
-    quantization of the activation. sm90: geometric means over six shapes of Wan on an H100 (benchmarks/RESULTS.md); the
-    others are ratios of the vendors' rates with float32 accumulation. `attentions`: groups of (queries, keys, the time
-    of SDPA over that of Sage); benchmarks/attention.py --lengths --write puts a card's there. sm89 and sm120 are what
-    SageAttention's authors publish for the same arithmetic against FlashAttention-2.
+    `linears`: target -> format -> the time of a bf16 linear over the time of an 8-bit linear, without the quantization
+    of the activation. sm90 has geometric means over six shapes of Wan on an H100 (benchmarks/RESULTS.md); the other
+    targets have ratios of the vendors' rates with float32 accumulation. `attentions`: groups of (queries, keys, the
+    time of SDPA over the time of Sage), which benchmarks/attention.py --lengths --write measures and writes. sm89 and
+    sm120 have the figures that SageAttention's authors publish for the same arithmetic against FlashAttention-2.
     """
     data = json.loads(path.read_text(encoding="utf-8"))
     attentions: dict[str, tuple[_SageSpeed, ...]] = {}
@@ -135,13 +135,13 @@ def read_speeds(path: Path) -> tuple[dict[str, dict[str, float]], dict[str, tupl
     return data["linears"], attentions
 
 
-# `attention: auto` takes Sage nowhere on a target that is not here.
+# On a target without attentions in this file, `attention: auto` never takes Sage.
 SPEEDS = Path(__file__).with_name("speeds.json")
 _LINEAR_SPEEDUP, _SAGE_SPEEDUP = read_speeds(SPEEDS)
 
 
 def check_target(target: str) -> str:
-    """The target itself. Raises UnsupportedError where there is none of that name."""
+    """Returns the target. Raises UnsupportedError if no target has this name."""
     if target not in TARGETS:
         raise UnsupportedError(f"there is no target {target!r}; choose one of {', '.join(TARGETS)}")
     return target
@@ -157,7 +157,7 @@ def find_gpu(name: str) -> Gpu:
 
 def _known_gpu(name: str) -> Gpu | None:
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
-    # A laptop's or a cut-down card carries the name of another chip (RTX 4090 Laptop, RTX 5090 D, H100 PCIe, H100 NVL).
+    # Laptop and cut-down cards have the name of a faster card (RTX 4090 Laptop, RTX 5090 D, H100 PCIe, H100 NVL).
     if re.search(r"laptop|max-?q|pcie|nvl|\b[45]090 ?d\b|40 ?gb", name.lower()):
         return None
     return next((gpu for key, gpu in GPUS.items() if key in plain), None)
@@ -170,7 +170,7 @@ def gpu_of_target(target: str) -> Gpu | None:
 
 
 def target_of(capability: tuple[int, int]) -> str | None:
-    """The target that runs on a card of that compute capability, None where there is none.
+    """The target that runs on a card of that compute capability; None if none does.
 
     Code for a capability runs on later ones of the same major version (8.7 runs 8.6, 12.1 runs 12.0).
     """
@@ -181,7 +181,7 @@ def target_of(capability: tuple[int, int]) -> str | None:
 
 
 def host_target() -> str:
-    """The target of this machine's first GPU, "cpu" where it has none. Raises UnsupportedError for another card."""
+    """The target of this machine's first GPU, "cpu" without a GPU. Raises UnsupportedError if no target fits."""
     if not torch.cuda.is_available():
         return CPU
     capability = torch.cuda.get_device_capability()
@@ -195,7 +195,7 @@ def host_target() -> str:
 
 
 def host_gpu() -> Gpu | None:
-    """This machine's first GPU where the table has it."""
+    """This machine's first GPU; None if there is no GPU, or GPUS lacks it."""
     return _known_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
@@ -205,9 +205,10 @@ def has_fp8(target: str) -> bool:
 
 
 def linear_speedup(target: str, format: str) -> float | None:
-    """How much faster than bf16 a linear in "int8", "int8_block" or "fp8" runs on the target; None where it cannot.
+    """How much faster than bf16 a linear in "int8", "int8_block" or "fp8" runs on the target; None if it cannot run.
 
-    int8_block counts as int8 where it was not measured: the same product, with scales that change along K.
+    If int8_block was not measured it has the speedup of int8, because the product is the same; only the scales change
+    along K. Raises UnsupportedError for an unknown target or format.
     """
     if format not in LINEAR_FORMATS:
         raise UnsupportedError(f"there is no linear format {format!r}; choose one of {', '.join(LINEAR_FORMATS)}")
@@ -216,9 +217,9 @@ def linear_speedup(target: str, format: str) -> float | None:
 
 
 def choose_linear_format(target: str) -> str:
-    """The 8-bit format in which linears run fastest on the target: "fp8", "int8", or "off" where none pays (the CPU).
+    """The 8-bit format in which linears run fastest on the target: "fp8" or "int8", or "off" if neither beats bf16.
 
-    Where both pay alike int8 is taken: on N(0, 1) its error is a third of FP8's (relative L1 0.0115 against 0.037).
+    If both are equally fast it is int8, whose error on N(0, 1) is a third of FP8's (relative L1 0.0115 and 0.037).
     """
     speedups = _LINEAR_SPEEDUP[check_target(target)]
     paying = [f for f in ("int8", "fp8") if speedups.get(f, 0.0) > 1.0]
@@ -227,7 +228,7 @@ def choose_linear_format(target: str) -> str:
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """What an attention becomes ("sage" or "native"), and why."""
+    """The kind that an attention becomes ("sage" or "native"), and why."""
 
     kind: str
     why: str
@@ -239,17 +240,20 @@ def has_sage(target: str) -> bool:
 
 
 def choose_attention(target: str, shape: AttentionShape, pv: str) -> AttentionChoice:
-    """What `auto` means for an attention that is no SLA; pv: the format that Sage's product with V would have.
+    """The kind that `auto` gives to an attention that is no SLA. pv: the format that Sage's product with V would have.
 
-    Sage is taken where the nearest attention of the table that is not larger was faster with it by more than a card
-    drifts: with more queries, keys or heads its fixed cost (quantizing K and V, launches) only weighs less.
+    It is sage if the largest measured attention that is not larger than `shape` was faster with Sage by more than
+    DRIFT. A smaller measured attention is evidence, because with more queries, keys or heads Sage's fixed cost
+    (quantizing K and V, launches) is a smaller part of the time. Raises UnsupportedError for an unknown target.
     """
     check_target(target)
     if target not in _SAGE_SPEEDUP:
         reason = "8-bit attention does not pay" if target == CPU else "8-bit attention was not measured"
         return AttentionChoice("native", f"{reason} on {target}")
     known = [p for p in _SAGE_SPEEDUP[target] if p.pv == pv and p.shape.head_dim >= shape.head_dim]
-    width = min((p.shape.head_dim for p in known), default=0)  # the kernels pad channels to the next one
+    width = min(
+        (p.shape.head_dim for p in known), default=0
+    )  # the kernels pad the channels to the next measured head_dim
     fits = [p for p in known if p.shape.head_dim == width and p.covers(shape)]
     if not fits:
         return AttentionChoice("native", f"{shape}: smaller than all that Sage ({pv}) was measured at on {target}")
@@ -259,10 +263,10 @@ def choose_attention(target: str, shape: AttentionShape, pv: str) -> AttentionCh
 
 
 def choose_pv(target: str, kind: str = "sage") -> str:
-    """The format of the product with V: "fp8" where the target has it, else "fp16"; "none" for SLA on a CPU.
+    """The format of the product with V: "fp8" if the target has FP8, else "fp16"; "none" for SLA on a CPU.
 
-    On a CPU an SLA stays in floating point, and a Sage attention, which runs there only when it is named, emulates FP8,
-    as most cards compute it.
+    On a CPU an SLA stays in floating point. Sage runs on a CPU only if the recipe names it; it emulates FP8 there,
+    because most cards compute the product in FP8.
     """
     check_target(target)
     if kind == "sla" and target == CPU:

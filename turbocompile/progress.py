@@ -1,4 +1,4 @@
-"""How far long work is, on stderr: a live line for each stage in a terminal, elsewhere a line when a stage ends."""
+"""Progress of long work on stderr: in a terminal a live line for each stage, elsewhere a line when a stage ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def shown_progress() -> Iterator[Callable[[str, float], None]]:
-    """Shows stages on stderr: a live line each in a terminal, elsewhere a line when one ends."""
+    """A function (stage, fraction from 0.0 to 1.0) that shows the stage on stderr, live or at its end."""
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -27,7 +27,7 @@ def shown_progress() -> Iterator[Callable[[str, float], None]]:
 
 
 class Lines:
-    """Prints `stage 1.2 s` to stderr when a stage ends, and how far a long one is, once a minute."""
+    """Prints `stage 1.2 s` to stderr when a stage ends, and once a minute the fraction of a stage that runs longer."""
 
     def __init__(self) -> None:
         self.started: dict[str, float] = {}

@@ -1,5 +1,6 @@
 """The report: the data that programs read, and what a person sees."""
 
+import html
 import io
 import json
 import math
@@ -12,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+import turbocompile
 from turbocompile.capture.export import capture
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.hardware import GPUS
@@ -295,6 +297,12 @@ def test_nothing_in_a_report_is_terminal_markup():
     assert "\x1b" not in text
 
 
+ATTRIBUTES = {
+    "aria-label", "charset", "class", "colspan", "content", "height", "http-equiv", "lang", "name", "role", "rx",
+    "scope", "width", "x", "y",
+}  # fmt: skip
+
+
 class _Balanced(HTMLParser):
     """Fails on a tag that is not closed, and keeps the tags and the text."""
 
@@ -306,8 +314,9 @@ class _Balanced(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
-        assert not {k for k, _ in attrs} - {"lang", "charset", "style"}, attrs
-        if tag != "meta":
+        unknown = {k for k, _ in attrs if not k.startswith("data-")} - ATTRIBUTES
+        assert not unknown, (tag, attrs)
+        if tag not in ("meta", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -347,6 +356,21 @@ def parser_text(page: str) -> str:
     parser = _Balanced()
     parser.feed(page)
     return parser.text
+
+
+def test_sla_and_smooth_say_why_they_rewrote_nothing(wan, wan_call):
+    """In the terminal and on the page, though the recipe asks for neither: every site is skipped, with its reason."""
+    recipe = {"passes": {"attention": "native", "w8a8": "fp8"}, "target": "sm90", "verify": "off"}
+    report = turbocompile.optimize(wan(num_layers=1), kwargs=wan_call(), recipe=recipe).report
+    lines, page = terminal(report, width=400).splitlines(), report.to_html()
+    left_alone = lines[[line.strip() for line in lines].index("Left alone") :]
+    for name in ("sla", "smooth"):
+        done = report.passes[name]
+        assert done.rewritten == 0
+        assert done.sites == sum(skip.count for skip in done.skipped) > 0
+        for reason in {skip.reason for skip in done.skipped}:
+            assert any(line.startswith(f"{name} ") and reason in line for line in left_alone)
+            assert f'data-skip="{name}" data-reason="{html.escape(reason)}"' in page
 
 
 def test_a_second_module_shows_its_passes(report):

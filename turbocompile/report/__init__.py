@@ -1,1 +1,1 @@
-"""What was done to a model and why not more: rows, tables, one page of HTML."""
+"""What the passes did to a model, and why they left sites alone: rows, tables, one page of HTML."""

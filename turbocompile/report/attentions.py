@@ -1,7 +1,7 @@
-"""The attentions of an engine, one row a site: what each became and why, how sparse it is, what it costs.
+"""The attentions of an engine, one row for each site: what the attention became and why, its sparsity, its cost.
 
-The passes leave the reason and the site's name in the facts of the attention nodes that they make; the rest
-is read off the rewritten graph, so that a row says what runs.
+The passes write the reason and the site's name into the facts of the attention nodes that they make. All other figures
+are read from the rewritten graph, so that a row describes the attention that runs.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from turbocompile.rewrite.facts import facts
 if TYPE_CHECKING:
     from turbocompile.rewrite.results import PassResult
 
-PASSES = ("sla", "attention")  # the ones that decide, the last word last
+PASSES = ("sla", "attention")  # the passes that decide on an attention; a later pass has the last word
 
 
 def attention_sites(program: Program, results: Sequence[PassResult] = ()) -> tuple[AttentionSite, ...]:
-    """The attention operators of a Program, in order. results: of the passes, for why some were left alone."""
+    """The attention operators of a Program, in order. results: the passes' results, for why sites were left alone."""
     left = {site: reason for r in results if r.name in PASSES for site, reason, _ in r.skipped}
     found = []
     for graph, sub in program.graphs.items():
@@ -76,7 +76,7 @@ def _sparsity(sub: Subgraph, node: fx.Node, a: Mapping[str, Any]) -> Sparsity:
 
 
 def chosen(programs: Iterable[Program]) -> dict[str, AttentionChoice]:
-    """What each site that is no SLA became, by its name: sage where it is that in any of the Programs."""
+    """What each site that is no SLA became, by its name: sage if it became sage in any of the Programs."""
     found: dict[str, AttentionChoice] = {}
     for program in programs:
         for graph, sub in program.graphs.items():
@@ -88,10 +88,10 @@ def chosen(programs: Iterable[Program]) -> dict[str, AttentionChoice]:
 
 
 def untuned(sites: Iterable[AttentionSite]) -> list[str]:
-    """The sites that are an SLA which the checkpoint was not trained with."""
+    """The names of the sites that became SLA although the checkpoint was not trained with SLA."""
     return [s.site for s in sites if s.sparsity is not None and not s.sparsity.tuned]
 
 
 def with_times(sites: Iterable[AttentionSite], seconds: Mapping[str, float]) -> tuple[AttentionSite, ...]:
-    """The rows with the measured seconds of one run, by site, times their runs."""
+    """The rows with their measured seconds. seconds: of one run, by site; a row has the sum of all its runs."""
     return tuple(replace(s, seconds=seconds[s.site] * s.count) if s.site in seconds else s for s in sites)

@@ -1,4 +1,4 @@
-"""From what the passes did and the Programs that they made to a report."""
+"""Collects a report from the results of the passes and the Programs that the passes made."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_ERROR = "not measured"
 
 
 def pass_report(result: PassResult, unmeasured: str = NO_ERROR) -> PassReport:
-    """unmeasured: the reason where nobody measured and `result` does not say why."""
+    """The row of one pass. unmeasured: why there is no error, if `result` gives no reason itself."""
     error, output = finite(result.error), finite(result.error_output)
     reason = result.error_reason
     if reason is None and (error is None or output is None):
@@ -53,10 +53,10 @@ def collect(
     times: Mapping[str, float] | None = None,
     **fields: Any,
 ) -> Report:
-    """The report of one module. programs: the rewritten Program, or several by the names of their shapes.
+    """The report of one module. programs: the rewritten Program, or several Programs by the names of their shapes.
 
-    unmeasured: why there are no errors, where nothing was verified. times: measured seconds of one run of each
-    attention, by its site. fields: any further field of a Report.
+    unmeasured: why the passes have no errors, if the build verified nothing. times: measured seconds of one run of each
+    attention, by site. fields: further fields of the Report.
     """
     named = programs if isinstance(programs, Mapping) else {"default": programs}
     first = next(iter(named.values()))

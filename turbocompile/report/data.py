@@ -1,6 +1,6 @@
-"""A report as data: what each pass did, why not more, its error and its time; what the engine costs on paper.
+"""A report as data: what each pass did, why it left sites alone, its error and its time; the engine's cost on paper.
 
-It is read from engine folders that anyone may have made, so that nothing in it is trusted.
+Reports are read from engine folders that anyone may have made, so every field is checked.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from turbocompile.report.rows import AttentionSite, PassReport, ShapeReport, rea
 
 @dataclass(frozen=True, repr=False)
 class ReportData:
-    """What was built, as data. `Report` shows it.
+    """The data of a report; `Report` adds the ways to show it.
 
-    passes: by name, in the order they ran. ops: equal ops together, at the first shape. attention: one row a site, at
-    the first shape. measured_on: the card on which attentions were timed, empty where none was. parameters: bytes of
-    the stored weights by dtype. stages: seconds by stage. engine_bytes: of the engine folder; predicted_bytes: what it
-    should come to, known without building. weights: where they come from ("checkpoint", "synthetic"). others: the
-    reports of further modules of the same engine (a second expert). compared: how the captured graph stood beside the
-    module's own calls.
+    passes: by name, in the order in which they ran. ops: at the first shape, one entry for equal operators. attention:
+    at the first shape, one row for each site. measured_on: the card on which attentions were timed, empty if none was.
+    parameters: bytes of the stored weights by dtype. stages: seconds by stage. engine_bytes: bytes of the engine's
+    folder; predicted_bytes: the prediction of that number, made without building. weights: "checkpoint" or "synthetic".
+    others: the reports of further modules of the same engine (a second expert). compared: how far the captured graph's
+    results were from those of the module's own calls.
     """
 
     passes: dict[str, PassReport]
@@ -57,7 +57,7 @@ class ReportData:
 
     @property
     def flops(self) -> int:
-        """Of one forward at the first shape."""
+        """Operations of one forward at the first shape; a multiply-add counts as two."""
         return sum(op.flops for op in self.ops)
 
     # ------------------------------------------------------------------------------------------------------------ data
@@ -81,7 +81,7 @@ class ReportData:
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
-        """The inverse of `to_dict`. Raises EngineError in one sentence for anything else."""
+        """The inverse of `to_dict`. Raises EngineError for any other data."""
         try:
             made = cls._from_dict(reading.table(data, "the report"), nested=False)
             _check_agrees(made.to_dict(), data, "the report")
@@ -131,16 +131,19 @@ class ReportData:
     # -------------------------------------------------------------------------------------------------------- roofline
 
     def gpu(self, name: str | None = None) -> Gpu:
-        """The card of that name; by default the one that stands for the target, on a CPU the H100."""
+        """The card of that name; by default the card that stands for the target, and the H100 for a CPU.
+
+        Raises UnsupportedError for an unknown name.
+        """
         if name is not None:
             return find_gpu(name)
         own = gpu_of_target(self.target) if self.target in TARGETS else None
         return own or GPUS[DEFAULT_GPU]
 
     def roofline(self, gpu: str | None = None) -> list[dict[str, Any]]:
-        """Per op the least seconds in one forward on a card, and what binds; the slowest first.
+        """For each op its least seconds in one forward on a card and the unit that bounds it; the slowest op first.
 
-        Raises UnsupportedError for an unknown card, or one that lacks the arithmetic.
+        Raises UnsupportedError for an unknown card, and for a card that lacks arithmetic that an op needs.
         """
         card = self.gpu(gpu)
         rows = [{**op.to_dict(), "seconds": op.seconds(card), "bound": op.bound(card)} for op in self.ops]
@@ -153,7 +156,7 @@ class ReportData:
 
 
 def least_seconds(op: OpCost, card: Gpu) -> float | None:
-    """The roofline time on the card; None where it lacks the arithmetic."""
+    """The op's roofline time on the card, in seconds; None if the card lacks arithmetic that the op needs."""
     try:
         return op.seconds(card)
     except UnsupportedError:
@@ -161,9 +164,10 @@ def least_seconds(op: OpCost, card: Gpu) -> float | None:
 
 
 def _check_agrees(made: Any, data: Any, what: str) -> None:
-    """Raises ValueError unless what was read says what the file says: a number is no text, a text no list of letters.
+    """Raises ValueError if a value changed when it was read, because the file has another type there.
 
-    Keys that the file lacks, or has beside, are as they were in another version.
+    Without this check `str` would accept a number, and `tuple` a text. Keys that only one side has are ignored, because
+    another version of turbocompile may write other keys.
     """
     if isinstance(made, dict) and isinstance(data, dict):
         for key in made.keys() & data.keys() - _DERIVED:
@@ -175,7 +179,7 @@ def _check_agrees(made: Any, data: Any, what: str) -> None:
         raise ValueError(f"{what} is {reading.shown(data)}, which is not of its type")
 
 
-_DERIVED = {"least_seconds"}  # of the table of cards, which may know better by now
+_DERIVED = {"least_seconds"}  # computed from the table of cards, which may differ between versions
 
 
 def _optional(value: Any) -> int | None:

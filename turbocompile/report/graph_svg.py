@@ -1,9 +1,9 @@
 """A graph before and after the passes as one SVG: before on the left, after on the right, data flowing down.
 
-Both halves share their rows: what a pass made stands at the height of what it replaced, so that the gaps on the right
-are what merged. Rows are layers (each node just above its first reader); within them positions come from a few rounds
-of pulling every node to the middle of its neighbours. An edge over several rows has a lane of its own; all edges of one
-node share it. The SVG has no style: classes name what a page colours, and every text is escaped.
+Both halves share their rows: a node that a pass made stands at the height of the nodes that it replaced, so gaps on the
+right show where nodes merged. Each node is in the row above its first reader. Within a row, positions come from a few
+rounds in which every node moves to the middle of its neighbours. An edge over several rows has a lane of its own, which
+all edges of one node share. The SVG has no style: classes name the nodes that a page colours. Every text is escaped.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 
 from turbocompile.ir.graph_view import CALL, INPUT, OUTPUT, GraphView, NodeView
 
-MOST = 1500  # nodes of a graph that are drawn; more are no picture
-BOX, DOT, LANE = 30.0, 8.0, 4.0  # heights of an operator and of what is free; the room of a line that passes by
+MOST = 1500  # nodes on a side; a larger graph is not drawn, because nobody could read it
+BOX, DOT, LANE = 30.0, 8.0, 4.0  # heights of an operator and of a view; the width of a lane
 GAP = 12.0  # between rows, and between neighbours in a row
 BETWEEN = 70.0  # between the halves
-NARROWEST = 150.0  # half: what its title takes
+NARROWEST = 150.0  # width of a half, because its title takes as much
 HEAD = 26.0  # the titles of the halves
 ROUNDS = 24
 CHARACTER, SMALL = 6.6, 5.6  # widths in the two sizes of text
@@ -35,9 +35,9 @@ class _Item:
     x: float = 0.0
     above: list[_Item] = field(default_factory=list)
     below: list[_Item] = field(default_factory=list)
-    pull: float | None = None  # where it stands before the passes
+    pull: float | None = None  # the x of the nodes before the passes that it stands for
     place: int | None = None  # of the node in its list
-    lane: list[_Item] = field(default_factory=list)  # all of the lane that it is in
+    lane: list[_Item] = field(default_factory=list)  # all items of the lane that this item is in
 
 
 @dataclass
@@ -52,7 +52,7 @@ def draw(view: GraphView, key: str, color: Callable[[NodeView], int | None], exp
     """The SVG of a graph of at most MOST nodes a side.
 
     key: starts the ids `<key>-b<i>` and `<key>-a<i>` of the nodes before and after. color: of a node after the passes,
-    by the pass that made it. explain(side, i): what there is to say about a node, for a tooltip.
+    by the pass that made it. explain(side, i): the text of a node's tooltip; side: "b" before, "a" after the passes.
     """
     before = _half(view.before, _rows(view.before))
     after = _half(view.after, _rows_beside(view.after, [item.row for item in before.items]))
@@ -93,7 +93,7 @@ def draw(view: GraphView, key: str, color: Callable[[NodeView], int | None], exp
 
 
 def _became(view: GraphView) -> list[list[int]]:
-    """For each node before the passes those after them that stand for it."""
+    """For each node before the passes, the indices of the nodes after the passes that stand for it."""
     found: list[list[int]] = [[] for _ in view.before]
     for i, node in enumerate(view.after):
         for origin in node.origins:
@@ -110,8 +110,8 @@ def _count(nodes: Sequence[NodeView]) -> str:
 
 
 def _rows(nodes: Sequence[NodeView]) -> list[int]:
-    """Each node just above its first reader."""
-    below = [-1] * len(nodes)  # rows that must follow
+    """The row of each node: the one above its first reader."""
+    below = [-1] * len(nodes)  # how many rows must follow the node's row
     for i in reversed(range(len(nodes))):
         below[i] += 1
         for read in nodes[i].reads:
@@ -122,12 +122,12 @@ def _rows(nodes: Sequence[NodeView]) -> list[int]:
 
 
 def _rows_beside(nodes: Sequence[NodeView], before: Sequence[int]) -> list[int]:
-    """Each node beside the last of those that it stands for, and below all that it reads."""
+    """The row of each node: that of the last node that it stands for, and below all nodes that it reads."""
     found: list[int] = []
     for node in nodes:
         least = max((found[r] + 1 for r in node.reads), default=0)
         found.append(max([least, *(before[o] for o in node.origins)]))
-    for i in reversed(range(len(nodes))):  # what stands for nothing: just above its first reader
+    for i in reversed(range(len(nodes))):  # a node that stands for no other goes to the row above its first reader
         readers = [found[j] for j in range(i + 1, len(nodes)) if i in nodes[j].reads]
         if not nodes[i].origins and readers:
             found[i] = min(readers) - 1
@@ -160,9 +160,9 @@ def _half(nodes: Sequence[NodeView], rows: Sequence[int]) -> _Half:
 
 
 def _settle(half: _Half) -> None:
-    """Finds x of every item: the rows in turn, down and up, each item pulled to its neighbours.
+    """Finds x of every item: goes through the rows down and up, and moves each item towards its neighbours.
 
-    In the first half of the rounds the order within a row may change; then lanes are pulled straight, too.
+    In the first half of the rounds the order within a row may change; in the second half lanes become straight.
     """
     for row in half.rows:
         for i, item in enumerate(row):
@@ -187,7 +187,7 @@ def _wanted(item: _Item, near: Sequence[_Item]) -> float:
 
 
 def _straight(half: _Half) -> dict[int, float]:
-    """By its id, where all of a lane can stand: at its place that is farthest out."""
+    """The x at which a whole lane can stand, by the lane's id: the x of its outermost item."""
     items = [item for row in half.rows for item in row]
     middle = sum(item.x for item in items) / max(len(items), 1)
     found = {}
@@ -198,13 +198,13 @@ def _straight(half: _Half) -> dict[int, float]:
 
 
 def _spread(row: Sequence[_Item], wanted: Sequence[float]) -> None:
-    """The places nearest to the wanted ones, by least squares, at which neighbours do not touch. Lanes weigh more."""
+    """Sets x nearest to the wanted x, by least squares, so that neighbours do not touch. Lanes weigh more."""
     if not row:
         return
     offsets = [0.0]
     for one, other in itertools.pairwise(row):
         offsets.append(offsets[-1] + (one.width + other.width) / 2 + GAP)
-    blocks: list[tuple[float, float, int]] = []  # items that lean on each other: what they want, its weight, how many
+    blocks: list[tuple[float, float, int]] = []  # items that touch each other: weighted sum of wanted x, weight, count
     for item, want, offset in zip(row, wanted, offsets, strict=True):
         weight, count = 8.0 if item.lane else 1.0, 1
         total = (want - offset) * weight
@@ -218,7 +218,7 @@ def _spread(row: Sequence[_Item], wanted: Sequence[float]) -> None:
 
 
 def _frame(half: _Half, start: float) -> float:
-    """Moves a half to where it starts; where it ends."""
+    """Moves a half to the x `start`; returns the x of its right end."""
     items = [item for row in half.rows for item in row]
     shift = start - min((i.x - i.width / 2 for i in items), default=start)
     for item in items:
@@ -227,7 +227,7 @@ def _frame(half: _Half, start: float) -> float:
 
 
 def _heights(*halves: _Half) -> list[float]:
-    """Of each row: that of an operator where it has one in either half."""
+    """The height of each row: that of an operator if the row holds one in either half."""
     heights = [DOT] * max(len(half.rows) for half in halves)
     for half in halves:
         for node, item in zip(half.nodes, half.items, strict=True):
@@ -239,7 +239,7 @@ def _heights(*halves: _Half) -> list[float]:
 
 
 def _labels(node: NodeView) -> tuple[str, str]:
-    """The operator, and the end of the module's path that fits."""
+    """A node's two lines of text: the operator, and as much of the end of the module's path as fits."""
     if node.op == INPUT:
         return _short(node.module or node.name), ""
     name = {OUTPUT: "output", CALL: node.code.split(":")[0]}.get(node.op, node.op.rpartition(".")[2])
@@ -260,7 +260,7 @@ def _width(node: NodeView) -> float:
 
 
 def _edges(half: _Half, tops: Sequence[float], heights: Sequence[float], middle: Sequence[float], i: int) -> str:
-    """All edges of a node as one path: curves between rows, straight lines where a lane passes one."""
+    """All edges of a node as one path: a curve between two rows, a straight line where a lane crosses a row."""
 
     def ends(item: _Item) -> float:
         if item.place is None:
@@ -309,7 +309,7 @@ def _node(
 
 
 def legend(shades: Mapping[str, int]) -> str:
-    """The colours of the passes, and what the signs mean."""
+    """The legend: the colours of the passes, and the meaning of the signs."""
     keys = [f'<li class="p{shade}"><i></i>{html.escape(name)}</li>' for name, shade in shades.items()]
     keys.append('<li><i class="dot"></i>a view: moves nothing, costs nothing</li>')
     keys.append('<li class="gone"><i></i>no longer computed</li>')

@@ -10,12 +10,12 @@ from turbocompile.report.words import size
 
 
 def data_attributes(values: Mapping[str, Any]) -> str:
-    """Attributes with the values as JSON has them; what is None is left out."""
+    """HTML attributes data-<name>="<value>"; values that are None are left out."""
     return "".join(f' data-{k.replace("_", "-")}="{html.escape(str(v))}"' for k, v in values.items() if v is not None)
 
 
 def cell(text: str, kind: str = "", **data: Any) -> str:
-    """A cell of a table. text: is escaped."""
+    """A cell of a table, with `text` escaped. kind: its CSS class. data: its data-* attributes."""
     return f"<td{f' class={kind}' if kind else ''}{data_attributes(data)}>{html.escape(text)}</td>"
 
 
@@ -24,7 +24,7 @@ def number_cell(text: str, **data: Any) -> str:
 
 
 def table(caption: str, columns: Sequence[str], rows: Iterable[str], note: str = "") -> str:
-    """columns: a name that ends in "#" is one of numbers, and stands right. rows: as HTML."""
+    """A table. columns: names; a column of numbers has a name that ends in "#", and is aligned right. rows: HTML."""
     head = "".join(
         f'<th scope="col"{" class=number" if c.endswith("#") else ""}>{html.escape(c.rstrip("#"))}</th>'
         for c in columns

@@ -1,8 +1,8 @@
-"""The page of an engine: one file that shows what was done to it, to be opened in a browser, kept, or printed.
+"""The page of an engine: one HTML file that shows what the passes did, for a browser or a printer.
 
-It needs nothing else: a Content-Security-Policy allows its own style and script, by their hashes, and no more. Without
-the script it says the same; the script lights up what merged into what. Every text that comes from an engine is
-escaped. Numbers stand as data-* attributes beside their text, exactly as in `turbocompile explain --json`.
+The page loads no other file: a Content-Security-Policy allows the page's own style and script, by their hashes, and
+nothing else. The page shows all data without the script, too; the script highlights the nodes that merged into a node.
+Every text that comes from an engine is escaped. Numbers are also data-* attributes, exactly as in `explain --json`.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ def page(
 ) -> str:
     """The page of a report.
 
-    graphs: by module, the graphs before and after the passes; None draws none. records: by module, what a `bench` of it
-    measured. gpu: the card of the estimates. Raises UnsupportedError for an unknown card.
+    graphs: by module, the graphs before and after the passes; with None the page has no section of graphs. records: by
+    module, the times that a `bench` measured. gpu: the card of the estimates.
+
+    Raises UnsupportedError for an unknown card.
     """
     title = html.escape(f"turbocompile: {PurePath(report.model).name or report.module}")
     style, script = _file("page.css"), _file("page.js")
@@ -57,7 +59,7 @@ def page(
 
 
 def notebook(report: ReportData) -> str:
-    """The parts of the page that a notebook shows: its own style is that of the notebook."""
+    """The page's body as HTML for a notebook: without style and script, because the notebook has its own style."""
     return _body(report, None, None, None)
 
 
@@ -80,7 +82,7 @@ def _body(report: ReportData, graphs: Graphs | None, records: Mapping[str, Bench
 
 
 def _file(name: str) -> str:
-    """A file of this package, as text."""
+    """The text of a file of this package."""
     return (resources.files("turbocompile.report") / name).read_text(encoding="utf-8").strip()
 
 
@@ -89,7 +91,7 @@ def _digest(text: str) -> str:
 
 
 def _facts(report: ReportData) -> str:
-    """What the engine is and was built with, in a line each."""
+    """The engine's model, target, shapes and versions, one line for each."""
     parts = [
         ("model", report.model),
         ("target", f"{report.target}, {report.dtype}, {report.backend} backend"),
@@ -110,7 +112,7 @@ def _warnings(report: ReportData) -> str:
 
 
 def _figures(report: ReportData, card: Gpu, record: Bench | None) -> str:
-    """The few numbers that one looks for first."""
+    """The few numbers that a reader looks for first."""
     least = total_seconds(report.ops, card)
     sites, done = (sum(getattr(p, k) for p in report.passes.values()) for k in ("sites", "rewritten"))
     moved = sum(op.bytes for op in report.ops)

@@ -11,7 +11,7 @@ from turbocompile.report.data import ReportData
 from turbocompile.report.markup import cell, counted, data_attributes, number_cell, table
 from turbocompile.report.words import size
 
-COLORS = 12  # of passes; more take turns
+COLORS = 12  # of passes; page.css has as many classes, and further passes reuse them
 
 
 def graph_section(graphs: Mapping[str, GraphView], report: ReportData, key: str) -> str:

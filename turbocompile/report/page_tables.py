@@ -40,7 +40,7 @@ def pass_section(report: ReportData) -> str:
 
 
 def _sensitivity(report: ReportData) -> str:
-    """What quantizing each site does to it."""
+    """A table of the error that 8 bits cause at each site."""
     rows = []
     for name, p in report.passes.items():
         for e in p.site_errors:
@@ -61,7 +61,7 @@ def _median(value: float | None) -> str:
 
 
 def _skips(name: str, p: PassReport) -> list[str]:
-    """A row for each reason, with all its sites."""
+    """A row for each reason why the pass left sites alone, with the names of all these sites."""
     grouped: dict[str, list[Skip]] = {}
     for skip in p.skipped:
         grouped.setdefault(skip.reason, []).append(skip)
@@ -87,7 +87,7 @@ def total_seconds(ops: Sequence[OpCost], card: Gpu) -> float | None:
 
 
 def attention_section(report: ReportData, card: Gpu) -> str:
-    """A row for each attention: what it became, why, how long it takes."""
+    """A table with a row for each attention: its kind, the reason, how long it takes."""
     if not report.attention:
         return ""
     rows = []
@@ -106,7 +106,7 @@ def attention_section(report: ReportData, card: Gpu) -> str:
 
 
 def operation_section(report: ReportData, card: Gpu, record: Bench | None) -> str:
-    """One row for equal operations, the slowest first: what they cost on paper, and what was measured."""
+    """A table with one row for equal operations, the slowest first: their cost on paper and their measured time."""
     times = {(t.graph, t.name, t.where, t.shapes): t for t in record.ops} if record is not None else {}
     found = [(op, least_seconds(op, card), times.get((op.graph, op.name, op.where, op.shapes))) for op in report.ops]
     spent = [(time.seconds if time else 0.0) if record is not None else least or 0.0 for _, least, time in found]
@@ -142,7 +142,7 @@ def operation_section(report: ReportData, card: Gpu, record: Bench | None) -> st
 
 
 def _on_card(record: Bench | None) -> bool:
-    """Whether the machine that measured is a card whose rates are known."""
+    """Whether the record was measured on a card whose rates are known."""
     return record is not None and any(t.floor is not None for t in record.ops)
 
 
@@ -161,7 +161,7 @@ def _op(op: OpCost, least: float | None, time: OpTime | None, card: Gpu, record:
         cell(bound, bound=bound),
     ]
     part = least or 0.0
-    if record is not None:  # what it did not time was folded into a constant when the engine was loaded
+    if record is not None:  # an op without a time was folded into a constant when the engine was loaded
         part = time.seconds if time is not None else 0.0
         cells.append(number_cell(duration(part) if time else "at load", measured=part if time else None))
     if _on_card(record):
@@ -180,7 +180,7 @@ def _bar(share: float) -> str:
 
 
 def card_section(report: ReportData) -> str:
-    modules = (report, *report.others.values())  # experts: all weights are there, and one of them runs
+    modules = (report, *report.others.values())  # of several experts all hold their weights, and one runs
     memory = sum(m.parameter_bytes for m in modules) + max(m.activation_bytes for m in modules)
     rows = []
     for card in GPUS.values():

@@ -1,6 +1,6 @@
 """The report of a build, which shows itself in a terminal (rich), in a notebook and as a page (`to_html`).
 
-Nothing in it is shown as markup, because it is read from engine folders that anyone may have made.
+No text of a report is shown as markup, because reports are read from engine folders that anyone may have made.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ from turbocompile.report.data import ReportData
 from turbocompile.report.page import notebook, page
 from turbocompile.report.tables import rich_table, tables
 
-SHOWN_OPS = 15  # rows of the table of ops; the rest is summed up in one
+SHOWN_OPS = 15  # rows of the table of ops; one more row sums up the rest
 
 
 class Report(ReportData):
-    """What was built, and how it shows."""
+    """The data of a report, and the ways to show it."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.render()
 
     def render(self, gpu: str | None = None, ops: int = SHOWN_OPS) -> RenderableType:
-        """For a terminal. gpu: the card of the estimates. ops: how many rows of them. Raises UnsupportedError."""
+        """The report for a terminal. gpu: the card of the estimates. ops: how many rows the table of ops has.
+
+        Raises UnsupportedError for an unknown card.
+        """
         parts: list[RenderableType] = []
         for table in tables(self, gpu, ops):
             parts += [rich_table(table), Text()]
@@ -39,5 +42,5 @@ class Report(ReportData):
         return notebook(self)
 
     def to_html(self, gpu: str | None = None) -> str:
-        """A page that needs nothing else, with every text escaped. gpu: the card of the estimates."""
+        """One self-contained page of HTML, with every text escaped. gpu: the card of the estimates."""
         return page(self, None, gpu=gpu)

@@ -1,6 +1,6 @@
 """Rows of a report as data: a pass, the sites that it left alone, a shape of the engine.
 
-They are read from folders that anyone may have made, so that `from_dict` trusts nothing.
+Rows are read from folders that anyone may have made, so `from_dict` checks every field.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from turbocompile.ir.site_errors import SiteError, finite
 
 @dataclass(frozen=True)
 class Skip:
-    """Sites that a pass left alone: `count` of them in the whole model go by the name `site`."""
+    """A site that a pass left alone, and why. count: how many sites of the whole model have this name."""
 
     site: str
     reason: str
@@ -27,9 +27,9 @@ class PassReport:
     """What one pass did. Counts are over the whole model.
 
     kind: exact, quantizing or semantic. error: cosine, relative L1 and largest absolute error of the worst site;
-    error_output: the same at the output of the block. An error that is None has its reason in error_reason.
-    site_errors: of a quantizing pass, each site's, the farthest off first; inputs says on what, where every layer was
-    measured.
+    error_output: the same at the output of the block. error_reason: why one of the two errors is None. seconds: how
+    long the pass took. site_errors: the errors of a quantizing pass's sites, the largest error over budget first.
+    inputs: the inputs on which every layer was measured; empty if only the first layer was.
     """
 
     kind: str
@@ -64,7 +64,9 @@ class PassReport:
 
 @dataclass(frozen=True)
 class ShapeReport:
-    """One shape of the engine: its inputs; operations, bytes moved and most activation bytes alive of one forward."""
+    """One shape of the engine: the shapes of its inputs, and of one forward the operations, the bytes moved, and the
+    largest number of bytes of activations that are alive at once.
+    """
 
     name: str
     inputs: dict[str, tuple[int, ...]]
@@ -94,9 +96,9 @@ def read_seconds(value: Any) -> float:
 
 @dataclass(frozen=True)
 class Sparsity:
-    """How much of the keys an SLA reads: each block of block_q queries `kept` of the `blocks` blocks of block_k keys.
+    """How many keys an SLA reads: each block of block_q queries reads `kept` of the `blocks` blocks of block_k keys.
 
-    tuned: whether the checkpoint has the projection of the linear branch, so that it was trained with SLA.
+    tuned: whether the checkpoint was trained with SLA, which shows in that it has the linear branch's projection.
     """
 
     topk: float
@@ -117,9 +119,9 @@ class Sparsity:
 class AttentionSite:
     """One attention of a graph: `count` of them in a forward of the model.
 
-    kind: native, sage or sla. role: self or cross. heads: of the queries, of one item of the batch. pv: the format of
-    the product with V, None for native. cost: of all `count`. seconds: measured, of all `count`; None where nothing was
-    measured.
+    kind: native, sage or sla. role: self or cross. heads: the query heads of one item of the batch. pv: the format of
+    the product with V, None for native. why: why the attention is of this kind. cost: of all `count` runs together.
+    seconds: the measured time of all `count` runs together; None if nothing was measured.
     """
 
     site: str

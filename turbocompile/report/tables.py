@@ -33,7 +33,7 @@ from turbocompile.report.words import (
 
 @dataclass(frozen=True)
 class Table:
-    """Text for a terminal. right: columns of numbers, aligned right. A title or a header may be empty."""
+    """A table of text. right: the indices of columns of numbers, which are aligned right. title may be empty."""
 
     title: str
     columns: tuple[str, ...]
@@ -42,7 +42,10 @@ class Table:
 
 
 def tables(report: ReportData, gpu: str | None, ops: int) -> list[Table]:
-    """All tables of a report. gpu: the card of the estimates. ops: how many rows of them."""
+    """All tables of a report. gpu: the card of the estimates. ops: how many rows the table of ops has.
+
+    Raises UnsupportedError for an unknown card.
+    """
     card = report.gpu(gpu)
     tables = [_overview(report), _passes_table(report)]
     if any(p.site_errors for p in report.passes.values()):
@@ -143,7 +146,7 @@ def _ops_table(report: ReportData, card: Gpu, shown: int) -> Table:
 
 
 def _cards_table(report: ReportData) -> Table:
-    modules = (report, *report.others.values())  # experts: all weights are there, and one of them runs
+    modules = (report, *report.others.values())  # of several experts all hold their weights, and one runs
     memory = sum(m.parameter_bytes for m in modules) + max(m.activation_bytes for m in modules)
     rows = []
     for card in GPUS.values():
@@ -156,13 +159,13 @@ def _cards_table(report: ReportData) -> Table:
 
 
 def attention_title(report: ReportData, card: Gpu) -> str:
-    """What the table of attentions shows, with the card that the times are of."""
+    """The title of the table of attentions, with the cards of its times."""
     measured = f", and as measured on {with_article(report.measured_on)}" if report.measured_on else ""
     return f"Attention: what each site became, its least time on {with_article(card.name)}{measured}"
 
 
 def sensitivity_title(passes: Mapping[str, PassReport]) -> str:
-    """What the errors of the sites are, and on what they were measured."""
+    """The title of the table of sites' errors, with the inputs on which they were measured."""
     measured = [f"{name} in every layer on {p.inputs}" for name, p in passes.items() if p.inputs]
     rest = [name for name, p in passes.items() if p.site_errors and not p.inputs]
     measured += [f"{', '.join(rest)} in the first layer"] if rest else []
@@ -183,7 +186,7 @@ def _total_row(name: str, ops: Iterable[OpCost], seconds: float) -> tuple[str, .
 
 
 def rich_table(table: Table) -> RichTable:
-    """Cells are `Text`, which rich prints as it is: a site named "[red]" is no markup."""
+    """The table for rich. Cells are `Text`, because rich would read a site named "[red]" in a `str` as markup."""
     title = Text(table.title, style="bold") if table.title else None
     made = RichTable(title=title, title_justify="left", show_header=any(table.columns), box=None, pad_edge=False)
     for i, column in enumerate(table.columns):
@@ -194,5 +197,5 @@ def rich_table(table: Table) -> RichTable:
 
 
 def _plain(text: str) -> str:
-    """Without control characters, which a terminal would obey."""
+    """The text without control characters, because a terminal would obey them."""
     return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)

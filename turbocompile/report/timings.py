@@ -1,4 +1,4 @@
-"""The measured times of an engine, as a `bench` keeps them: a whole forward, and each kind of operation in it."""
+"""The measured times of an engine that a `bench` keeps: a whole forward, and each kind of operation in it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ class OpTime:
     shapes: str
     count: int
     seconds: float
-    floor: float | None  # the roofline time on this card, where it is known
+    floor: float | None  # the roofline time on this card in seconds; None if the card is not known
 
 
 @dataclass(frozen=True)
 class Bench:
-    """seconds: medians of `calls` forwards, as the engine runs (a CUDA graph on a GPU) and kernel by kernel. launch:
-    what a call costs the CPU. peak: bytes of the GPU, weights included. Seconds and bytes; None where there is no GPU.
+    """The measured times of one module of an engine, in seconds.
+
+    seconds: the median of `calls` forwards as the engine runs them (on a GPU as a CUDA graph). ungraphed: the same,
+    kernel by kernel. launch: the CPU's time for one call. peak: the largest number of bytes of GPU memory in use,
+    weights included. The last three are None without a GPU.
     """
 
     engine: str
@@ -47,7 +50,7 @@ class Bench:
     ops: tuple[OpTime, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain data for JSON."""
         return {**asdict(self), "versions": dict(self.versions)}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -79,7 +82,7 @@ class Bench:
 
 
 def _numbers(ops: Sequence[OpTime]) -> tuple[str, str, str, str]:
-    """Runs, time, the roofline's time and their quotient."""
+    """The cells of a row: runs, measured time, roofline time, and the roofline time over the measured time."""
     seconds = sum(op.seconds for op in ops)
     floors = [op.floor for op in ops if op.floor is not None]
     whole = len(floors) == len(ops)

@@ -1,4 +1,4 @@
-"""How a report says its figures: bytes, times, sizes of attentions."""
+"""A report's figures as text: bytes, times, sizes of attentions."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def with_article(name: str) -> str:
 
 
 def error_text(error: Mapping[str, float] | None) -> str:
-    """The relative L1 of an error, "" where there is none."""
+    """The relative L1 of an error, "" for None."""
     return "" if error is None else f"{error['rel_l1']:.2g}"
 
 
 def why_no_error(done: PassReport) -> str:
-    """Why an error of a pass is missing, "" where none is."""
+    """Why an error of a pass is missing, "" if none is missing."""
     return (done.error_reason or "") if done.error is None or done.error_output is None else ""
 
 
 def shape_line(shape: ShapeReport) -> str:
-    """Inputs, operations and activations of a shape."""
+    """A shape's inputs, operations and activations in one line."""
     inputs = ", ".join(f"{path} {'x'.join(map(str, dims)) or 'scalar'}" for path, dims in shape.inputs.items())
     return f"{inputs}: {scaled(shape.flops)}FLOPs, {size(shape.activation_bytes)} of activations"
 
@@ -59,7 +59,7 @@ def parameters_line(parameters: Mapping[str, int]) -> str:
 
 
 def engine_line(built: int | None, predicted: int | None) -> str:
-    """Bytes of an engine, as built and as predicted."""
+    """The bytes of an engine, built and predicted; either may be None."""
     parts = [
         f"{size(built)}" if built is not None else "",
         f"{size(predicted)} predicted" if predicted is not None else "",
@@ -74,7 +74,7 @@ def some(names: Sequence[str]) -> str:
 
 
 def optional_duration(seconds: float | None) -> str:
-    """A duration, "" where there is none."""
+    """A duration, "" for None."""
     return "" if seconds is None else duration(seconds)
 
 
@@ -90,6 +90,6 @@ def attention_size(a: AttentionSite) -> str:
 
 
 def keys_read(a: AttentionSite) -> str:
-    """How many of the key blocks each query block reads."""
+    """How many key blocks each query block reads, as in "51 of 512 blocks of 64 (top-k 0.1)"; "all" without an SLA."""
     s = a.sparsity
     return "all" if s is None else f"{s.kept} of {s.blocks} blocks of {s.block_k} (top-k {s.topk:g})"

@@ -1,8 +1,9 @@
-"""How long an engine takes: a whole forward, and each kind of operation in it, beside the time it needs at least.
+"""`turbocompile bench`: times a whole forward of an engine, and each kind of operation beside its roofline time.
 
-A forward is timed as the engine runs it, on a GPU as one CUDA graph between CUDA events. An operation is timed alone,
-on the values it has in that forward, again and again, so that a small one finds its inputs in the cache: the sum of the
-operations shows where the time goes, and the forward is the time that counts.
+A forward is timed as the engine runs it: on a GPU as one CUDA graph, between CUDA events. An operation is timed alone
+and repeatedly, on its values of that forward. A small operation then finds its inputs in the cache, so the sum of the
+operations may differ from the forward's time. The operations show where the time goes; the forward's time is the figure
+that counts.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Progress = Callable[[str, float], None]
 def bench(
     engine: Engine, *, shape: str | None = None, calls: int = CALLS, progress: Progress = lambda stage, fraction: None
 ) -> Bench:
-    """Times an engine on the device it is on, with random inputs. shape: a program's name, the first by default.
+    """Times an engine on its device, with random inputs. shape: the name of a Program, by default the first.
 
     Raises UnsupportedError for another shape or backend.
     """
@@ -100,7 +101,7 @@ def example(program: Program, device: torch.device) -> list[torch.Tensor]:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the speed."""
+    """The versions of the software that decides the speed."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     if torch.cuda.is_available():
         import triton
@@ -110,9 +111,10 @@ def versions() -> dict[str, str]:
 
 
 class _Operations:
-    """Runs a compiled program node by node, and times one of each kind.
+    """Runs a compiled Program node by node, and times one node of each kind.
 
-    That of a repeated block in its second call: the first reads what the shell laid out, the others what a block did.
+    Nodes of a repeated block are timed in the block's second call, because only in the first call does the shell decide
+    the layout of the block's inputs; in all others the previous block does.
     """
 
     def __init__(self, program: Program, cuda: bool) -> None:
@@ -181,7 +183,8 @@ def bench_path(
 ) -> tuple[Bench, Path | None]:
     """Times a module of an engine's folder, or of a recipe, whose engine is built in a temporary folder.
 
-    The second value is where the record is, None of a recipe and where it could not be kept. Raises TurbocompileError.
+    The second value is the path of the record; None for a recipe, and if the cache cannot be written. Raises
+    TurbocompileError for a damaged engine, an unknown module or shape, and a recipe that cannot be built.
     """
     from turbocompile.build.from_recipe import optimize_recipe
     from turbocompile.recipe.schema import load_recipe
@@ -206,17 +209,17 @@ def bench_path(
 
 
 def record_path(module: str, digest: str) -> Path:
-    """Where the last bench of an engine's module is kept."""
+    """The path of the record of the last bench of an engine's module."""
     return cache_path("bench", f"{digest}-{module}")
 
 
 def save_record(found: Bench, module: str, digest: str) -> Path | None:
-    """Keeps it for `explain`, and says where; None (and a warning) where the cache cannot be written."""
+    """Keeps the record for `explain` and returns its path; None (and a warning) if the cache cannot be written."""
     return keep_json("bench", f"{digest}-{module}", found.to_dict())
 
 
 def read_record(module: str, digest: str) -> Bench | None:
-    """The last bench of an engine on this machine; None where there is none, or it is of another version."""
+    """The last bench of an engine's module on this machine; None if there is none, or another version wrote it."""
     try:
         return Bench.from_dict(json.loads(record_path(module, digest).read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,8 +1,8 @@
-"""What this machine can run, and what is missing for what.
+"""`turbocompile doctor`: what this machine can run, and which packages it lacks for the rest.
 
-Versions are read from the installed packages' metadata: importing them would be slow, noisy (torchao), and would fail
-where one is broken. Only torch is imported, because it alone knows the GPU, and triton, because whether it works cannot
-be told otherwise.
+Versions are read from the metadata of the installed packages, because an import is slow, may print (torchao), and fails
+if a package is broken. Only torch and triton are imported: torch, because only torch knows the GPU, and triton, because
+only an import shows whether triton works.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ OK, MISSING, BROKEN = "ok", "missing", "broken"
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that turbocompile uses. status: "ok", "missing" or "broken"; a needed one must be ok.
+    """One package or device that turbocompile uses. status: "ok", "missing" or "broken".
 
-    found: version or figures. purpose: what it is for. mend: how to get it, where it is not ok.
+    found: its version or figures. purpose: the features that need it. mend: how to install or repair it, if the status
+    is not "ok". needed: whether turbocompile cannot work without it.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Doctor:
-    """The rows, in the order they are shown, and what a build for this machine would be."""
+    """The rows in the order in which they are shown. target: of a build for this machine. summary: what runs here."""
 
     rows: tuple[Row, ...]
     target: str
@@ -56,7 +57,7 @@ class Doctor:
 
     @property
     def healthy(self) -> bool:
-        """Whether everything that is needed is there."""
+        """Whether every row that is needed is "ok"."""
         return all(row.status == OK for row in self.rows if row.needed)
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,7 +81,7 @@ class Doctor:
 
 @dataclass(frozen=True)
 class _Package:
-    """A package by its distribution name (or several, of which one will do)."""
+    """A package by its distribution name, or by several names of which any one is enough."""
 
     names: tuple[str, ...]
     purpose: str
@@ -104,7 +105,7 @@ _PACKAGES = (
 
 
 def collect() -> Doctor:
-    """Looks at this machine. Never raises: what cannot be looked at is a row that says so."""
+    """Examines this machine. Never raises: a probe that fails becomes a row that says so."""
     rows = [_guarded(name, probe) for name, probe in _PROBES.items()]
     rows += [_package(p) for p in _PACKAGES]
     target, summary = _verdict({row.name: row for row in rows})
@@ -112,7 +113,7 @@ def collect() -> Doctor:
 
 
 def _guarded(name: str, probe: Callable[[], Row]) -> Row:
-    """A probe's row; that it failed, where it did. Probes run other people's code, which may raise anything."""
+    """A probe's row, or a row that says how the probe failed. Probes run other libraries, which may raise any error."""
     try:
         return probe()
     except Exception as error:  # a broken driver or package is itself what is reported
@@ -125,7 +126,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def version_of(names: tuple[str, ...]) -> str | None:
-    """The version of the first of these distributions that is installed; "" where it does not say, None for none."""
+    """The version of the first of these distributions that is installed; "" if its metadata has none, None for none."""
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
             return metadata.version(name) or ""
@@ -170,7 +171,7 @@ def _triton() -> Row:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Swallows what an import prints and warns of: it is not what was asked."""
+    """Hides what an import prints and its warnings, because they would stand in the middle of the table."""
     nowhere = io.StringIO()
     with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -200,7 +201,7 @@ def _gpu() -> Row:
 
 
 def _driver() -> str | None:
-    """The NVIDIA driver's version as the kernel module gives it; None where there is none."""
+    """The NVIDIA driver's version as its kernel module states it; None without a driver."""
     path = Path("/sys/module/nvidia/version")
     try:
         return path.read_text(encoding="ascii").strip()
@@ -229,7 +230,7 @@ _PROBES: dict[str, Callable[[], Row]] = {
 
 
 def _verdict(rows: dict[str, Row]) -> tuple[str, str]:
-    """The target of a build for this machine, and one sentence of what runs on it."""
+    """The target of a build for this machine, and one sentence about the engines that run here."""
     target = hardware.CPU
     if rows["GPU"].status == OK:
         target = hardware.target_of(torch.cuda.get_device_capability()) or hardware.CPU

@@ -1,4 +1,4 @@
-"""What `turbocompile explain` shows of an engine's folder, read without opening its weights."""
+"""`turbocompile explain`: reads the report, graphs and records of an engine's folder without opening its weights."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from turbocompile.tools.bench import read_record
 
 
 def read_report(folder: Path) -> Report:
-    """The report of an engine, without opening its weights."""
+    """The report of an engine's folder. Raises EngineError if the folder is damaged."""
     name = "report.json"
     check_files(folder, read_manifest(folder), [name])
     return Report.from_dict(read_json(inside(folder, name)))
 
 
 def read_records(folder: Path) -> dict[str, Bench]:
-    """The last `bench` of each module of an engine on this machine, where there was one."""
+    """By module, the last `bench` of an engine on this machine; modules without a bench are left out."""
     manifest = read_manifest(folder)
     found = {module: read_record(module, str(manifest["digest"])) for module in manifest["modules"]}
     return {module: record for module, record in found.items() if record is not None}
 
 
 def read_graph_views(folder: Path) -> dict[str, dict[str, GraphView]]:
-    """By module the graphs of an engine before and after the passes; none of an engine that has none."""
+    """By module, the graphs before and after the passes; an older engine has none. Raises EngineError if damaged."""
     manifest = read_manifest(folder)
     names = {module: f"graphs/{module}.json" for module in manifest["modules"]}
     known = {module: name for module, name in names.items() if name in manifest["files"]}
@@ -37,7 +37,10 @@ def read_graph_views(folder: Path) -> dict[str, dict[str, GraphView]]:
 
 
 def read_graph_text(folder: Path, module: str, stage: str) -> str:
-    """A printed graph of an engine, without control characters, which a terminal would obey."""
+    """A printed graph of an engine, without control characters, because a terminal would obey them.
+
+    stage: the name of a pass, or "normalize". Raises UnsupportedError if the engine has no such graph.
+    """
     manifest = read_manifest(folder)
     name = f"graphs/{module}-{stage}.txt"
     if name not in manifest["files"]:

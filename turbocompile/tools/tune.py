@@ -14,8 +14,8 @@ from turbocompile.runtime.tuning import Progress, linears, tune
 def tune_engine(engine: Engine, progress: Progress = lambda stage, fraction: None) -> tuple[Tuning, Path | None]:
     """Tunes all modules of an engine's folder on the GPU that it is on, and keeps the result in the user's cache.
 
-    Returns the tuning, which engines have that are loaded afterwards, and the file that keeps it; None (and a warning)
-    where the cache cannot be written. Raises UnsupportedError for an engine that is on no GPU, or has no 8-bit linear.
+    Returns the tuning, which `load` gives to the same engine from now on, and the file that keeps it; None (and a
+    warning) if the cache cannot be written. Raises UnsupportedError if the engine is on no GPU or has no 8-bit linear.
     """
     if engine.device.type != "cuda":
         raise UnsupportedError(f"tuning measures kernels on a GPU, and the engine is on {engine.device}; name a GPU")

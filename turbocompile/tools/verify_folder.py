@@ -19,13 +19,17 @@ from turbocompile.runtime.engine import Engine, load
 from turbocompile.runtime.folder import check_files, check_strangers, read_manifest
 from turbocompile.wan.source import open_source
 
-EXACT_LIMIT = 1e-4  # of the largest value: 30 layers of exact rewrites in float32
+EXACT_LIMIT = 1e-4  # of the largest value: more than 30 layers of exact rewrites round in float32
 QUANTIZED = (ops.w8a8_linear, *SAGE, *SLA)
 
 
 @dataclass
 class Checked:
-    """What was compared. errors: module -> the error against the source model, where that was asked for."""
+    """The result of a check. files, bytes: how many files, and their size.
+
+    errors: module -> the error against the source model, empty unless asked for. limit: the largest error that is
+    right, None for a quantized engine.
+    """
 
     folder: str
     files: int
@@ -35,7 +39,7 @@ class Checked:
 
     @property
     def good(self) -> bool:
-        """Whether every module is within the limit; a quantized engine has none, its error is only shown."""
+        """Whether every module is within the limit. A quantized engine has no limit: its error is only shown."""
         return all(e.max_rel <= self.limit for e in self.errors.values()) if self.limit is not None else True
 
     def to_dict(self) -> dict[str, Any]:
