@@ -108,7 +108,7 @@ def finish(
     report.save(folder / "report.json")
     if tuning:
         (folder / TUNING).write_text(json.dumps(tuning, indent=1) + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(page(report, {name: views for name, _, views in graphs}), encoding="utf-8")
+    (folder / "report.html").write_text(page(report, None), encoding="utf-8")
     seal(folder, {
         "recipe": settings.to_dict(), "target": settings.target, "versions": versions(), **manifest,
     })  # fmt: skip

@@ -197,8 +197,8 @@ class RewrittenGraph:
             values = interpreter(given, lambda node, args: given[node.name], set(results))
         except Uncomputed as failed:
             return f"it cannot be computed ({failed.reason})"
-        except TurbocompileError as error:
-            return f"it cannot be computed ({brief(error)})"
+        except TurbocompileError as raised:
+            return f"it cannot be computed ({brief(raised)})"
         for old, new in zip(self.results, results, strict=True):
             error = compare(values[new], self.true_results[old])
             reason = differs(error, self.nodes[old].meta["val"].dtype, self.wide)

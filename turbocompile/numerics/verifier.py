@@ -96,8 +96,8 @@ class Verifier:
             return Judgement(Verdict(site_errors=site_errors), bad)
         try:
             output = self._output_error(program, result)
-        except (Uncomputed, TurbocompileError) as error:
-            return refused(everything, f"the rewritten graph cannot be computed ({_reason(error)})")
+        except (Uncomputed, TurbocompileError) as raised:
+            return refused(everything, f"the rewritten graph cannot be computed ({_reason(raised)})")
         self._adopt(program)
         error = worst(errors)
         figures = (error.to_dict(), output.to_dict()) if error else (None, output.to_dict(), "no site left to measure")
