@@ -42,7 +42,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 from turbocompile.kernels._jit import ROUND
 from turbocompile.kernels._registry import FUSED, Card, card, check
-from turbocompile.kernels.linear import w8a8_linear
+from turbocompile.kernels.linear.operands import check_operands
 from turbocompile.kernels.quantize.quantize import ALIGNED, BLOCK
 
 from turbocompile.errors import UnsupportedError
@@ -322,7 +322,7 @@ def launch_linear(
     Raises ValueError where shapes do not fit each other, K is no multiple of 16 below 2^17, dtype is not one of DTYPES,
     or config does not compute this format and these strides; UnsupportedError for FP8 on a card without it.
     """
-    w8a8_linear.check_operands(data, scale, weight, weight_scale, bias, format)
+    check_operands(data, scale, weight, weight_scale, bias, format)
     n, k = weight.shape
     check(
         0 < k < DEEP and k % ALIGNED == 0,

@@ -18,8 +18,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from turbocompile.kernels._registry import check, compute_dtype, register, register_kernel, runs_triton
-from turbocompile.kernels.quantize.quantize import BLOCK, FORMATS, blocks, check_format, spread
+from turbocompile.kernels._registry import compute_dtype, register, register_kernel, runs_triton
+from turbocompile.kernels.linear.operands import check_operands
+from turbocompile.kernels.quantize.quantize import BLOCK, FORMATS, blocks, spread
 
 # |a b| <= 2^14 for int8: sums of 1,024 products fit the 24 bits of a float32, so a float32 matmul that deep is exact.
 EXACT_DEPTH = 1024
@@ -77,37 +78,6 @@ def _tiled(
         a, b = (s[:, kb].to(compute).repeat_interleave(BLOCK)[:size] for s, size in ((scale, m), (weight_scale, n)))
         total += (rows[:, columns] @ weight[:, columns].T).to(compute) * (a[:, None] * b)
     return total
-
-
-def check_operands(
-    data: torch.Tensor,
-    scale: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    format: str,
-) -> None:
-    check_format(format)
-    check(
-        data.dtype == weight.dtype == FORMATS[format],
-        f"w8a8_linear: {format} does not fit {data.dtype} data and {weight.dtype} weights",
-    )
-    check(weight.ndim == 2, f"w8a8_linear: the weight is (N, K), and has {weight.ndim} dimensions")
-    m, (n, k) = data.shape[:-1].numel(), weight.shape
-    check(data.shape[-1] == k, f"w8a8_linear: data of {data.shape[-1]} channels, weight of {k}")
-    check(bias is None or tuple(bias.shape) == (n,), f"w8a8_linear: the bias does not have {n} elements")
-    if format == "int8_block":
-        check(
-            k % BLOCK == 0 and n % 8 == 0,
-            f"w8a8_linear: int8_block needs K % 128 == 0 and N % 8 == 0, and the weight is {list(weight.shape)}",
-        )
-        expected: tuple[tuple[int, ...], ...] = ((blocks(m), blocks(k)), (blocks(n), blocks(k)))
-    else:
-        expected = ((*data.shape[:-1], 1), (n, 1))
-    for name, given, shape in zip(("scale", "weight_scale"), (scale, weight_scale), expected, strict=True):
-        check(
-            tuple(given.shape) == shape, f"w8a8_linear: {name} is {list(given.shape)}, and {format} needs {list(shape)}"
-        )
 
 
 def _fake(
