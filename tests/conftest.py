@@ -94,3 +94,12 @@ def example(tmp_path_factory):
         return made[key]
 
     return folder
+
+
+@pytest.fixture
+def tiny():
+    """zoo.Plain with seeded weights."""
+    import zoo
+
+    torch.manual_seed(0)
+    return zoo.Plain().eval().requires_grad_(False)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 
 import turbocompile
 from turbocompile.build.inputs import calibration_inputs
@@ -136,36 +137,6 @@ def test_offload_hooks_run_the_engine(pipe, compiled):
     assert torch.equal(found, expected)
 
 
-class Block(torch.nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.norm = torch.nn.LayerNorm(dim)
-        self.qkv, self.out = torch.nn.Linear(dim, 3 * dim), torch.nn.Linear(dim, dim)
-
-    def forward(self, x):
-        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
-        y = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return x + self.out(y)
-
-
-class Tiny(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = torch.nn.ModuleList(Block(64) for _ in range(2))
-
-    def forward(self, x, t):
-        x = x + t[:, None, None]
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-@pytest.fixture
-def tiny():
-    torch.manual_seed(0)
-    return Tiny().eval().requires_grad_(False)
-
-
 def test_without_an_example_the_first_call_is_captured_and_new_shapes_are_added(tiny):
     lazy = turbocompile.optimize(tiny)
     assert lazy.report is None
@@ -263,7 +234,7 @@ class Rotated(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.inner, self.blocks = torch.nn.Linear(8, 8), torch.nn.ModuleList(Block(64) for _ in range(2))
+        self.inner, self.blocks = torch.nn.Linear(8, 8), torch.nn.ModuleList(zoo.PlainBlock(64) for _ in range(2))
         self.table = torch.polar(torch.ones(16, 4), torch.arange(64.0).reshape(16, 4))
 
     def forward(self, x, mask, positions):

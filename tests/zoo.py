@@ -449,6 +449,34 @@ class Stack(nn.Module):
         return x
 
 
+class PlainBlock(nn.Module):
+    """A block of a Plain: attention of two heads with a residual."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.out(y)
+
+
+class Plain(nn.Module):
+    """Two equal blocks of 64 channels behind a timestep, as short as a model can be written: plain(x, t)."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(PlainBlock(64) for _ in range(2))
+
+    def forward(self, x, t):
+        x = x + t[:, None, None]
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 def example(style: Style, seed: int = 0) -> tuple[Tensor, ...]:
     """Arguments of a call: x, timestep, text."""
     g = torch.Generator().manual_seed(seed)

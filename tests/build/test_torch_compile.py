@@ -13,36 +13,6 @@ from turbocompile.build.torch_compile import MOST_SIZES, Engines
 from turbocompile.errors import UnsupportedError
 
 
-class Block(torch.nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.norm = torch.nn.LayerNorm(dim)
-        self.qkv, self.out = torch.nn.Linear(dim, 3 * dim), torch.nn.Linear(dim, dim)
-
-    def forward(self, x):
-        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
-        y = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return x + self.out(y)
-
-
-class Tiny(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = torch.nn.ModuleList(Block(64) for _ in range(2))
-
-    def forward(self, x, t):
-        x = x + t[:, None, None]
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-@pytest.fixture
-def tiny():
-    torch.manual_seed(0)
-    return Tiny().eval().requires_grad_(False)
-
-
 class Seen:
     """The backend, and the engines that its callables keep."""
 

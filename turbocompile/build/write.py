@@ -22,6 +22,7 @@ from turbocompile.ir.graph_view import GraphView
 from turbocompile.ir.program import Program
 from turbocompile.ir.serialize import to_json
 from turbocompile.ir.shards import write_shards
+from turbocompile.ir.stored_names import shard_stem
 from turbocompile.ir.weights import nbytes
 from turbocompile.recipe.schema import Recipe, Settings
 from turbocompile.report.collect import collect
@@ -57,7 +58,7 @@ def write_recipes_module(
     """
     programs = write_programs(item.name, item.programs, folder)
     with stages("weights"):
-        shards = write_shards(item.plan, evaluate, folder, f"weights-{item.name}")
+        shards = write_shards(item.plan, evaluate, folder, shard_stem(item.name))
     engine = Engine(
         item.programs, {}, name=item.name, config=json_config(config), dtype=recipe.torch_dtype, backend=recipe.backend
     )
@@ -205,7 +206,7 @@ class ModuleWriter:
     def __call__(self, engine: Engine, folder: Path) -> None:
         """Writes the engine into the empty `folder`."""
         programs = write_programs(self.name, engine.programs, folder)
-        shards = write_shards(self.plan, _Stored(engine.weights, list(self.plan)), folder, f"weights-{self.name}")
+        shards = write_shards(self.plan, _Stored(engine.weights, list(self.plan)), folder, shard_stem(self.name))
         entry = {**module_entry(engine, programs, shards), "config": json_config(engine.config)}
         if engine.backend != "triton":
             weights = {k: v.cpu() for k, v in engine.weights.items()}
