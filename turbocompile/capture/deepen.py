@@ -7,8 +7,6 @@ of it is looked at.
 
 from __future__ import annotations
 
-from torch import fx
-
 from turbocompile.ir.program import SHELL, Call, Program
 from turbocompile.ir.weights import Constant, Load, is_relative, leaves
 
@@ -33,29 +31,19 @@ def deepened(program: Program, path: str, layers: int) -> Program | None:
     chained = _chain(first, middle, last)
     if chained is None:
         return None
-    before = middle.node
-    for i in range(2, layers - 1):
-        args = [before if at in chained else arg for at, arg in enumerate(middle.node.args)]
-        args[1] = f"{path}.{i}."
-        with made.shell.graph.inserting_after(before):
-            node = made.shell.graph.create_node(
-                "call_function", middle.node.target, tuple(args), name=_label(f"{path}.{i}", made.shell.graph)
-            )
-        node.meta = dict(middle.node.meta)
+    before, end = middle.node, last.node
+    for i in range(2, layers):
+        args = tuple(before if at in chained else arg for at, arg in enumerate(middle.node.args))
+        if i == layers - 1:
+            node = end
+        else:
+            with made.shell.graph.inserting_after(before):
+                node = made.shell.graph.create_node("call_function", middle.node.target)
+            node.meta = dict(middle.node.meta)
+        node.args = (args[0], f"{path}.{i}.", *args[2:])
+        node.name = f"call_{path}_{i}".replace(".", "_")  # as capture names it
         before = node
-    end = last.node
-    end.args = tuple(
-        f"{path}.{layers - 1}." if at == 1 else before if at in chained else arg for at, arg in enumerate(end.args)
-    )
-    end.name = _label(f"{path}.{layers - 1}", made.shell.graph)
     return made
-
-
-def _label(layer: str, graph: fx.Graph) -> str:
-    """The name of the node that calls a layer, as capture gives it."""
-    label = "call_" + layer.replace(".", "_")
-    taken = {n.name for n in graph.nodes}
-    return label if label not in taken else f"{label}_of_layer"
 
 
 def _chain(first: Call, middle: Call, last: Call) -> set[int] | None:
