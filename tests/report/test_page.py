@@ -353,7 +353,7 @@ def test_a_sparse_attention_says_what_it_reads_and_a_measured_one_its_time():
     )
     text = page(Report({}, (cost,), (site,), "NVIDIA H100", target="sm90"), {})
     found = Read(text)
-    for part in ("51 of 512 blocks of 64", "sla fp8", "250 ms", "measured on NVIDIA H100", "asked for"):
+    for part in ("51 of 512 blocks of 64", "sla fp8", "250 ms", "as measured on an NVIDIA H100", "asked for"):
         assert part in found.text
     assert float(found.rows("attention", "transformer")[0]["measured"]) == 0.25
 

@@ -99,9 +99,10 @@ class Verifier:
         except (Uncomputed, TurbocompileError) as raised:
             return refused(everything, f"the rewritten graph cannot be computed ({_reason(raised)})")
         self._adopt(program)
-        error = worst(errors)
-        figures = (error.to_dict(), output.to_dict()) if error else (None, output.to_dict(), "no site left to measure")
-        return Judgement(Verdict(*figures, site_errors=site_errors))
+        largest = worst(errors)
+        figures = None if largest is None else largest.to_dict()
+        reason = "no site left to measure" if largest is None else None
+        return Judgement(Verdict(figures, output.to_dict(), reason, site_errors))
 
     # ------------------------------------------------------------------------------------------------ values
 
