@@ -1,10 +1,10 @@
-"""How long a plan, a build and a load take on this machine's processor.
+"""Times a plan, a build and a load on this machine's processor.
 
     python benchmarks/build.py [--plan examples/wan21.yaml] [--set model.weights=synthetic]
 
-Each is measured in a process of its own, as a user starts it. Processor seconds come first, because other processes
-change them less than wall seconds.
-The build is that of a two-layer Wan at a tiny size; the plan is the recipe's `--dry-run`.
+Each runs in a process of its own, as a user starts it. The output names processor seconds first, because other
+processes change them less than wall seconds. The build is that of a two-layer Wan at a tiny size; the plan is the
+recipe's `--dry-run`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TINY = {
 
 
 def measured(kind: str, argument: object, settings: list[str], out: str | None = None) -> list[float]:
-    """Processor seconds of the process, wall seconds without its imports, peak memory in GB."""
+    """Runs code in a process: its processor seconds, its wall seconds without imports, its peak memory in GB."""
     given = json.dumps([kind, argument, settings, out])
     done = subprocess.run([sys.executable, "-c", MEASURED], input=given, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
