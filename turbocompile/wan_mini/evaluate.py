@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from turbocompile.defaults import EVALUATION_PROMPTS
 from turbocompile.errors import UnsupportedError
 from turbocompile.files import check_file, check_folder, replacing
 from turbocompile.recipe.schema import SamplerSpec
@@ -274,7 +275,7 @@ def evaluate_vae(vae: Any, videos: int = VAE_VIDEOS, progress: Progress | None =
 def evaluate(
     engine: Engine | str | Path,
     *,
-    prompts: int = 200,
+    prompts: int = EVALUATION_PROMPTS,
     reference: str | Path | None = None,
     steps: int | None = None,
     guidance: float | None = None,

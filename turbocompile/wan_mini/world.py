@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from turbocompile.defaults import EVALUATION_PROMPTS
 from turbocompile.errors import UnsupportedError
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -93,7 +94,7 @@ def combinations() -> list[Combination]:
     ]
 
 
-def evaluation_set(count: int = 200, seed: int = 0) -> list[Combination]:
+def evaluation_set(count: int = EVALUATION_PROMPTS, seed: int = 0) -> list[Combination]:
     """`count` different combinations, every second of which is held out; the same arguments give the same combinations.
 
     Raises UnsupportedError unless count is even, at least 2, and at most twice the number of held-out combinations.
