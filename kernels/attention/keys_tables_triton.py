@@ -355,8 +355,8 @@ def lay_out(
     if 1 << room > PLACES:
         raise ValueError(f"{1 << room} places of the tables are more than {PLACES}: a grid of {n0} x {n1} x {n2}")
     tables = [[None] * missing + [t.float().contiguous() for t in axes] for axes in (cos, sin)]
-    v = rows_of_16_bytes(x)
-    x_b, x_l = row_strides(v)
+    rows = rows_of_16_bytes(x)
+    x_b, x_l = row_strides(rows)
     samples, step = spread(length)
     groups = dim // 8
     made = Tables(
@@ -374,7 +374,7 @@ def lay_out(
     chunks = triton.cdiv(1 << room, width)
     programs = batch * triton.cdiv(SAMPLES, taken["R"] * taken["PER"]) + (num_heads + groups) * chunks
     _lay_out[(programs,)](
-        v.view(torch.int32), None if weight is None else weight.contiguous(), *tables[0], *tables[1],
+        rows.view(torch.int32), None if weight is None else weight.contiguous(), *tables[0], *tables[1],
         made.words, made.sampled, made.weights, made.centres, made.units, made.table, made.groups,
         x_b // 2, x_l // 2, n0, n1, n2, *bits, room, chunks, batch * length, batch, samples, step, 1 / n1, 1 / n2, eps,
         H=num_heads, D=dim, D0=columns[0], D1=columns[1], D2=columns[2], S=SAMPLES, **taken, WIDTH=width,

@@ -334,7 +334,7 @@ def norm_keys(
     batch, length, width = x.shape
     dim, n, dev = width // num_heads, triton.cdiv(length, block_k), x.device
     config = config or KEYS_CONFIGS[keep]
-    v = rows_of_16_bytes(x)
+    rows = rows_of_16_bytes(x)
     made = Keys(
         torch.empty((batch * num_heads, n, block_k, dim), dtype=torch.int8, device=dev),
         torch.empty((batch * num_heads, n), dtype=torch.float32, device=dev),
@@ -345,10 +345,10 @@ def norm_keys(
     programs = num_heads + triton.cdiv(block_k, taken["R"] * taken["PER"])
     lag = min(int(config.lag * card(dev).processors) // programs + 1, batch * n)
     _, n1, n2 = tables.counts
-    x_b, x_l = row_strides(v)
+    x_b, x_l = row_strides(rows)
     _keys[(batch * (num_heads + n * programs),)](
-        v.view(torch.int32), tables.words, tables.sampled, tables.weights, tables.centres, tables.units, tables.table,
-        tables.groups, made.k8.view(torch.int32), made.k_scale,
+        rows.view(torch.int32), tables.words, tables.sampled, tables.weights, tables.centres, tables.units,
+        tables.table, tables.groups, made.k8.view(torch.int32), made.k_scale,
         None if made.pooled is None else made.pooled.view(torch.int32),
         None if made.k is None else made.k.view(torch.int32), x_b // 2, x_l // 2, length, batch * n, lag,
         tables.sampled.shape[1], tables.step, 1 / n1, 1 / n2, n1, n2, tables.bits[2], tables.bits[1] + tables.bits[2],

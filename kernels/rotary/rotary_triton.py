@@ -205,19 +205,19 @@ def launch_qk_norm_rope(
     dim = x.shape[2] // num_heads
     half = triton.cdiv(dim, 2)
     out = x.new_empty((x.shape[0], x.shape[1], num_heads, dim))
-    v = view3(x, x.shape)
+    rows = view3(x, x.shape)
     # the kernel always has AXES axes; missing axes come first, with one position and no columns
     missing = AXES - len(cos)
     counts = [1] * missing + list(grid) if cos else [1] * AXES
     columns = [0] * missing + [c.shape[1] for c in cos]
     tables = [[None] * missing + [t.float().contiguous() for t in axes] for axes in (cos, sin)]
     h0, h1 = pieces(num_heads, 4)
-    p = triton.next_power_of_2(half)
-    config = config or row_config(min(WIDEST, (h0 + h1) * 2 * p), x.shape[0] * x.shape[1], x.device)
-    _rotate_rows[(triton.cdiv(v.shape[1], config.rows), v.shape[0])](
-        v, None if weight is None else weight.contiguous(), out, *tables[0], *tables[1],
-        *row_strides(v), v.shape[1], config.rows, counts[1], counts[2], eps,
-        H=num_heads, D=dim, HALF=half, H0=h0, H1=h1, P=p, D0=columns[0], D1=columns[1], D2=columns[2],
+    pairs = triton.next_power_of_2(half)
+    config = config or row_config(min(WIDEST, (h0 + h1) * 2 * pairs), x.shape[0] * x.shape[1], x.device)
+    _rotate_rows[(triton.cdiv(rows.shape[1], config.rows), rows.shape[0])](
+        rows, None if weight is None else weight.contiguous(), out, *tables[0], *tables[1],
+        *row_strides(rows), rows.shape[1], config.rows, counts[1], counts[2], eps,
+        H=num_heads, D=dim, HALF=half, H0=h0, H1=h1, P=pairs, D0=columns[0], D1=columns[1], D2=columns[2],
         PER_HEAD=per_head, TURN=bool(cos), INTERLEAVED=interleaved and bool(cos),
         **FUSED, num_warps=config.warps, num_stages=1,
     )  # fmt: skip

@@ -67,13 +67,13 @@ class Clip:
     frames: torch.Tensor = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        v = self.verdict
-        marks = v.marks(self.combination)
+        verdict = self.verdict
+        marks = verdict.marks(self.combination)
         return {
             "prompt": self.combination.prompt, "seed": self.seed, "held_out": self.combination.held_out,
             "right": {"digit": marks.digit, "colour": marks.colour, "motion": marks.motion},
-            "shows": {"digit": v.digit, "colour": v.colour, "direction": v.direction, "bounces": v.bounces},
-            "confidence": v.confidence, "reason": v.reason,
+            "shows": {name: getattr(verdict, name) for name in ("digit", "colour", "direction", "bounces")},
+            "confidence": verdict.confidence, "reason": verdict.reason,
         }  # fmt: skip
 
 
@@ -454,15 +454,18 @@ def check_sheet(path: str | Path) -> Path:
 
 def _legend(clip: Clip) -> Iterator[tuple[str, str]]:
     """Yields the lines of a video's legend and their colours: the prompt, then the parts of the verdict."""
-    v, held_out = clip.verdict, " (held out)" if clip.combination.held_out else ""
-    marks = v.marks(clip.combination)
+    verdict, held_out = clip.verdict, " (held out)" if clip.combination.held_out else ""
+    marks = verdict.marks(clip.combination)
     yield clip.combination.prompt + held_out, "black"
-    motion = "none" if v.direction is None else v.direction + (" and bounces" if v.bounces else "")
+    motion = "none" if verdict.direction is None else verdict.direction + (" and bounces" if verdict.bounces else "")
     for right, words in (
-        (marks.digit, f"digit: {'none' if v.digit is None else DIGITS[v.digit]} ({v.confidence:.2f})"),
-        (marks.colour, f"colour: {v.colour or 'none'}"),
+        (
+            marks.digit,
+            f"digit: {'none' if verdict.digit is None else DIGITS[verdict.digit]} ({verdict.confidence:.2f})",
+        ),
+        (marks.colour, f"colour: {verdict.colour or 'none'}"),
         (marks.motion, f"motion: {motion}"),
     ):
         yield f"{'right' if right else 'wrong'}   {words}", "darkgreen" if right else "firebrick"
-    if v.reason:
-        yield v.reason, "gray"
+    if verdict.reason:
+        yield verdict.reason, "gray"
