@@ -5,7 +5,7 @@
 
 Each runs in a process of its own, as a user starts it, and from empty caches (Triton's and turbocompile's). The table
 shows processor seconds first, because other processes change them less than wall seconds. The build is that of a
-two-layer Wan at a tiny size; the plan is the recipe's `--dry-run`. With --gpu the script builds for this machine's card:
+two-layer Wan at a tiny size; the plan is the recipe's `--dry-run`. With --gpu it builds for this machine's card:
 the recipe, and small DiTs of two blocks in bfloat16, by `optimize` without options.
 """
 
