@@ -171,13 +171,12 @@ def _attend_hopper(
     # A step of one in a block's integer scores changes a weight by the factor 2^c. Where c would exceed 1/8, all scores
     # of the tile are scaled down to c = 1/8, because `offset` below is no finer than such a step. By an estimate,
     # INT8's own error is some hundred steps at such scores.
-    some: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    member = gl.arange(0, 128, some)
-    largest = gl.zeros([128], gl.float32, some)
+    flat_layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    member = gl.arange(0, 128, flat_layout)
+    largest = gl.zeros([128], gl.float32, flat_layout)
     for start in range(0, num_k, 128):
-        largest = gl.maximum(
-            largest, gl.load(k_scale + first + start + member, mask=start + member < num_k, other=0.0)
-        )  # (128,)
+        scales = gl.load(k_scale + first + start + member, mask=start + member < num_k, other=0.0)  # (128,)
+        largest = gl.maximum(largest, scales)
     unit = unit * gl.minimum(1.0, 0.125 / (gl.max(largest, 0) * unit))
     q_tile = gl.allocate_shared_memory(gl.int8, [BLOCK_Q, D], q8_layout, q8)
     fence_async_shared()
