@@ -20,9 +20,10 @@ from turbocompile.recipe.presets import PRESETS, TRANSFORMER_FIELDS, wrong_field
 from turbocompile.wan.checkpoints import CheckpointTensors, infer_config
 from turbocompile.wan.components import read_json
 from turbocompile.wan.keys import CONFIG_FIELDS, listed
-from turbocompile.wan.tensors import STEM, checkpoint_file, checkpoint_files, safetensors_folder
+from turbocompile.wan.tensors import STEM, SafetensorsFiles, checkpoint_file, checkpoint_files, weight_files
 
 DIFFUSERS = "WanTransformer3DModel"
+PROJECTIONS_FILE, GATES_FILE = "proj_l.safetensors", "vsa.safetensors"  # what a conversion writes beside the weights
 PICKLES = (".pth", ".pt", ".bin")
 DEFAULTS = PRESETS["wan2.1-t2v-14b"].transformer  # of diffusers' class
 EXPERTS = ("high_noise_model", "low_noise_model")  # folders of Wan2.2's two experts in its own layout
@@ -159,7 +160,9 @@ def folder_weights(folder: Path, dtype: torch.dtype) -> TensorSource:
     """The weights of a transformer in a folder: safetensors, else GGUF, else .pth. Raises EngineError."""
     found = [] if any(folder.glob(f"{STEM}*.safetensors*")) else _candidates(folder)
     if not found:
-        return safetensors_folder(folder, dtype)  # or raises, and says what is there
+        files = weight_files(folder, dtype=dtype).files  # or raises, and says what is there
+        beside = [folder / name for name in (PROJECTIONS_FILE, GATES_FILE) if (folder / name).is_file()]
+        return SafetensorsFiles([*files, *beside])
     if len(found) > 1:
         names = listed(paths[0].name for paths in found)
         raise EngineError(f"{folder}: holds several checkpoints ({names}); give the file of one")
