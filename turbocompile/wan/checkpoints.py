@@ -137,8 +137,7 @@ class CheckpointTensors:
             return self._raw.get(self.aside[name])
         entry = self._parts.get(name) or self._entries[name]
         if entry.part:
-            data, scale = self._raw.parts(entry.key)
-            return data if entry.part == "data" else scale
+            return self._raw.data(entry.key) if entry.part == "data" else self._raw.scale(entry.key)
         return self._raw.get(entry.key).reshape(entry.shape)
 
 
@@ -177,7 +176,7 @@ def infer_config(tensors: TensorSource, where: str, heads: int | None = None) ->
     every published Wan.
     """
     names = set(tensors.keys())
-    _check_essential(names, where)
+    _check_essential(tensors, where)
 
     def shape(name: str) -> tuple[int, ...]:
         return tensors.spec(name)[0]
@@ -200,8 +199,8 @@ def infer_config(tensors: TensorSource, where: str, heads: int | None = None) ->
         "attention_head_dim": channels // heads,
         "in_channels": patch[1],
         "out_channels": shape("proj_out.weight")[0] // math.prod(patch[2:]),
-        "text_dim": _last(shape("condition_embedder.text_embedder.linear_1.weight")),
-        "freq_dim": _last(shape("condition_embedder.time_embedder.linear_1.weight")),
+        "text_dim": shape("condition_embedder.text_embedder.linear_1.weight")[-1],
+        "freq_dim": shape("condition_embedder.time_embedder.linear_1.weight")[-1],
         "ffn_dim": shape("blocks.0.ffn.net.0.proj.weight")[0],
         "num_layers": max(blocks) + 1,
         "cross_attn_norm": "blocks.0.norm2.weight" in names,
@@ -215,10 +214,6 @@ def infer_config(tensors: TensorSource, where: str, heads: int | None = None) ->
     return config | _image_config(names, shape, channels)
 
 
-def _last(shape: tuple[int, ...]) -> int:
-    return shape[-1] if shape else 0
-
-
 _ESSENTIAL = (
     "patch_embedding.weight",
     "proj_out.weight",
@@ -228,20 +223,25 @@ _ESSENTIAL = (
 )
 
 
-def _check_essential(names: set[str], where: str) -> None:
-    """Raises EngineError where a tensor is missing whose shape says the configuration."""
+def _check_essential(tensors: TensorSource, where: str) -> None:
+    """Raises EngineError where a tensor is missing, or is no matrix, whose shape says the configuration."""
+    names = set(tensors.keys())
     lost = [name for name in _ESSENTIAL if name not in names]
     if lost:
         raise EngineError(f"{where}: the checkpoint lacks {listed(lost)}; get the whole checkpoint again")
+    flat = [name for name in _ESSENTIAL if len(tensors.spec(name)[0]) < 2 or 0 in tensors.spec(name)[0]]
+    if flat:
+        said = listed(f"{name} {list(tensors.spec(name)[0])}" for name in flat)
+        raise EngineError(f"{where}: {said} is no weight of a linear or convolution; get the whole checkpoint again")
 
 
 def _image_config(names: set[str], shape: Any, channels: int) -> dict[str, Any]:
     image = "condition_embedder.image_embedder"
     more: dict[str, Any] = {}
     if f"{image}.norm1.weight" in names:
-        more["image_dim"] = shape(f"{image}.norm1.weight")[0]
+        more["image_dim"] = math.prod(shape(f"{image}.norm1.weight"))
     if "blocks.0.attn2.add_k_proj.weight" in names:
         more["added_kv_proj_dim"] = channels
     if f"{image}.pos_embed" in names:
-        more["pos_embed_seq_len"] = shape(f"{image}.pos_embed")[1]
+        more["pos_embed_seq_len"] = math.prod(shape(f"{image}.pos_embed")[:-1])
     return more

@@ -59,13 +59,13 @@ def open_checkpoint(path: Path, dtype: torch.dtype) -> Checkpoint:
     where = str(path)
     if not path.is_dir():
         tensors = CheckpointTensors(checkpoint_file(path), where)
-        return Checkpoint(tensors, infer_config(tensors, where), where, None, tensors.notes)
+        return Checkpoint(tensors, _check(path, infer_config(tensors, where)), where, None, tensors.notes)
     config = read_config(path) if (path / "config.json").exists() else {}
     tensors = CheckpointTensors(folder_weights(path, dtype), where)
     layers = config.get("num_layers")
     if len(config) < len(TRANSFORMER_FIELDS):  # of Wan's own layout, or none
         config = {**infer_config(tensors, where, config.get("num_attention_heads")), **config}
-    return Checkpoint(tensors, config, where, layers, tensors.notes)
+    return Checkpoint(tensors, _check(path, config), where, layers, tensors.notes)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -121,6 +121,7 @@ def _from_original(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration, with a tuple as patch_size. Raises EngineError for one that cannot be."""
     wrong = wrong_field({**DEFAULTS, **config})
     if wrong is not None:
         raise EngineError(f"{path}: {wrong}")

@@ -243,17 +243,21 @@ class ScaledTensors:
             raise EngineError(f"{self._where}: the scale {scale} is no finite number; download the checkpoint again")
         return values
 
-    def parts(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(data, scale) of a weight (N, K) that has a kernel's format, as the kernel reads them: the stored bits, and
-        float32 (N, 1), of int8_block (ceil(N/128), ceil(K/128)).
+    def data(self, name: str) -> torch.Tensor:
+        """The stored bits of a weight (N, K)."""
+        return self._raw.get(self._keys[name])
+
+    def scale(self, name: str) -> torch.Tensor:
+        """The scale of a weight (N, K) that has a kernel's format, as the kernel reads it: float32 (N, 1), of int8_block
+        (ceil(N/128), ceil(K/128)).
         """
-        data = self._raw.get(self._keys[name])
+        shape = self._raw.spec(self._keys[name])[0]
         if name not in self._scales:
-            return data, torch.ones(data.shape[0], 1)
+            return torch.ones(shape[0], 1)
         scale = self._scale(name)
         if self.stored[name].format == "int8_block":
-            return data, scale.reshape([-(-size // BLOCK) for size in data.shape])
-        return data, scale.reshape(-1, 1).expand(data.shape[0], 1).contiguous()
+            return scale.reshape([-(-size // BLOCK) for size in shape])
+        return scale.reshape(-1, 1).expand(shape[0], 1).contiguous()
 
 
 def _path(name: str) -> str:
