@@ -45,6 +45,30 @@ def quantized(state: State, dtype: torch.dtype, scale_name: str, by_row: bool = 
     return file, meant
 
 
+def in_tiles(state: State, dtype: torch.dtype, scale_name: str, limit: float) -> tuple[State, State]:
+    """(what the file holds, what it stands for), with a scale amax / limit a tile of 128 x 128."""
+    file, meant = dict(state), dict(state)
+    for name, weight in state.items():
+        if is_linear(name, weight):
+            rows, columns = (size // 128 for size in weight.shape)
+            tiles = weight.reshape(rows, 128, columns, 128)
+            scale = tiles.abs().amax((1, 3)) / limit
+            wide = tiles / scale[:, None, :, None]
+            data = (wide.round().clamp(-128, 127) if dtype == torch.int8 else wide.clamp(-limit, limit)).to(dtype)
+            file[name], file[name.removesuffix("weight") + scale_name] = data.reshape(weight.shape), scale
+            meant[name] = (data.float() * scale[:, None, :, None]).reshape(weight.shape)
+    return file, meant
+
+
+def tiled(dtype: torch.dtype) -> Callable[[Path, State], tuple[Path, State]]:
+    def write(folder: Path, state: State) -> tuple[Path, State]:
+        file, meant = in_tiles(state, dtype, "weight_scale_inv", LIMITS[dtype])
+        save_file(file, folder / "tiles.safetensors")
+        return folder / "tiles.safetensors", meant
+
+    return write
+
+
 def prefixed(state: State, prefix: str) -> State:
     return {prefix + name: tensor for name, tensor in state.items()}
 
@@ -118,20 +142,11 @@ def turbodiffusion(folder: Path, state: State) -> tuple[Path, State]:
 
 
 def turbodiffusion_quant(folder: Path, state: State) -> tuple[Path, State]:
-    """Tiles of 128 x 128, the scale amax / 128."""
     state = with_projections(state)
-    file, meant = flat_patch(state), dict(state)
-    for name, weight in state.items():
-        if is_linear(name, weight):
-            rows, columns = (size // 128 for size in weight.shape)
-            tiles = weight.reshape(rows, 128, columns, 128)
-            scale = tiles.abs().amax((1, 3)) / 128
-            data = (tiles / scale[:, None, :, None]).round().clamp(-128, 127)
-            path = name.removesuffix(".weight")
-            del file[name]
-            file[f"{path}.int8_weight"] = data.reshape(weight.shape).to(torch.int8)
-            file[f"{path}.scale"] = scale
-            meant[name] = (data * scale[:, None, :, None]).reshape(weight.shape)
+    file, meant = in_tiles(flat_patch(state), torch.int8, "scale", 128.0)
+    chosen = {n for n, w in state.items() if is_linear(n, w)}
+    file = {n.removesuffix("weight") + "int8_weight" if n in chosen else n: w for n, w in file.items()}
+    meant["patch_embedding.weight"] = state["patch_embedding.weight"]
     torch.save(prefixed(file, "net."), folder / "turbo-quant.pth")
     return folder / "turbo-quant.pth", meant
 
@@ -329,6 +344,8 @@ WRITERS: dict[str, Callable[[Path, State], tuple[Path, State]]] = {
     "ComfyUI int8 by rows": comfy_int8_rows,
     "plain e4m3": plain(E4M3),
     "plain e5m2": plain(E5M2),
+    "e4m3 by tiles": tiled(E4M3),
+    "int8 by tiles": tiled(torch.int8),
     "ModelOpt config.json": modelopt("config.json"),
     "ModelOpt hf_quant_config.json": modelopt("hf_quant_config.json"),
     "FastVideo VSA": fastvideo,

@@ -15,6 +15,7 @@ from wan_files import E4M3, WRITERS, in_8_bits, is_linear
 from turbocompile.build.from_recipe import optimize_recipe
 from turbocompile.recipe.schema import Recipe
 from turbocompile.runtime.engine import load
+from turbocompile.tools.verify_folder import verify_folder
 from turbocompile.wan.convert import convert
 from turbocompile.wan.keys import diffusers_name
 from turbocompile.wan.source import open_source
@@ -101,6 +102,7 @@ AS_STORED = {
     "ComfyUI int8": ("int8", 0.03),
     "ComfyUI int8 by rows": ("int8", 0.03),
     "TurboDiffusion quant": ("int8_block", 0.03),
+    "int8 by tiles": ("int8_block", 0.03),
 }
 
 
@@ -125,6 +127,26 @@ def test_an_engine_holds_the_bits_of_8_bit_weights_as_the_checkpoint_stores_them
             assert torch.equal(data.float() * spread, meant[theirs])
     out = engine(**call, return_dict=False)[0]
     assert (out - original_wan(meant, **call)).abs().sum() / out.abs().sum() < error
+
+
+def test_the_two_experts_folders_of_wans_own_layout_are_a_pair(tmp_path):
+    for seed, name in enumerate(("high_noise_model", "low_noise_model"), 1):
+        (tmp_path / "m" / name).mkdir(parents=True)
+        WRITERS["original folder"](tmp_path / "m" / name, random_state(seed))
+    source = open_source(recipe(tmp_path / "m"))
+    assert list(source.transformers) == ["transformer", "transformer_2"]
+    assert source.boundary_ratio == 0.875
+    for seed, transformer in enumerate(source.transformers.values(), 1):
+        assert torch.equal(transformer.tensors.get("proj_out.weight"), random_state(seed)["head.head.weight"])
+
+
+def test_a_plan_without_weights_and_a_numeric_check_know_stored_weights(state, tmp_path):
+    path, _ = WRITERS["ComfyUI fp8_scaled"](tmp_path, state)
+    asked = recipe(path, passes={"w8a8": "fp8"}, verify="numeric")
+    planned = optimize_recipe(asked, None, dry_run=True)
+    built = optimize_recipe(asked, tmp_path / "engine")
+    assert planned.passes["w8a8"].rewritten == built.passes["w8a8"].rewritten == 20
+    assert verify_folder(tmp_path / "engine", numeric=True).errors["transformer"].rel_l1 < 0.05
 
 
 @pytest.mark.parametrize(

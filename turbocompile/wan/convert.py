@@ -139,7 +139,7 @@ class _Writer:
         if len(shards) == 1:
             save_file(self._values(shards[0], wanted), self.folder / SINGLE, FORMAT)
             return
-        places = {}
+        places: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
             file = f"{STEM}-{number:05}-of-{len(shards):05}.safetensors"
             save_file(self._values(names, wanted), self.folder / file, FORMAT)

@@ -248,8 +248,8 @@ class ScaledTensors:
         return self._raw.get(self._keys[name])
 
     def scale(self, name: str) -> torch.Tensor:
-        """The scale of a weight (N, K) that has a kernel's format, as the kernel reads it: float32 (N, 1), of int8_block
-        (ceil(N/128), ceil(K/128)).
+        """The scale of a weight (N, K) that has a kernel's format, as the kernel reads it, in float32: (N, 1), or of
+        int8_block (ceil(N/128), ceil(K/128)).
         """
         shape = self._raw.spec(self._keys[name])[0]
         if name not in self._scales:
