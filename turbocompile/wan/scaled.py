@@ -9,7 +9,8 @@ weight without a scale is a plain cast. What the checkpoint says of activations 
 engine takes the scale of activations from themselves.
 
 ComfyUI says beside each weight (`comfy_quant`), in the header of the file (`_quantization_metadata`), or by an empty
-tensor (`scaled_fp8`) that weights are scaled; where one of these says so, a weight without a scale is refused.
+tensor (`scaled_fp8`) that weights are scaled; where one of these says so, a weight without a scale is refused. Bytes
+(uint8) that are described as float8 are float8.
 
 A weight whose numbers a kernel reads as they are stored has that kernel's format (`Stored.format`):
 
@@ -40,6 +41,16 @@ WEIGHT_SCALES = ("weight_scale", "scale_weight", "scale", "weight_scale_inv", "w
 ACTIVATION_SCALES = ("input_scale", "scale_input", "input_quantizer._amax", "weight_quantizer._amax")
 MARKER = "scaled_fp8"  # ComfyUI's files have this empty tensor, whose dtype is the weights' (float32: e4m3)
 DESCRIPTION = "comfy_quant"  # ComfyUI's later files: JSON as bytes, beside each weight
+FORMATS = {  # descriptions of weights whose scales say all: the dtype that is stored
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e4m3fn_rowwise": torch.float8_e4m3fn,
+    "float8_e4m3fn_blockwise": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+    "int8_tensorwise": torch.int8,
+    "int8_blockwise": torch.int8,
+}
+# What a description says besides: how to multiply, what the scale's shape shows, what the weight was before.
+SAID_BESIDES = ("full_precision_matrix_mult", "group_size", "block_size", "orig_dtype", "orig_shape")
 METADATA = "_quantization_metadata"  # the same for all weights, as JSON in the header of the file
 BLOCK = 128  # of scales by blocks that do not divide the weight
 
@@ -64,8 +75,9 @@ class ScaledTensors:
         self._raw, self._where = raw, where
         names = set(raw.keys())
         self._keys = self._weights(names)
-        self._scales = self._find(names)
+        self._bytes: dict[str, torch.dtype] = {}  # weights whose bytes are of another dtype than the file says
         described, comments = self._described(names)
+        self._scales = self._find(names)
         # a plain float8 weight, which has no scale, may say of its input what nobody uses
         paths = {_path(name) for name in self._keys if name in self._scales or self._dtype(name) in FLOAT8}
         unused = {f"{path}.{leaf}" for path in paths for leaf in ACTIVATION_SCALES} & names
@@ -95,7 +107,7 @@ class ScaledTensors:
         return found
 
     def _dtype(self, name: str) -> torch.dtype:
-        return self._raw.spec(self._keys[name])[1]
+        return self._bytes.get(name) or self._raw.spec(self._keys[name])[1]
 
     def _find(self, names: set[str]) -> dict[str, str]:
         """The scale of each 8-bit weight, by the weight's name."""
@@ -136,9 +148,11 @@ class ScaledTensors:
             held = {path: self._held(path) for path, _ in layers if not PARTS.match(path)}
             said = {**{held[p]: (f"{METADATA} of {p}", layer) for p, layer in layers if p in held}, **said}
         for path, (name, value) in said.items():
-            self._check_description(name, value)
+            dtype = self._described_dtype(name, value)
             if f"{path}.weight" not in self._keys:
                 raise EngineError(f"{self._where}: {name} describes {path}.weight, which the file does not hold")
+            if self._dtype(f"{path}.weight") == torch.uint8 and dtype in FLOAT8:
+                self._bytes[f"{path}.weight"] = dtype
         return {f"{path}.weight" for path in said}, comments
 
     def _held(self, path: str) -> str:
@@ -146,21 +160,22 @@ class ScaledTensors:
         prefixes = ("", WHOLE_FILE, WHOLE_FILE.removeprefix("model."))
         return next((p + path for p in prefixes if f"{p}{path}.weight" in self._keys), path)
 
-    def _check_description(self, name: str, value: Any) -> None:
+    def _described_dtype(self, name: str, value: Any) -> torch.dtype:
+        """The dtype of a described weight. Raises EngineError or UnsupportedError."""
         try:
             text = bytes(value.flatten().tolist()) if isinstance(value, torch.Tensor) else json.dumps(value)
             values = json.loads(text)
             kind = values.pop("format")
-            values.pop("full_precision_matrix_mult", None)  # how to multiply, not what the weight is
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise EngineError(f"{self._where}: {name} describes no weight ({e!r}); download it again") from e
-        extra = [key for key, said in values.items() if said not in (None, False)]
-        if extra or kind not in ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise"):
+        extra = [key for key, said in values.items() if key not in SAID_BESIDES and said not in (None, False)]
+        if extra or kind not in FORMATS:
             raise UnsupportedError(
                 f"{self._where}: {name} says that the weight is stored as {kind}"
                 f"{' with ' + ', '.join(extra) if extra else ''}, which turbocompile does not read; "
                 "give the checkpoint that was not quantized"
             )
+        return FORMATS[kind]
 
     def _check_said(self, described: set[str], markers: set[str]) -> None:
         """Raises EngineError where the file says that its 8-bit weights are scaled, and the scales are missing."""
@@ -196,7 +211,7 @@ class ScaledTensors:
 
     def _stored(self, name: str) -> Stored | None:
         """How a weight is stored; None for one in floating point of 16 bits or more."""
-        shape, dtype = self._raw.spec(self._keys[name])
+        shape, dtype = self._raw.spec(self._keys[name])[0], self._dtype(name)
         given = getattr(self._raw, "stored", {}).get(self._keys[name])
         if given is not None or dtype not in EIGHT_BIT:
             return given
@@ -228,12 +243,11 @@ class ScaledTensors:
         return self._keys.keys()
 
     def spec(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        shape, dtype = self._raw.spec(self._keys[name])
-        return shape, torch.float32 if name in self._scales else dtype
+        shape = self._raw.spec(self._keys[name])[0]
+        return shape, torch.float32 if name in self._scales else self._dtype(name)
 
     def get(self, name: str) -> torch.Tensor:
-        stored = self._raw.get(self._keys[name])
-        scale = self._scales.get(name)
+        stored, scale = self.data(name), self._scales.get(name)
         return stored if scale is None else dequantized(stored, self._scale(name), self._where, scale)
 
     def _scale(self, name: str) -> torch.Tensor:
@@ -244,8 +258,9 @@ class ScaledTensors:
         return values
 
     def data(self, name: str) -> torch.Tensor:
-        """The stored bits of a weight (N, K)."""
-        return self._raw.get(self._keys[name])
+        """A tensor as it is stored, without its scale."""
+        stored = self._raw.get(self._keys[name])
+        return stored.view(self._bytes[name]) if name in self._bytes else stored
 
     def scale(self, name: str) -> torch.Tensor:
         """The scale of a weight (N, K) that has a kernel's format, as the kernel reads it, in float32: (N, 1), or of
