@@ -24,7 +24,10 @@ from turbocompile.kernels.quantize.quantize import BLOCK, FORMATS, blocks, sprea
 
 # |a b| <= 2^14 for int8: sums of 1,024 products fit the 24 bits of a float32, so a float32 matmul that deep is exact.
 EXACT_DEPTH = 1024
-ROWS = 1024  # of data at a time, to bound the reference's memory; a multiple of BLOCK
+# Of data, and of weight, at a time: multiples of BLOCK. They bound the reference's memory, and a cast of few rows stays
+# in the cache of a CPU until the product reads it.
+ROWS = 1024
+COLUMNS = 1024
 
 
 def reference(
@@ -41,18 +44,20 @@ def reference(
     compute = compute_dtype(dtype)
     tiled = format == "int8_block"
     rows, scales = data.reshape(-1, data.shape[-1]), scale if tiled else scale.reshape(-1, 1)
-    values = weight.to(torch.float32 if weight.dtype == torch.int8 else compute)
     y = torch.empty(rows.shape[0], weight.shape[0], dtype=dtype, device=data.device)
-    for start in range(0, rows.shape[0], ROWS):
-        part = rows[start : start + ROWS].to(values.dtype)
-        if tiled:
-            total = _tiled(part, scales[start // BLOCK :], values, weight_scale, compute).to(dtype)
-            total = total if bias is None else total + bias.to(dtype)
-        else:
-            total = _product(part, values, exact=format == "int8").to(compute)
-            total = total * scales[start : start + ROWS].to(compute) * weight_scale.T.to(compute)
-            total = total if bias is None else total + bias.to(compute)
-        y[start : start + ROWS] = total.to(dtype)
+    for n in range(0, weight.shape[0], COLUMNS):
+        columns = slice(n, n + COLUMNS)
+        values = weight[columns].to(torch.float32 if weight.dtype == torch.int8 else compute)  # (COLUMNS, K)
+        value_scale = weight_scale[n // BLOCK :] if tiled else weight_scale[columns]
+        added = None if bias is None else bias[columns].to(dtype if tiled else compute)
+        for m in range(0, rows.shape[0], ROWS):
+            part = rows[m : m + ROWS].to(values.dtype)  # (ROWS, K)
+            if tiled:
+                total = _tiled(part, scales[m // BLOCK :], values, value_scale, compute).to(dtype)
+            else:
+                total = _product(part, values, exact=format == "int8").to(compute)
+                total = total * scales[m : m + ROWS].to(compute) * value_scale.T.to(compute)
+            y[m : m + ROWS, columns] = total if added is None else total + added
     return y.reshape(*data.shape[:-1], weight.shape[0])
 
 
