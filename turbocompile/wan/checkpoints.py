@@ -33,6 +33,7 @@ from turbocompile.wan.keys import (
     listed,
     strip_prefix,
 )
+from turbocompile.wan.keys import WRAPPERS as WRAPPERS
 from turbocompile.wan.leftovers import IRRELEVANT, is_lora, refusal
 from turbocompile.wan.scaled import ScaledTensors, Stored
 
