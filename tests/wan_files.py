@@ -120,6 +120,19 @@ def pth_shards(folder: Path, state: State) -> tuple[Path, State]:
     return folder, state
 
 
+def safetensors_shards(folder: Path, state: State) -> tuple[Path, State]:
+    """Shards of another name without an index, and no configuration."""
+    for i in range(2):
+        save_file(dict(list(state.items())[i::2]), folder / f"wan-0000{i + 1}-of-00002.safetensors")
+    return folder, state
+
+
+def one_file_in_a_folder(folder: Path, state: State) -> tuple[Path, State]:
+    save_file(prefixed(state, COMFY), folder / "wan2.1_t2v_bf16.safetensors")
+    save_file({"decoder.conv.weight": torch.ones(2, 2)}, folder / "wan_2.1_vae.safetensors")
+    return folder, state
+
+
 def rcm(folder: Path, state: State) -> tuple[Path, State]:
     torch.save(prefixed(flat_patch(state), "net."), folder / "rcm.pth")
     return folder / "rcm.pth", state
@@ -194,9 +207,11 @@ def comfy_int8_rows(folder: Path, state: State) -> tuple[Path, State]:
     return comfy_int8(folder, state, by_row=True)
 
 
-def plain(dtype: torch.dtype) -> Callable[[Path, State], tuple[Path, State]]:
+def plain(dtype: torch.dtype, everything: bool = False) -> Callable[[Path, State], tuple[Path, State]]:
+    """A cast without scales, of the blocks' linears, or of norms, biases and embeddings, too."""
+
     def write(folder: Path, state: State) -> tuple[Path, State]:
-        file = {n: w.to(dtype) if is_linear(n, w) else w for n, w in state.items()}
+        file = {n: w.to(dtype) if everything or is_linear(n, w) else w for n, w in state.items()}
         save_file(file, folder / "plain.safetensors")
         return folder / "plain.safetensors", {n: w.float() for n, w in file.items()}
 
@@ -289,9 +304,10 @@ def k_quant(shape: tuple[int, ...], kind: str, seed: int) -> tuple[torch.Tensor,
     return data, torch.from_numpy(gguf.quants.dequantize(data, type_)).reshape(shape)
 
 
-def gguf(kind: str, fold: bool = False, wide: str = "F16") -> Callable[[Path, State], tuple[Path, State]]:
+def gguf(kind: str, fold: str = "", wide: str = "F16") -> Callable[[Path, State], tuple[Path, State]]:
     """As ComfyUI-GGUF's converter writes: original names, linears of the blocks in `kind`, what does not divide into
-    blocks in `wide`, vectors in F32. fold: the patch embedding is folded to rows of 256, its shape in the metadata.
+    blocks in `wide`, vectors in F32. fold: "rows": the patch embedding is folded to rows of 256, its shape in the
+    metadata; "axes": it has the four axes that other writers allow.
     """
 
     def write(folder: Path, state: State) -> tuple[Path, State]:
@@ -303,7 +319,9 @@ def gguf(kind: str, fold: bool = False, wide: str = "F16") -> Callable[[Path, St
             chosen = kind if is_linear(name, weight) else wide if weight.dim() > 1 else "F32"
             type_ = package.GGMLQuantizationType[chosen]
             values = weight.numpy()
-            if fold and name == "patch_embedding.weight":
+            if fold == "axes" and name == "patch_embedding.weight":
+                values = values[:, :, 0]
+            elif fold == "rows" and name == "patch_embedding.weight":
                 writer.add_array(f"comfy.gguf.orig_shape.{name}", [int(size) for size in values.shape])
                 values = values.reshape(-1, 256)
             if chosen.endswith("_K"):
@@ -323,8 +341,8 @@ def gguf(kind: str, fold: bool = False, wide: str = "F16") -> Callable[[Path, St
 
 GGUF = {
     "Q8_0": gguf("Q8_0"), "Q6_K": gguf("Q6_K"), "Q5_K": gguf("Q5_K"), "Q5_0": gguf("Q5_0"), "Q5_1": gguf("Q5_1"),
-    "Q4_K": gguf("Q4_K", fold=True), "Q4_0": gguf("Q4_0"), "Q4_1": gguf("Q4_1"), "BF16": gguf("BF16", wide="BF16"),
-    "F16": gguf("F16"), "F32": gguf("F32", wide="F32"),
+    "Q4_K": gguf("Q4_K", fold="rows"), "Q4_0": gguf("Q4_0", fold="axes"), "Q4_1": gguf("Q4_1"),
+    "BF16": gguf("BF16", wide="BF16"), "F16": gguf("F16"), "F32": gguf("F32", wide="F32"),
 }  # fmt: skip
 
 WRITERS: dict[str, Callable[[Path, State], tuple[Path, State]]] = {
@@ -332,6 +350,8 @@ WRITERS: dict[str, Callable[[Path, State], tuple[Path, State]]] = {
     "original folder": original_folder,
     ".pth shards": pth_shards,
     "hub cache": hub_cache,
+    "shards without an index": safetensors_shards,
+    "one file in a folder": one_file_in_a_folder,
     "diffusers folder": diffusers_folder,
     "rCM": rcm,
     "TurboDiffusion": turbodiffusion,
@@ -344,6 +364,7 @@ WRITERS: dict[str, Callable[[Path, State], tuple[Path, State]]] = {
     "ComfyUI int8 by rows": comfy_int8_rows,
     "plain e4m3": plain(E4M3),
     "plain e5m2": plain(E5M2),
+    "all in e4m3": plain(E4M3, everything=True),
     "e4m3 by tiles": tiled(E4M3),
     "int8 by tiles": tiled(torch.int8),
     "ModelOpt config.json": modelopt("config.json"),

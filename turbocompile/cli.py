@@ -139,9 +139,9 @@ def optimize(recipe: Path, out: Path | None, overrides: tuple[str, ...], dry_run
 @click.option("--force", is_flag=True, help="Replace a folder that a conversion wrote.")
 @_json
 def convert(source: Path, out: Path, dtype: str | None, force: bool, as_json: bool) -> None:
-    """Write the Wan transformer in SRC, a file or folder of any format, as a folder for diffusers.
+    """Write SRC, a Wan transformer in any format, as a folder for diffusers.
 
-    Quantized weights are dequantized. Two experts are two files, and each is converted by itself.
+    SRC is a file or folder. Quantized weights are dequantized. Of two experts each is converted by itself.
     """
     _quiet()
     from turbocompile.wan.convert import convert as convert_checkpoint

@@ -120,6 +120,7 @@ def test_progress_goes_from_nothing_to_all(checkpoint, tmp_path):
 def test_a_pipelines_folder_is_told_to_name_one_transformer(example, tmp_path):
     with pytest.raises(UnsupportedError, match=r"has the transformers transformer, transformer_2, .* name .*/transf"):
         convert(example("i2v-experts"), tmp_path / "out")
+    assert convert(example("t2v"), tmp_path / "alone").tensors > 40
     made = convert(example("i2v-experts") / "transformer_2", tmp_path / "out")  # heads of 64, as its config.json says
     assert json.loads((made.folder / "config.json").read_text())["attention_head_dim"] == 64
 

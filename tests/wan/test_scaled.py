@@ -74,7 +74,9 @@ def write(folder, example, file, shards=1):
     return folder
 
 
-@pytest.mark.parametrize("name", ["weight_scale", "scale_weight", "scale", "weight_scale_inv"])
+@pytest.mark.parametrize(
+    "name", ["weight_scale", "scale_weight", "scale", "weight_scale_inv", "weight_quantizer._scale"]
+)
 @pytest.mark.parametrize("kind", ["tensor", "row", "column", "block"])
 @pytest.mark.parametrize("dtype", LIMITS, ids=["e4m3", "e5m2", "int8"])
 def test_a_weight_is_what_it_stands_for_under_every_name_and_grid(name, kind, dtype):

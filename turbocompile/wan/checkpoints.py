@@ -1,8 +1,9 @@
 """A Wan transformer's checkpoint under diffusers' names, whatever layout and whatever number format it is stored in.
 
 Layouts: Wan's own has a Conv3d weight of 5 dimensions as `patch_embedding.weight`; rCM and TurboDiffusion have the
-equal Linear weight of 2; `condition_embedder.` marks a checkpoint that has diffusers' names already. ComfyUI's and GGUF
-files have Wan's own names behind a prefix, or without one (keys.py). Number formats: scaled.py, and gguf_file.py.
+equal Linear weight of 2, some GGUF files fold it to 4; `condition_embedder.` marks a checkpoint that has diffusers'
+names already. ComfyUI's and GGUF files have Wan's own names behind a prefix, or without one (keys.py). Number formats:
+scaled.py, and gguf_file.py.
 
 `CheckpointTensors` gives every parameter of diffusers' WanTransformer3DModel, without copying: names are mapped, the
 patch weight is reshaped, quantized weights are dequantized as they are read. The weight `a.weight` of a linear whose
@@ -72,8 +73,8 @@ class CheckpointTensors:
             if name in self.aside:
                 continue
             shape, dtype = scaled.spec(key)
-            if name == "patch_embedding.weight" and len(shape) == 2:
-                shape = (shape[0], shape[1] // math.prod(PATCH), *PATCH)
+            if name == "patch_embedding.weight":
+                shape = self._patch(shape, names.get("patch_embedding.bias"))
             self._entries[name] = _Entry(key, shape, dtype)
         self._parts: dict[str, _Entry] = {}
         self.stored: Mapping[str, Stored] = {
@@ -82,6 +83,17 @@ class CheckpointTensors:
             if entry.key in scaled.stored
         }
         self.notes = (*scaled.notes, *chosen.notes(where), *self._notes(where))
+
+    def _patch(self, shape: tuple[int, ...], bias: str | None) -> tuple[int, ...]:
+        """The shape of the patch embedding as a convolution over videos. bias: the checkpoint's name of its bias.
+
+        It may be a linear over flattened patches (rCM), or have no more than four axes (GGUF).
+        """
+        channels = math.prod(self._raw.spec(bias)[0]) if bias is not None else shape[0] if shape else 0
+        size = channels * math.prod(PATCH)
+        if len(shape) in (2, 3, 4) and size and math.prod(shape) % size == 0:
+            return (channels, math.prod(shape) // size, *PATCH)
+        return shape
 
     @staticmethod
     def _rename(keys: list[str], where: str) -> dict[str, str]:

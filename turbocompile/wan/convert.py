@@ -106,7 +106,9 @@ def _open(source: Path) -> Checkpoint:
     if source.is_dir():
         source = snapshot(source)
         parts = [name for name in ("transformer", "transformer_2", *EXPERTS) if (source / name).is_dir()]
-        if parts and not (source / "config.json").exists():
+        if len(parts) == 1 and not (source / "config.json").exists():
+            source = source / parts[0]
+        elif parts and not (source / "config.json").exists():
             raise UnsupportedError(
                 f"{source}: this folder has the transformers {', '.join(parts)}, and one is converted at a time; name "
                 f"{source / parts[0]}"

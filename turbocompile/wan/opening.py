@@ -158,16 +158,21 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def folder_weights(folder: Path, dtype: torch.dtype) -> TensorSource:
-    """The weights of a transformer in a folder: safetensors, else GGUF, else .pth. Raises EngineError."""
-    found = [] if any(folder.glob(f"{STEM}*.safetensors*")) else _candidates(folder)
+    """The weights of a transformer in a folder: safetensors, else GGUF, else .pth. Raises EngineError.
+
+    Of safetensors the names with an index or of diffusers come first, then shards and a single file of any name.
+    """
+    beside = [folder / name for name in (PROJECTIONS_FILE, GATES_FILE) if (folder / name).is_file()]
+    for stem in (STEM, "model"):
+        if any(folder.glob(f"{stem}.*safetensors*")):
+            return SafetensorsFiles([*weight_files(folder, stem, dtype=dtype).files, *beside])
+    found = _candidates(folder)
     if not found:
-        files = weight_files(folder, dtype=dtype).files  # or raises, and says what is there
-        beside = [folder / name for name in (PROJECTIONS_FILE, GATES_FILE) if (folder / name).is_file()]
-        return SafetensorsFiles([*files, *beside])
+        weight_files(folder)  # raises, and says what is there
     if len(found) > 1:
         names = listed(paths[0].name for paths in found)
         raise EngineError(f"{folder}: holds several checkpoints ({names}); give the file of one")
-    return checkpoint_files(found[0])
+    return checkpoint_files([*found[0], *beside] if found[0][0].suffix == ".safetensors" else found[0])
 
 
 def _candidates(folder: Path) -> list[list[Path]]:
@@ -175,8 +180,9 @@ def _candidates(folder: Path) -> list[list[Path]]:
 
     Raises EngineError where shards are missing.
     """
-    for suffixes in ((".gguf",), PICKLES):
-        paths = sorted(p for p in folder.iterdir() if p.suffix in suffixes and not _OTHER_PARTS.search(p.name))
+    for suffixes in ((".safetensors",), (".gguf",), PICKLES):
+        files = (p for p in folder.iterdir() if p.suffix in suffixes and p.name not in (PROJECTIONS_FILE, GATES_FILE))
+        paths = sorted(p for p in files if not _OTHER_PARTS.search(p.name))
         groups: dict[str, list[Path]] = {}
         for path in paths:
             shard = _SHARD.fullmatch(path.name)
