@@ -142,6 +142,8 @@ class CheckpointTensors:
         return self._entries.keys()
 
     def spec(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        if name in self.aside:
+            return self._raw.spec(self.aside[name])
         entry = self._parts.get(name) or self._entries[name]
         return entry.shape, entry.dtype
 

@@ -1,7 +1,7 @@
 """A transformer's checkpoint of any format as a folder that diffusers' `WanTransformer3DModel.from_pretrained` opens.
 
 Quantized weights are dequantized. Parameters go into shards under diffusers' names; what diffusers' class has no place
-for lies in files of its own beside them: SLA's projections and VSA's gates. One shard is in memory at a time.
+for lies in files of its own beside them: SLA's projections and VSA's gates. One tensor is in memory at a time.
 """
 
 from __future__ import annotations
@@ -10,27 +10,32 @@ import json
 import math
 import os
 import shutil
+import struct
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.files import check_folder
+from turbocompile.wan.checkpoints import CheckpointTensors
 from turbocompile.wan.keys import PROJECTIONS
 from turbocompile.wan.opening import EXPERTS, GATES_FILE, PROJECTIONS_FILE, Checkpoint, open_checkpoint, snapshot
-from turbocompile.wan.tensors import INDEX, SINGLE, STEM
+from turbocompile.wan.tensors import DTYPES as DTYPES_BY_NAME
+from turbocompile.wan.tensors import INDEX, SINGLE, STEM, Spec
 from turbocompile.wan.transformer import TransformerSource
 
 SHARD = 5_000_000_000  # bytes; diffusers writes 10 GB by default, the hub's uploads like less
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BESIDE = {PROJECTIONS_FILE: "the projections of SLA", GATES_FILE: "the gates of VSA"}
+ALIGNMENT = 64  # bytes: products of mapped weights take the same code paths as those of weights in memory
 Progress = Callable[[str, float], None]
+Specs = Mapping[str, Spec]
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES_BY_NAME.items()}
 
 
 @dataclass(frozen=True)
@@ -75,27 +80,30 @@ def convert(
     transformer = TransformerSource("transformer", opened.config, opened.tensors, chosen, where=opened.where)
     model = transformer.build()  # raises where the tensors do not fit
     wanted = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
-    projections = [name for name in opened.tensors.keys() if PROJECTIONS.fullmatch(name)]  # noqa: SIM118
-    beside = {PROJECTIONS_FILE: projections, GATES_FILE: list(opened.tensors.aside)}
-    total = sum(_bytes(spec) for spec in wanted.values())
+    tensors = opened.tensors
+    projections = [name for name in tensors.keys() if PROJECTIONS.fullmatch(name)]  # noqa: SIM118
+    beside = {
+        file: {name: (tensors.spec(name)[0], chosen) for name in names}
+        for file, names in ((PROJECTIONS_FILE, projections), (GATES_FILE, tensors.aside))
+        if names
+    }
+    total = sum(_bytes(spec) for specs in (wanted, *beside.values()) for spec in specs.values())
     _check_space(out, total)
     with _replacing(out, force) as folder:
         model.save_config(folder)  # type: ignore[operator]
-        writer = _Writer(opened, folder, total, progress)
+        writer = _Writer(tensors, folder, total, progress)
+        if progress is not None:
+            progress("convert", 0.0)
         writer.write_shards(wanted, shard)
-        for name, names in beside.items():
-            if names:
-                save_file({n: opened.tensors.get(n).to(chosen).contiguous() for n in names}, folder / name, FORMAT)
+        for name, specs in beside.items():
+            writer.write(name, specs)
         size = sum(path.stat().st_size for path in folder.iterdir())
-    held = {name: what for name, what in BESIDE.items() if beside[name]}
+    held = {name: what for name, what in BESIDE.items() if name in beside}
     words = str(chosen).removeprefix("torch.")
-    return Converted(out, words, len(wanted), size, len(opened.tensors.stored), held, opened.notes)
+    return Converted(out, words, len(wanted), size, len(tensors.stored), held, opened.notes)
 
 
-FORMAT = {"format": "pt"}
-
-
-def _bytes(spec: tuple[tuple[int, ...], torch.dtype]) -> int:
+def _bytes(spec: Spec) -> int:
     return math.prod(spec[0]) * spec[1].itemsize
 
 
@@ -126,45 +134,57 @@ def _own_dtype(opened: Checkpoint) -> torch.dtype:
 
 @dataclass
 class _Writer:
-    """Writes the parameters of a checkpoint into shards. total: bytes of all."""
+    """Writes tensors of a checkpoint into safetensors files, one tensor in memory at a time. total: bytes of all."""
 
-    opened: Checkpoint
+    tensors: CheckpointTensors
     folder: Path
     total: int
     progress: Progress | None
     done: int = 0
 
-    def write_shards(self, wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]], size: int) -> None:
+    def write_shards(self, wanted: Specs, size: int) -> None:
         """One file, or shards of at most `size` bytes and their index."""
         shards = list(_shards(wanted, size))
-        self._tell(0.0)
         if len(shards) == 1:
-            save_file(self._values(shards[0], wanted), self.folder / SINGLE, FORMAT)
+            self.write(SINGLE, wanted)
             return
         places: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
             file = f"{STEM}-{number:05}-of-{len(shards):05}.safetensors"
-            save_file(self._values(names, wanted), self.folder / file, FORMAT)
+            self.write(file, {name: wanted[name] for name in names})
             places |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(places.items()))}
+        metadata = {"total_size": sum(map(_bytes, wanted.values()))}
+        index = {"metadata": metadata, "weight_map": dict(sorted(places.items()))}
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def _values(
-        self, names: Iterable[str], wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-    ) -> dict[str, torch.Tensor]:
-        found = {}
-        for name in names:
-            found[name] = self.opened.tensors.get(name).to(wanted[name][1]).contiguous()
-            self.done += _bytes(wanted[name])
-            self._tell(self.done / self.total)
-        return found
+    def write(self, name: str, wanted: Specs) -> None:
+        """One file. Tensors whose sizes are no multiples of ALIGNMENT stand last, because the format has no gaps."""
+        ordered = sorted(wanted, key=lambda n: _bytes(wanted[n]) % ALIGNMENT != 0)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for key in ordered:
+            shape, dtype = wanted[key]
+            span = [offset, offset + _bytes(wanted[key])]
+            header[key] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": span}
+            offset = span[1]
+        text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
+        with (self.folder / name).open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for key in ordered:
+                value = self.tensors.get(key).to(wanted[key][1]).contiguous()
+                file.write(value.reshape(-1).view(torch.uint8).numpy().data)
+                self.done += _bytes(wanted[key])
+                self._tell()
+            file.flush()
+            os.fsync(file.fileno())
 
-    def _tell(self, fraction: float) -> None:
+    def _tell(self) -> None:
         if self.progress is not None:
-            self.progress("convert", fraction)
+            self.progress("convert", self.done / self.total)
 
 
-def _shards(wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]], size: int) -> Iterator[list[str]]:
+def _shards(wanted: Specs, size: int) -> Iterator[list[str]]:
     """The names of each shard, in the model's order."""
     names: list[str] = []
     held = 0
