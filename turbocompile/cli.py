@@ -134,6 +134,34 @@ def optimize(recipe: Path, out: Path | None, overrides: tuple[str, ...], dry_run
 
 
 @main.command()
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder; new or empty.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the weights; by default SRC's.")
+@click.option("--force", is_flag=True, help="Replace a folder that a conversion wrote.")
+@_json
+def convert(source: Path, out: Path, dtype: str | None, force: bool, as_json: bool) -> None:
+    """Write SRC, a Wan transformer in any format, as a folder for diffusers.
+
+    SRC is a file or folder. Quantized weights are dequantized. Of two experts each is converted by itself.
+    """
+    _quiet()
+    from turbocompile.wan.convert import convert as convert_checkpoint
+
+    with shown_progress() as progress:
+        done = convert_checkpoint(source, out, dtype, force=force, progress=progress)
+    if as_json:
+        _print_json(done.to_dict())
+        return
+    for note in done.notes:
+        click.echo(f"Warning: {note}", err=True)
+    click.echo(f"folder: {done.folder} ({done.tensors} tensors in {done.dtype}, {done.bytes / 1e9:.2f} GB)")
+    if done.dequantized:
+        click.echo(f"dequantized: {done.dequantized} weights")
+    for name, what in done.beside.items():
+        click.echo(f"beside: {name}, {what}")
+
+
+@main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The file, as in inputs.safetensors.")
 @click.option(

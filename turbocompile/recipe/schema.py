@@ -37,7 +37,7 @@ class ModelSpec(Section):
 
     path: str | None = described(
         None,
-        "a diffusers folder, a checkpoint file (Wan, rCM or TurboDiffusion; .safetensors or .pth) or a hub id",
+        "a folder (diffusers' or Wan's own), a checkpoint file (.safetensors, .pth or .gguf) or a hub id",
         path=True,
     )
     preset: str | None = described(None, "a configuration by name, instead of path", choices=tuple(PRESETS))
