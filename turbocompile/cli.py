@@ -111,9 +111,14 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON for pro
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The engine's folder; it must not exist yet.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field, as in model.seed=1.")
+@click.option(
+    "--lora", "loras", multiple=True, metavar="PATH[:WEIGHT]", help="Add an adapter to the weights; several add up."
+)
 @click.option("--dry-run", is_flag=True, help="Capture, rewrite and plan without reading weights or writing files.")
 @_json
-def optimize(recipe: Path, out: Path | None, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+def optimize(
+    recipe: Path, out: Path | None, overrides: tuple[str, ...], loras: tuple[str, ...], dry_run: bool, as_json: bool
+) -> None:
     """Build the engine of RECIPE, a YAML file."""
     if out is None and not dry_run:
         raise click.UsageError("name the engine's folder with -o DIR, or add --dry-run")
@@ -122,7 +127,7 @@ def optimize(recipe: Path, out: Path | None, overrides: tuple[str, ...], dry_run
     from turbocompile.recipe.schema import load_recipe
 
     with shown_progress() as progress:
-        report = optimize_recipe(load_recipe(recipe, overrides), out, dry_run=dry_run, progress=progress)
+        report = optimize_recipe(load_recipe(recipe, overrides, loras), out, dry_run=dry_run, progress=progress)
     if as_json:
         _print_json(report.to_dict())
     elif dry_run:

@@ -10,7 +10,20 @@ from torch import fx
 
 from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import SHELL, Program, Subgraph
-from turbocompile.ir.weights import ADAPTERS, AddDiff, AddLora, Cast, Cat, Dora, Expr, Mul, Permute, Reshape, Slice, is_relative
+from turbocompile.ir.weights import (
+    ADAPTERS,
+    AddDiff,
+    AddLora,
+    Cast,
+    Cat,
+    Dora,
+    Expr,
+    Mul,
+    Permute,
+    Reshape,
+    Slice,
+    is_relative,
+)
 from turbocompile.numerics.interpreter import Interpreter, Uncomputed, Values, is_wide_float
 
 
