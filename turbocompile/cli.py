@@ -181,6 +181,7 @@ def calibrate(recipe: Path, out: Path, overrides: tuple[str, ...], prompts: tupl
 @click.option("--guidance", type=float, help="Classifier-free guidance, instead of the recipe's.")
 @click.option("--shape", metavar="HxWxF", help="One of the engine's shapes, as in 480x832x81; the first by default.")
 @click.option("--image", type=click.Path(path_type=Path), help="The first frame, for image-to-video engines.")
+@click.option("--lora", multiple=True, metavar="PATH[:WEIGHT]", help="An adapter for this video; several add up.")
 @click.option("--device", help="Where to run, as in cpu or cuda:1; by default what the engine was built for.")
 @_json
 def run(engine: Path, out: Path, as_json: bool, **options: Any) -> None:
@@ -190,7 +191,7 @@ def run(engine: Path, out: Path, as_json: bool, **options: Any) -> None:
 
     _check_device(options["device"])
     with shown_progress() as progress:
-        result = generate(engine, out=out, progress=progress, **options)
+        result = generate(engine, out=out, progress=progress, **{**options, "lora": options["lora"] or None})
     if as_json:
         paths = [str(p) for p in result.paths]
         _print_json({"paths": paths, "timings": result.timings, "shape": list(result.video.shape)})
