@@ -155,7 +155,7 @@ def specs_of(lora: Any, weight: float = 1.0) -> tuple[LoraSpec, ...]:
 
     if lora is None:
         return ()
-    given = [lora] if isinstance(lora, (str, Path, Mapping, LoraSpec)) else list(lora)
+    given = lora if isinstance(lora, (list, tuple)) else [lora]
     found = []
     for item in given:
         try:
@@ -384,7 +384,7 @@ class _Before:
             try:
                 opened = safe_open(inside(engine.folder, shard), framework="pt", device="cpu")
                 self._files |= {name: opened for name in opened.keys() if name in wanted}  # noqa: SIM118
-            except (OSError, SafetensorError) as error:
+            except (OSError, SafetensorError, EngineError) as error:
                 raise EngineError(
                     f"the weights without adapters are in {engine.folder}, which cannot be read any more ({error}); "
                     "put the folder back, or load the engine again"
