@@ -121,6 +121,7 @@ class _Compiled:
             for some in ({n for n in sub.graph.nodes if n.op == "get_attr"}, folded, self.of_layer)
         )
         self.kept = kept
+        self.constants = [self.values[n] for n in kept]
         root, graph = nn.Module(), fx.Graph()
         env: dict[fx.Node, fx.Node] = {}
         for i, node in enumerate([*self.locals, *kept, *self.kept_of_layer]):
