@@ -441,7 +441,26 @@ class _Copier:
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy on the host."""
-        return tensor.detach().to("cpu", copy=True)
+        if tensor.device.type != "cuda" or not tensor.is_contiguous():
+            return tensor.detach().to("cpu", copy=True)
+        made = torch.empty(tensor.shape, dtype=tensor.dtype)
+        source, target = _bytes(tensor), _bytes(made)
+        waiting: list[tuple[int, torch.Tensor, torch.cuda.Event]] = []
+        for start in [*range(0, source.numel(), CHUNK), source.numel()]:
+            if start < source.numel():
+                part = source[start : start + CHUNK]
+                buffer, event = self._buffers[self._turn], self._events[self._turn]
+                event.synchronize()
+                buffer[: part.numel()].copy_(part, non_blocking=True)
+                event.record(torch.cuda.current_stream(self.device))
+                waiting.append((start, buffer[: part.numel()], event))
+                self._turn = 1 - self._turn
+            if len(waiting) > 1 or start == source.numel():  # the other buffer fills meanwhile
+                for at, filled, copied in waiting[: 1 if start < source.numel() else None]:
+                    copied.synchronize()
+                    target[at : at + filled.numel()].copy_(filled)
+                del waiting[: 1 if start < source.numel() else None]
+        return made
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
