@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from safetensors import SafetensorError
 
+from turbocompile import defaults
 from turbocompile.errors import TurbocompileError, UnsupportedError, VerificationError
 from turbocompile.progress import shown_progress
 from turbocompile.recipe.presets import VARIANTS
@@ -147,11 +148,17 @@ def optimize(
     "--prompt", "prompts", multiple=True, default=["a cat walking on the beach"], show_default=True, help="One or more."
 )
 @click.option("--negative-prompt", help="What the videos must not show; for samplers with guidance.")
-@click.option("--calls", type=click.IntRange(1, 64), default=8, show_default=True, help="How many calls are kept.")
+@click.option(
+    "--calls",
+    type=click.IntRange(1, defaults.MAX_CALIBRATION_CALLS),
+    default=defaults.CALIBRATION_CALLS,
+    show_default=True,
+    help="How many calls are kept.",
+)
 @click.option("--steps", type=int, help="Steps of the sampler, instead of the recipe's.")
 @click.option("--guidance", type=float, help="Classifier-free guidance, instead of the recipe's.")
 @click.option("--image", type=click.Path(path_type=Path), help="The first frame, for image-to-video models.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the first video's noise.")
+@click.option("--seed", type=SEED, default=defaults.SEED, show_default=True, help="Of the first video's noise.")
 @click.option("--device", help="Where to run, as in cpu or cuda:1; by default a GPU where there is one.")
 def calibrate(recipe: Path, out: Path, overrides: tuple[str, ...], prompts: tuple[str, ...], **options: Any) -> None:
     """Record what the model of RECIPE is called with while it samples.
@@ -175,7 +182,11 @@ def calibrate(recipe: Path, out: Path, overrides: tuple[str, ...], prompts: tupl
 @click.option("-o", "--out", default="out.mp4", show_default=True, type=click.Path(path_type=Path), help="The video.")
 @click.option("--frames", type=click.Path(path_type=Path), help="A folder for the frames as PNG, besides.")
 @click.option(
-    "--seed", type=SEED, default=0, show_default=True, help="The same seed gives the same video on one device."
+    "--seed",
+    type=SEED,
+    default=defaults.SEED,
+    show_default=True,
+    help="The same seed gives the same video on one device.",
 )
 @click.option("--steps", type=int, help="Steps of the sampler, instead of the recipe's.")
 @click.option("--guidance", type=float, help="Classifier-free guidance, instead of the recipe's.")
@@ -204,7 +215,7 @@ def run(engine: Path, out: Path, as_json: bool, **options: Any) -> None:
 @main.command()
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.option("--after", metavar="PASS", help="Print the graph as it was after a pass (or normalize).")
-@click.option("--module", default="transformer", show_default=True, help="Which module's graph --after prints.")
+@click.option("--module", default=defaults.MODULE, show_default=True, help="Which module's graph --after prints.")
 @click.option("--gpu", help="The card of the estimates, as in h100, rtx5090, rtx4090, a100.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write all of it as one page.")
 @_json
@@ -247,8 +258,14 @@ def explain(engine: Path, after: str | None, module: str, gpu: str | None, html:
 @click.argument("engine", metavar="ENGINE|RECIPE", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field of the recipe.")
 @click.option("--shape", help="One of the engine's shapes, as in 480x832x81x1; the first by default.")
-@click.option("--module", default="transformer", show_default=True, help="Which of the engine's modules.")
-@click.option("--calls", type=click.IntRange(min=1), default=10, show_default=True, help="How many forwards are timed.")
+@click.option("--module", default=defaults.MODULE, show_default=True, help="Which of the engine's modules.")
+@click.option(
+    "--calls",
+    type=click.IntRange(min=1),
+    default=defaults.BENCH_CALLS,
+    show_default=True,
+    help="How many forwards are timed.",
+)
 @click.option("--device", help="Where to run, as in cpu or cuda:1; by default what the engine was built for.")
 @_json
 def bench(engine: Path, overrides: tuple[str, ...], device: str | None, as_json: bool, **options: Any) -> None:
@@ -325,7 +342,13 @@ def verify(ctx: click.Context, engine: Path, numeric: bool, as_json: bool) -> No
 @click.option(
     "--reference", type=click.Path(path_type=Path), help="An engine or a diffusers pipeline, for PSNR and SSIM."
 )
-@click.option("--prompts", type=int, default=200, show_default=True, help="How many; even. Every second is held out.")
+@click.option(
+    "--prompts",
+    type=int,
+    default=defaults.EVALUATION_PROMPTS,
+    show_default=True,
+    help="How many; even. Every second is held out.",
+)
 @click.option("--steps", type=int, help="Steps of the sampler, instead of the recipe's.")
 @click.option("--guidance", type=float, help="Classifier-free guidance, instead of the recipe's.")
 @click.option("--device", help="Where to run, as in cpu or cuda:1; by default what the engine was built for.")
@@ -370,9 +393,9 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
 @main.command("init-example")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--variant", type=click.Choice(tuple(VARIANTS)), default="t2v", show_default=True)
-@click.option("--head-dim", type=click.Choice(["64", "128"]), default="64", show_default=True)
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random weights.")
+@click.option("--variant", type=click.Choice(tuple(VARIANTS)), default=defaults.EXAMPLE_VARIANT, show_default=True)
+@click.option("--head-dim", type=click.Choice(["64", "128"]), default=str(defaults.EXAMPLE_HEAD_DIM), show_default=True)
+@click.option("--seed", type=SEED, default=defaults.SEED, show_default=True, help="Of the random weights.")
 def init_example(folder: Path, variant: str, head_dim: str, seed: int) -> None:
     """Write a tiny Wan pipeline with random weights, and its recipe, into FOLDER."""
     _quiet()

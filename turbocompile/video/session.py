@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from turbocompile.defaults import SEED
 from turbocompile.files import check_folder
 from turbocompile.recipe.presets import task_of
 from turbocompile.recipe.schema import Shape
@@ -60,7 +61,7 @@ def generate(
     prompt: str | Sequence[str],
     negative_prompt: str | None = None,
     *,
-    seed: int = 0,
+    seed: int = SEED,
     shape: Shape | str | None = None,
     image: Any = None,
     steps: int | None = None,
