@@ -112,9 +112,14 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON for pro
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The engine's folder; it must not exist yet.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field, as in model.seed=1.")
+@click.option(
+    "--lora", "loras", multiple=True, metavar="PATH[:WEIGHT]", help="Add an adapter to the weights; several add up."
+)
 @click.option("--dry-run", is_flag=True, help="Capture, rewrite and plan without reading weights or writing files.")
 @_json
-def optimize(recipe: Path, out: Path | None, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+def optimize(
+    recipe: Path, out: Path | None, overrides: tuple[str, ...], loras: tuple[str, ...], dry_run: bool, as_json: bool
+) -> None:
     """Build the engine of RECIPE, a YAML file."""
     if out is None and not dry_run:
         raise click.UsageError("name the engine's folder with -o DIR, or add --dry-run")
@@ -123,7 +128,7 @@ def optimize(recipe: Path, out: Path | None, overrides: tuple[str, ...], dry_run
     from turbocompile.recipe.schema import load_recipe
 
     with shown_progress() as progress:
-        report = optimize_recipe(load_recipe(recipe, overrides), out, dry_run=dry_run, progress=progress)
+        report = optimize_recipe(load_recipe(recipe, overrides, loras), out, dry_run=dry_run, progress=progress)
     if as_json:
         _print_json(report.to_dict())
     elif dry_run:
@@ -215,6 +220,7 @@ def calibrate(recipe: Path, out: Path, overrides: tuple[str, ...], prompts: tupl
 @click.option("--guidance", type=float, help="Classifier-free guidance, instead of the recipe's.")
 @click.option("--shape", metavar="HxWxF", help="One of the engine's shapes, as in 480x832x81; the first by default.")
 @click.option("--image", type=click.Path(path_type=Path), help="The first frame, for image-to-video engines.")
+@click.option("--lora", multiple=True, metavar="PATH[:WEIGHT]", help="An adapter for this video; several add up.")
 @click.option("--device", help="Where to run, as in cpu or cuda:1; by default what the engine was built for.")
 @_json
 def run(engine: Path, out: Path, as_json: bool, **options: Any) -> None:
@@ -224,7 +230,7 @@ def run(engine: Path, out: Path, as_json: bool, **options: Any) -> None:
 
     _check_device(options["device"])
     with shown_progress() as progress:
-        result = generate(engine, out=out, progress=progress, **options)
+        result = generate(engine, out=out, progress=progress, **{**options, "lora": options["lora"] or None})
     if as_json:
         paths = [str(p) for p in result.paths]
         _print_json({"paths": paths, "timings": result.timings, "shape": list(result.video.shape)})

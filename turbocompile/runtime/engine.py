@@ -32,6 +32,7 @@ from turbocompile.report.report import Report
 from turbocompile.runtime.adapters import FixedWeights
 from turbocompile.runtime.cuda_graph import CudaGraph, Pool
 from turbocompile.runtime.folder import check_files, new_folder, read_json, read_manifest
+from turbocompile.runtime.lora import Adaptable, Adapted
 from turbocompile.runtime.tuning import FILE as TUNING
 from turbocompile.runtime.tuning import merge, read_cache, read_tuning
 from turbocompile.runtime.turns import Turns
@@ -47,7 +48,7 @@ class Config(dict[str, Any]):
             raise AttributeError(f"the model's configuration has no {name!r}") from None
 
 
-class Engine(FixedWeights, nn.Module):
+class Engine(Adaptable, FixedWeights, nn.Module):
     """A compiled model, at one or several shapes, with its weights.
 
     An engine is called like the model it came from, by any number of threads. `.to(device)` moves the weights after the
@@ -97,6 +98,7 @@ class Engine(FixedWeights, nn.Module):
         self.folder = folder
         self.backend = backend
         self.files = {k: list(v) for k, v in (files or {}).items()}
+        self.adapted = Adapted()
         self.__dict__.update(_of_one_engine())
         object.__setattr__(self, "experts", {"transformer": self})
 
@@ -296,6 +298,7 @@ class Engine(FixedWeights, nn.Module):
                 if busy.type == "cuda":
                     torch.cuda.synchronize(busy)
             self.weights = {k: v.to(device) for k, v in self.weights.items()}
+            self.adapted = self.adapted.copied()  # copies of this engine keep the tensors on the old device
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # a call on another stream reads the new tensors
             self._device = device
@@ -325,6 +328,7 @@ class Engine(FixedWeights, nn.Module):
         Raises EngineError where something is there, and for an engine that was neither opened from a folder nor built
         in this process.
         """
+        self.check_unadapted("the engine's folder")
         target = Path(folder)
         if force and target.is_dir() and not any(target.iterdir()):
             target.rmdir()

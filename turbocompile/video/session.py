@@ -6,7 +6,8 @@ the stage that needs it: the text encoder (11 GB for Wan) is freed before the fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from turbocompile.video.request import (
 class GenerateResult:
     """The videos of one call, and how long each stage took.
 
-    video: uint8 (B, F, H, W, 3), RGB. timings: seconds by stage ("load", "text", "image", "denoise", "decode",
+    video: uint8 (B, F, H, W, 3), RGB. timings: seconds by stage ("load", "lora", "text", "image", "denoise", "decode",
     "write"; those that ran). paths: the files, one a video.
     """
 
@@ -68,6 +69,7 @@ def generate(
     out: str | Path | None = None,
     frames: str | Path | None = None,
     device: torch.device | str | None = None,
+    lora: Any = None,
     progress: Progress | None = None,
 ) -> GenerateResult:
     """Makes the videos of one batch of an engine.
@@ -77,7 +79,8 @@ def generate(
     "480x832x81" (height, width, frames; the batch may follow); the first by default. image: a PIL image or its path,
     for image-to-video. steps, guidance: instead of the recipe's. out: an .mp4 file; with several videos -1, -2 ...
     follow its name. frames: a folder for PNG frames. device: by default the engine's; for a folder the GPU, where the
-    engine was built for one.
+    engine was built for one. lora: adapters for this call, as `Engine.set_lora` takes them; none given: those that are
+    set.
 
     The same seed gives the same video, to the bit, on one device. Raises TurbocompileError before any work for what the
     engine cannot do.
@@ -100,7 +103,8 @@ def generate(
     picture = open_image(image) if image is not None else None
 
     pipeline, boundary = Pipeline.of_engine(engine), expert_boundary(engine, task)
-    latents = make_latents(pipeline, prompts, negative_prompt, picture, sampler, size, boundary, seed, stages)
+    with _adapted(engine, lora, stages):
+        latents = make_latents(pipeline, prompts, negative_prompt, picture, sampler, size, boundary, seed, stages)
     with stages("decode"):
         made = wan_vae.to_frames(wan_vae.decode(component(engine, "vae"), latents)).cpu()
     check_size(made, size)
@@ -109,6 +113,21 @@ def generate(
         with stages("write"):
             paths = _write(made, out, frames)
     return GenerateResult(made, stages.seconds, paths)
+
+
+@contextlib.contextmanager
+def _adapted(engine: Engine, lora: Any, stages: Stages) -> Iterator[None]:
+    """The body runs with the adapters of a call, and the engine has its own again afterwards."""
+    if lora is None:
+        yield
+        return
+    before = engine.lora
+    with stages("lora"):
+        engine.set_lora(lora)
+    try:
+        yield
+    finally:
+        engine.set_lora(before)
 
 
 def default_device(folder: str | Path) -> str:
