@@ -14,12 +14,13 @@ import torch
 from torch import fx, nn
 
 from turbocompile.errors import EngineError, UnsupportedError
-from turbocompile.ir.program import SHELL, Program, Subgraph, call, walk_tensors
+from turbocompile.ir.program import SHELL, Call, Program, Subgraph, call, walk_tensors
 from turbocompile.ir.stored_names import stored_name
 from turbocompile.ir.weights import Constant, Expr, is_relative
 
 LAYER_BYTES = 1 << 20  # of a tensor that a layer computes from its constants and keeps: a table of 4096 x 64
 Launcher = Callable[[fx.Node], Callable[..., Any] | None]
+Around = Callable[[Call], "tuple[Callable[[], None], Callable[[], None]] | None"]
 SOURCE = "source"  # in the meta of a node of generated code: the program's node that it comes from
 
 
@@ -32,14 +33,18 @@ class Runner:
         weights: Mapping[str, torch.Tensor],
         device: torch.device,
         launcher: Launcher = lambda node: None,
+        around: Around = lambda call: None,
     ) -> None:
-        """launcher: gives a node the function that runs in the place of its operator; None: the operator runs."""
+        """launcher: gives a node the function that runs in the place of its operator; None: the operator runs.
+
+        around: gives a call of a block what runs before it and after it; None: nothing.
+        """
         self.blocks = {
             name: _Compiled(sub, name, device, weights, launcher)
             for name, sub in program.graphs.items()
             if name != SHELL
         }
-        calls = {c.node.name: self.blocks[c.graph].bound(c.prefix, weights) for c in program.calls()}
+        calls = {c.node.name: self.blocks[c.graph].bound(c.prefix, weights, around(c)) for c in program.calls()}
         self.shell = _Compiled(program.shell, SHELL, device, weights, launcher, calls).bound("", weights)
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -65,17 +70,30 @@ class _Bound(nn.Module):
 
     code: fx.GraphModule
 
-    def __init__(self, code: fx.GraphModule, operands: Sequence[torch.Tensor], single: bool) -> None:
+    def __init__(
+        self,
+        code: fx.GraphModule,
+        operands: Sequence[torch.Tensor],
+        single: bool,
+        around: tuple[Callable[[], None], Callable[[], None]] | None = None,
+    ) -> None:
         super().__init__()
         object.__setattr__(self, "code", code)  # shared by all calls, so it is not a child of each
         self.operands = list(operands)
         self.single = single
+        self.around = around
 
     def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         return self.code.forward(*self.operands, *tensors)
 
     def forward(self, *tensors: torch.Tensor) -> Any:
-        out = self.run(tensors)
+        if self.around is None:
+            out = self.run(tensors)
+        else:
+            before, after = self.around
+            before()
+            out = self.run(tensors)
+            after()
         return out[0] if self.single else out
 
 
@@ -128,13 +146,18 @@ class _Compiled:
             raise EngineError(f"the engine lacks the weight {key!r}; it is damaged, build it again")
         return weights[key]
 
-    def bound(self, prefix: str, weights: Mapping[str, torch.Tensor]) -> _Bound:
+    def bound(
+        self,
+        prefix: str,
+        weights: Mapping[str, torch.Tensor],
+        around: tuple[Callable[[], None], Callable[[], None]] | None = None,
+    ) -> _Bound:
         def weight(node: fx.Node) -> torch.Tensor:
             return self._weight(node, prefix, weights)
 
         own = _evaluate(self.sub, self.of_layer, self.kept_of_layer, self.device, weight, self.values)
         operands = [*map(weight, self.locals), *self.constants, *(own[n] for n in self.kept_of_layer)]
-        return _Bound(self.code, operands, self.single)
+        return _Bound(self.code, operands, self.single, around)
 
 
 def with_device(node: fx.Node, kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from turbocompile.backends import BACKENDS, NO_TUNING, Tuning, get_backend
-from turbocompile.errors import CaptureError, EngineError
+from turbocompile.errors import CaptureError, EngineError, UnsupportedError
 from turbocompile.files import inside
+from turbocompile.hardware import host_gpu
 from turbocompile.ir import signature as sig
 from turbocompile.ir.allowed_ops import dtype_name, parse_dtype
 from turbocompile.ir.deserialize import from_json
@@ -32,6 +33,22 @@ from turbocompile.report.report import Report
 from turbocompile.runtime.adapters import FixedWeights
 from turbocompile.runtime.cuda_graph import CudaGraph, Pool
 from turbocompile.runtime.folder import check_files, new_folder, read_json, read_manifest
+from turbocompile.runtime.memory_plan import (
+    MemoryPlan,
+    PartNeeds,
+    make_plan,
+    memory_budget,
+    module_needs,
+    parse_size,
+)
+from turbocompile.runtime.streaming import (
+    Gate,
+    HostWeights,
+    Placement,
+    host_bandwidth,
+    parcels_of,
+    warn_unpinned,
+)
 from turbocompile.runtime.tuning import FILE as TUNING
 from turbocompile.runtime.tuning import merge, read_cache, read_tuning
 from turbocompile.runtime.turns import Turns
@@ -57,16 +74,24 @@ class Engine(FixedWeights, nn.Module):
 
     On a GPU each shape becomes a CUDA graph at its second call (backend triton); with `engine.cuda_graph = False` its
     kernels are launched one by one. A move of the engine drops the graphs.
+
+    `plan_memory("12GB")` has the engine and its experts run within that memory of a GPU; `memory` is the plan. The
+    weights are then on the CPU where the plan moves them between calls; `changed(names)` brings weights that were
+    written in place to the GPU.
     """
 
     experts: dict[str, Engine]
     cuda_graph: bool = True
+    memory: MemoryPlan | None = None
     write: Callable[[Engine, Path], None] | None = None  # how `save` writes an engine that was built in this process
     _runners: dict[str, Any]
     _graphs: dict[str, CudaGraph]
     _pool: Pool | None
     _turns: Turns
     _making: threading.RLock  # held while code is compiled or a graph is made
+    _host: HostWeights | None
+    _placed: Placement | None
+    _gate: Gate
 
     def __init__(
         self,
@@ -132,12 +157,32 @@ class Engine(FixedWeights, nn.Module):
         The result is on the engine's device and has the form of the model's own result. Raises CaptureError where the
         engine has no such Program.
         """
-        with self._turns.call():
-            name, given = self._program_of(args, kwargs)
-            signature = self.programs[name].signature
-            tensors = sig.cast(signature, sig.tensors_of(signature, given), self.model_name)
-            flat = self.runner(name)(*(t.to(self._device) for t in tensors))
+        full = ""
+        try:
+            with self._alone(), self._turns.call():
+                name, given = self._program_of(args, kwargs)
+                signature = self.programs[name].signature
+                tensors = sig.cast(signature, sig.tensors_of(signature, given), self.model_name)
+                flat = self.runner(name)(*(t.to(self._device) for t in tensors))
+        except torch.OutOfMemoryError as error:
+            full = next(iter(str(error).splitlines()), "")
+        if full:  # here, because an error's frames hold the tensors that filled the card
+            raise self._out_of_memory(full)
         return sig.wrap_output(signature, flat, given.wrapped)
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        """Under a plan one call runs at a time, because two would take twice the memory."""
+        return self._gate(self._device) if self.memory is not None else contextlib.nullcontext()
+
+    def _out_of_memory(self, reason: str) -> UnsupportedError:
+        """The error of a call that found no memory. What the call held is free again, and the engine can be called."""
+        torch.cuda.empty_cache()
+        planned = f"planned for {self.memory.peak / 1e9:.1f} GB" if self.memory is not None else "all weights resident"
+        sentence = reason.split(". GPU")[0].removesuffix(".")
+        return UnsupportedError(
+            f"{self.model_name} ran out of the GPU's memory, {planned} ({sentence}); give it less to do (a smaller "
+            "video, fewer frames), free memory that others use, or plan for less (--vram, engine.plan_memory)"
+        )
 
     def _program_of(self, args: Any, kwargs: Any) -> tuple[str, sig.Bound]:
         """The name of the Program that a call runs, and the call's arguments. Raises CaptureError in a sentence."""
@@ -213,9 +258,12 @@ class Engine(FixedWeights, nn.Module):
                 raise EngineError(
                     f"two shapes of the engine need different values of {name!r}; build an engine for each shape"
                 )
-        made.weights = {**{name: t.to(device) for name, t in weights.items() if name not in own}, **own}
+        home = next((t.device for t in own.values()), device)  # under a plan it is not the engine's device
+        made.weights = {**{name: t.to(home) for name, t in weights.items() if name not in own}, **own}
         made.report, made.write, made.tuning = report, write, merge(self.tuning, tuning)
         object.__setattr__(made, "experts", {"transformer": made})
+        if self.memory is not None and device.type == "cuda":  # the new shapes may need more
+            made.plan_memory(self.memory.budget)
         return made
 
     def keep(self, runners: Mapping[str, Any]) -> None:
@@ -226,6 +274,8 @@ class Engine(FixedWeights, nn.Module):
     def compiled(self, name: str) -> Any:
         """The callable that the backend made of a shape, over flat tensors on the engine's device."""
         with self._making:
+            if name not in self._runners and self.memory is not None:
+                self._runners[name] = self._placement().compiled(self.programs[name], self.weights, self.tuning)
             if name not in self._runners:
                 backend = get_backend(self.backend)
                 files = tuple(self.files.get(name, ()))
@@ -241,10 +291,84 @@ class Engine(FixedWeights, nn.Module):
         compiled = self.compiled(name)
         if not self.cuda_graph or self._device.type != "cuda" or self.backend != "triton":
             return compiled
+        if self._host is not None and not self._host.pinned:
+            return compiled
         with self._making:
             if name not in self._graphs:
                 self._graphs[name] = CudaGraph(compiled, self._graph_pool(), self.model_name)
             return self._graphs[name]
+
+    # ---------------------------------------------------------------------------------------------------- memory plans
+
+    def plan_memory(self, vram: int | str = "auto", parts: Mapping[str, PartNeeds] | None = None) -> MemoryPlan:
+        """Has the engine and its experts run within so much of their GPU's memory, and says how.
+
+        vram: bytes, or as in "12GB", "12GiB" or "auto", which is what other processes leave. parts: what the models
+        around them need, as a text encoder, if they are to share the memory.
+
+        Raises UnsupportedError on another device or backend than a GPU and triton, and where no plan fits, with the
+        memory that would do.
+        """
+        if any(e.backend != "triton" for e in self.experts.values()):
+            raise UnsupportedError(f"vram plans engines of the backend triton, and this one is of {self.backend}")
+        budget = memory_budget(vram, self._device)
+        needs = {name: module_needs(e.programs, host_gpu(), e.cuda_graph) for name, e in self.experts.items()}
+        plan = make_plan(budget, needs, parts, bandwidth=host_bandwidth(self._device))
+        self.use_plan(plan)
+        return plan
+
+    def use_plan(self, plan: MemoryPlan) -> None:
+        """Has the engine and its experts follow a plan, on whatever device they are."""
+        gate = Gate()
+        for engine in self.experts.values():
+            with engine._turns.change():
+                engine._forget()
+                engine._host = None
+                engine.weights = {k: v.cpu() for k, v in engine.weights.items()}
+                engine.memory, engine._gate = plan, gate
+
+    def _placement(self) -> Placement:
+        """The weights on the device as the plan says; other experts leave it if the plan has one there at a time."""
+        assert self.memory is not None
+        if self._placed is None:
+            if not self.memory.together:
+                for other in self.experts.values():
+                    if other is not self:
+                        other.park()
+            plan = self.memory.modules[next(name for name, e in self.experts.items() if e is self)]
+            parcels = parcels_of(self.programs)
+            if self._host is None:
+                passing = [p for p in parcels.parcels if p.prefix not in plan.resident]
+                self._host = HostWeights(self.weights, passing, self._device)
+                if not self._host.pinned:
+                    warn_unpinned(self.model_name, self._host.reason)
+            self._placed = Placement(self.weights, parcels, plan.resident, plan.slots, self._host, self._device)
+            if not self.memory.swaps:
+                self.weights = dict(self._placed.stays)
+        return self._placed
+
+    def park(self) -> None:
+        """Takes the weights off the GPU until the next call, if there is a plan; the host keeps them."""
+        if self.memory is None or not self.memory.swaps or self._placed is None:
+            return
+        with self._turns.change():
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            self._forget()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def changed(self, names: Iterable[str]) -> None:
+        """Brings weights that were written in place, by stored name, to where the plan keeps them on the GPU."""
+        if self._placed is not None:
+            self._placed.refresh({name: self.weights[name] for name in names})
+
+    def _forget(self) -> None:
+        """Drops compiled code, graphs, and weights that the plan placed, because they hold tensors on the device."""
+        self._graphs.clear()
+        self._pool = None
+        self._runners.clear()
+        self._placed = None
 
     def _graph_pool(self) -> Pool:
         """One pool for the graphs of all shapes and experts on the device, because a step runs one of them."""
@@ -295,13 +419,12 @@ class Engine(FixedWeights, nn.Module):
             for busy in (self._device, device):  # kernels of other streams may still read the old tensors
                 if busy.type == "cuda":
                     torch.cuda.synchronize(busy)
-            self.weights = {k: v.to(device) for k, v in self.weights.items()}
+            self._forget()
+            home = device if self.memory is None else torch.device("cpu")  # a plan places them at the next call
+            self.weights = {k: v.to(home) for k, v in self.weights.items()}
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # a call on another stream reads the new tensors
             self._device = device
-            self._graphs.clear()
-            self._pool = None
-            self._runners.clear()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
         """The weights by stored name. They are the engine's, not the model's: fused, quantized."""
@@ -340,12 +463,12 @@ class Engine(FixedWeights, nn.Module):
         return target
 
 
-_OF_ONE_ENGINE = ("_runners", "_graphs", "_pool", "_turns", "_making")
+_OF_ONE_ENGINE = ("_runners", "_graphs", "_pool", "_turns", "_making", "_host", "_placed", "_gate")
 
 
 def _of_one_engine() -> dict[str, Any]:
     """The attributes that a copy does not share: compiled code, graphs and their memory, and who may use them."""
-    return dict(zip(_OF_ONE_ENGINE, ({}, {}, None, Turns(), threading.RLock()), strict=True))
+    return dict(zip(_OF_ONE_ENGINE, ({}, {}, None, Turns(), threading.RLock(), None, None, Gate()), strict=True))
 
 
 def _without_constants(program: Program) -> Program:
@@ -378,19 +501,25 @@ def _plain_torch() -> Iterator[None]:
         yield
 
 
-def load(folder: str | Path, *, device: torch.device | str | None = None, check: bool = True) -> Engine:
+def load(
+    folder: str | Path, *, device: torch.device | str | None = None, check: bool = True, vram: int | str | None = None
+) -> Engine:
     """Opens an engine folder. Weights are mapped, not copied, until they are moved to a device.
 
     device: where the engine runs; the CPU by default. check: compare the hashes of all files that are read (turn it off
-    only for a folder that was checked before). Returns the engine of the module "transformer", or of the first module.
+    only for a folder that was checked before). vram: the memory of the GPU that the engine may take, as in "12GB" or
+    "auto"; see `Engine.plan_memory`. Returns the engine of the module "transformer", or of the first module.
 
-    Raises EngineError in one sentence where the folder is damaged, altered, newer than this version, or hostile.
+    Raises EngineError in one sentence where the folder is damaged, altered, newer than this version, or hostile, and
+    UnsupportedError where the memory does not suffice.
     """
+    if isinstance(vram, str):
+        parse_size(vram)  # a mistake is told before files are read
     with _plain_torch():
-        return _load(Path(folder), None if device is None else torch.device(device), check)
+        return _load(Path(folder), None if device is None else torch.device(device), check, vram)
 
 
-def _load(root: Path, device: torch.device | None, check: bool) -> Engine:
+def _load(root: Path, device: torch.device | None, check: bool, vram: int | str | None) -> Engine:
     manifest = read_manifest(root)
     report_name = "report.json"
     report = None
@@ -409,9 +538,15 @@ def _load(root: Path, device: torch.device | None, check: bool) -> Engine:
         raise EngineError(f"the engine {root} holds no module; build it again")
     for engine in engines.values():
         object.__setattr__(engine, "experts", engines)
-        if device is not None:
+    first = engines.get("transformer") or next(iter(engines.values()))
+    for engine in engines.values():
+        if device is not None and vram is None:
             engine.move(device)
-    return engines.get("transformer") or next(iter(engines.values()))
+        elif device is not None:
+            engine._device = device  # the weights stay in the files until the plan places them
+    if vram is not None:
+        first.plan_memory(vram)
+    return first
 
 
 def _load_module(
