@@ -11,19 +11,16 @@ import copy
 import dataclasses
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from turbocompile.backends import BACKENDS, NO_TUNING, Tuning, get_backend
-from turbocompile.errors import CaptureError, EngineError, UnsupportedError
+from turbocompile.errors import CaptureError, EngineError
 from turbocompile.files import inside
-from turbocompile.hardware import host_gpu
 from turbocompile.ir import signature as sig
 from turbocompile.ir.allowed_ops import dtype_name, parse_dtype
 from turbocompile.ir.deserialize import from_json
@@ -33,22 +30,10 @@ from turbocompile.report.report import Report
 from turbocompile.runtime.adapters import FixedWeights
 from turbocompile.runtime.cuda_graph import CudaGraph, Pool
 from turbocompile.runtime.folder import check_files, new_folder, read_json, read_manifest
-from turbocompile.runtime.memory_plan import (
-    MemoryPlan,
-    PartNeeds,
-    make_plan,
-    memory_budget,
-    module_needs,
-    parse_size,
-)
-from turbocompile.runtime.streaming import (
-    Gate,
-    HostWeights,
-    Placement,
-    host_bandwidth,
-    parcels_of,
-    warn_unpinned,
-)
+from turbocompile.runtime.memory_plan import parse_size
+from turbocompile.runtime.planned import PlannedMemory
+from turbocompile.runtime.stored import plain_torch, read_weights, same_bits
+from turbocompile.runtime.streaming import Gate, HostWeights, Placement
 from turbocompile.runtime.tuning import FILE as TUNING
 from turbocompile.runtime.tuning import merge, read_cache, read_tuning
 from turbocompile.runtime.turns import Turns
@@ -64,7 +49,7 @@ class Config(dict[str, Any]):
             raise AttributeError(f"the model's configuration has no {name!r}") from None
 
 
-class Engine(FixedWeights, nn.Module):
+class Engine(FixedWeights, PlannedMemory, nn.Module):
     """A compiled model, at one or several shapes, with its weights.
 
     An engine is called like the model it came from, by any number of threads. `.to(device)` moves the weights after the
@@ -82,7 +67,6 @@ class Engine(FixedWeights, nn.Module):
 
     experts: dict[str, Engine]
     cuda_graph: bool = True
-    memory: MemoryPlan | None = None
     write: Callable[[Engine, Path], None] | None = None  # how `save` writes an engine that was built in this process
     _runners: dict[str, Any]
     _graphs: dict[str, CudaGraph]
@@ -157,7 +141,7 @@ class Engine(FixedWeights, nn.Module):
         The result is on the engine's device and has the form of the model's own result. Raises CaptureError where the
         engine has no such Program.
         """
-        full = ""
+        full = None
         try:
             with self._alone(), self._turns.call():
                 name, given = self._program_of(args, kwargs)
@@ -166,23 +150,9 @@ class Engine(FixedWeights, nn.Module):
                 flat = self.runner(name)(*(t.to(self._device) for t in tensors))
         except torch.OutOfMemoryError as error:
             full = next(iter(str(error).splitlines()), "")
-        if full:  # here, because an error's frames hold the tensors that filled the card
+        if full is not None:  # here, because an error's frames hold the tensors that filled the card
             raise self._out_of_memory(full)
         return sig.wrap_output(signature, flat, given.wrapped)
-
-    def _alone(self) -> contextlib.AbstractContextManager[None]:
-        """Under a plan one call runs at a time, because two would take twice the memory."""
-        return self._gate(self._device) if self.memory is not None else contextlib.nullcontext()
-
-    def _out_of_memory(self, reason: str) -> UnsupportedError:
-        """The error of a call that found no memory. What the call held is free again, and the engine can be called."""
-        torch.cuda.empty_cache()
-        planned = f"planned for {self.memory.peak / 1e9:.1f} GB" if self.memory is not None else "all weights resident"
-        sentence = reason.split(". GPU")[0].removesuffix(".")
-        return UnsupportedError(
-            f"{self.model_name} ran out of the GPU's memory, {planned} ({sentence}); give it less to do (a smaller "
-            "video, fewer frames), free memory that others use, or plan for less (--vram, engine.plan_memory)"
-        )
 
     def _program_of(self, args: Any, kwargs: Any) -> tuple[str, sig.Bound]:
         """The name of the Program that a call runs, and the call's arguments. Raises CaptureError in a sentence."""
@@ -254,7 +224,7 @@ class Engine(FixedWeights, nn.Module):
         for name in weight_plan(made.programs):
             if name not in own and name not in weights:
                 raise EngineError(f"the programs read the weight {name!r}, which was not given; build them again")
-            if name in weights and name in own and not _equal(weights[name], own[name]):
+            if name in weights and name in own and not same_bits(weights[name], own[name]):
                 raise EngineError(
                     f"two shapes of the engine need different values of {name!r}; build an engine for each shape"
                 )
@@ -297,78 +267,6 @@ class Engine(FixedWeights, nn.Module):
             if name not in self._graphs:
                 self._graphs[name] = CudaGraph(compiled, self._graph_pool(), self.model_name)
             return self._graphs[name]
-
-    # ---------------------------------------------------------------------------------------------------- memory plans
-
-    def plan_memory(self, vram: int | str = "auto", parts: Mapping[str, PartNeeds] | None = None) -> MemoryPlan:
-        """Has the engine and its experts run within so much of their GPU's memory, and says how.
-
-        vram: bytes, or as in "12GB", "12GiB" or "auto", which is what other processes leave. parts: what the models
-        around them need, as a text encoder, if they are to share the memory.
-
-        Raises UnsupportedError on another device or backend than a GPU and triton, and where no plan fits, with the
-        memory that would do.
-        """
-        if any(e.backend != "triton" for e in self.experts.values()):
-            raise UnsupportedError(f"vram plans engines of the backend triton, and this one is of {self.backend}")
-        budget = memory_budget(vram, self._device)
-        needs = {name: module_needs(e.programs, host_gpu(), e.cuda_graph) for name, e in self.experts.items()}
-        plan = make_plan(budget, needs, parts, bandwidth=host_bandwidth(self._device))
-        self.use_plan(plan)
-        return plan
-
-    def use_plan(self, plan: MemoryPlan) -> None:
-        """Has the engine and its experts follow a plan, on whatever device they are."""
-        gate = Gate()
-        for engine in self.experts.values():
-            with engine._turns.change():
-                engine._forget()
-                engine._host = None
-                engine.weights = {k: v.cpu() for k, v in engine.weights.items()}
-                engine.memory, engine._gate = plan, gate
-
-    def _placement(self) -> Placement:
-        """The weights on the device as the plan says; other experts leave it if the plan has one there at a time."""
-        assert self.memory is not None
-        if self._placed is None:
-            if not self.memory.together:
-                for other in self.experts.values():
-                    if other is not self:
-                        other.park()
-            plan = self.memory.modules[next(name for name, e in self.experts.items() if e is self)]
-            parcels = parcels_of(self.programs)
-            if self._host is None:
-                passing = [p for p in parcels.parcels if p.prefix not in plan.resident]
-                self._host = HostWeights(self.weights, passing, self._device)
-                if not self._host.pinned:
-                    warn_unpinned(self.model_name, self._host.reason)
-            self._placed = Placement(self.weights, parcels, plan.resident, plan.slots, self._host, self._device)
-            if not self.memory.swaps:
-                self.weights = dict(self._placed.stays)
-        return self._placed
-
-    def park(self) -> None:
-        """Takes the weights off the GPU until the next call, if there is a plan; the host keeps them."""
-        if self.memory is None or not self.memory.swaps or self._placed is None:
-            return
-        with self._turns.change():
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            self._forget()
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    def changed(self, names: Iterable[str]) -> None:
-        """Brings weights that were written in place, by stored name, to where the plan keeps them on the GPU."""
-        if self._placed is not None:
-            self._placed.refresh({name: self.weights[name] for name in names})
-
-    def _forget(self) -> None:
-        """Drops compiled code, graphs, and weights that the plan placed, because they hold tensors on the device."""
-        self._graphs.clear()
-        self._pool = None
-        self._runners.clear()
-        self._placed = None
 
     def _graph_pool(self) -> Pool:
         """One pool for the graphs of all shapes and experts on the device, because a step runs one of them."""
@@ -476,31 +374,6 @@ def _without_constants(program: Program) -> Program:
     return dataclasses.replace(program, constants={})
 
 
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors have the same shape, dtype and bytes."""
-    if a is b:
-        return True
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    first, second = (t.detach().to(b.device).contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-    return torch.equal(first, second)
-
-
-@contextlib.contextmanager
-def _plain_torch() -> Iterator[None]:
-    """Makes tensors inside real tensors on the CPU, whatever the caller set.
-
-    A default device, a FakeTensorMode or inference mode around `load` would make weights without values, or weights
-    that nobody can write to.
-    """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(unset_fake_temporarily())
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.device("cpu"))
-        yield
-
-
 def load(
     folder: str | Path, *, device: torch.device | str | None = None, check: bool = True, vram: int | str | None = None
 ) -> Engine:
@@ -515,7 +388,7 @@ def load(
     """
     if isinstance(vram, str):
         parse_size(vram)  # a mistake is told before files are read
-    with _plain_torch():
+    with plain_torch():
         return _load(Path(folder), None if device is None else torch.device(device), check, vram)
 
 
@@ -562,7 +435,7 @@ def _load_module(
         read = [*row["programs"].values(), *row["weights"], *(f for group in files.values() for f in group)]
         check_files(root, manifest, read)
     programs = {shape: from_json(read_json(inside(root, name))) for shape, name in row["programs"].items()}
-    tensors = _read_weights(root, row["weights"])
+    tensors = read_weights(root, row["weights"])
     for name, emission in weight_plan(programs).items():
         found = tensors.get(name)
         if found is None:
@@ -576,19 +449,6 @@ def _load_module(
         programs, tensors, name=row.get("name", module), config=row.get("config", {}), dtype=dtype, report=report,
         manifest=manifest, folder=root, backend=row["backend"], files=files, tuning=tuning,
     )  # fmt: skip
-
-
-def _read_weights(root: Path, shards: Sequence[str]) -> dict[str, torch.Tensor]:
-    """All tensors of the shards, mapped into memory. Raises EngineError for a file that is no safetensors file."""
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in shards:
-        try:
-            with safe_open(inside(root, shard), framework="pt", device="cpu") as file:
-                for key in file.keys():  # noqa: SIM118 (not a dictionary)
-                    tensors[key] = file.get_tensor(key)
-        except SafetensorError as error:
-            raise EngineError(f"the engine's {shard} is no safetensors file ({error}); copy it again") from error
-    return tensors
 
 
 def module_entry(engine: Engine, programs: Mapping[str, str], shards: Sequence[str]) -> dict[str, Any]:
