@@ -1,13 +1,14 @@
 """A step within 80, 24, 16 and 12 GB of one GPU beside the same step with all weights resident: time, peak, bits.
 
     python benchmarks/memory.py --log memory.jsonl [--preset wan2.1-t2v-14b] [--shape 720x1280x81] [--layers 40]
-        [--budgets 80 24 16 12] [--calls 6] [--eager]
+        [--budgets 80 24 16 12] [--calls 6] [--eager] [--no-vae]
 
 The engine is that of a preset with SLA (top-k 0.1) and the card's 8-bit linears; its weights are random bytes, written
 at once, because building 14B parameters honestly takes longer than measuring them. Each budget has a fresh engine with
 `plan_memory`, and PyTorch's allocator is held to the budget (set_per_process_memory_fraction). Times are milliseconds
 between CUDA events, the median of the calls after the graph was recorded. A line of JSON a row: what was predicted
 (peak, slow-down), what was measured (peak reserved and allocated), and whether the bits are those of the resident step.
+Rows of the VAE say the same of decoding 81 frames.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,6 +157,52 @@ def row(
     return found, out
 
 
+def vae_rows(tell: Callable[[dict[str, Any]], None]) -> None:
+    """Decodes 81 frames whole and in tiles, with random weights: predicted and measured peaks, beside the weights."""
+    from diffusers import AutoencoderKLWan
+
+    from turbocompile.recipe.presets import Geometry, published_vae
+    from turbocompile.recipe.schema import Shape
+    from turbocompile.video import vae as wan_vae
+    from turbocompile.video.components import in_tiles
+    from turbocompile.video.memory import vae_needs
+
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.device("meta"):
+            empty = AutoencoderKLWan(**published_vae(16)).eval().requires_grad_(False)
+        for parameter in empty.parameters():
+            parameter.data = parameter.data.to(dtype)
+        for height, width in ((480, 832), (720, 1280)):
+            size = Shape(height=height, width=width, num_frames=81)
+            needs = vae_needs(empty, 0, dtype, Geometry(), size, False)
+            for tile, predicted in ((0, needs.working), *needs.tiles.items()):
+                fresh_peaks()
+                with torch.device("cuda"):
+                    vae = AutoencoderKLWan(**published_vae(16)).eval().requires_grad_(False)
+                for parameter in vae.parameters():
+                    parameter.data = parameter.data.to(dtype)
+                if tile:
+                    in_tiles(vae, tile)
+                latents = torch.randn(1, 16, *Geometry().latent(size), device="cuda")
+                fresh_peaks()
+                before = torch.cuda.memory_reserved()
+                began = time.perf_counter()
+                found: dict[str, Any] = {"vae": f"{height}x{width}x81", "dtype": str(dtype), "tile": tile}
+                try:
+                    wan_vae.to_frames(wan_vae.decode(vae, latents)).cpu()
+                except torch.OutOfMemoryError as error:
+                    found["failed"] = str(error)[:200]
+                found |= {
+                    "seconds": time.perf_counter() - began,
+                    "predicted_gb": predicted / GB,
+                    "reserved_gb": (torch.cuda.max_memory_reserved() - before) / GB,
+                    "allocated_gb": torch.cuda.max_memory_allocated() / GB,
+                }
+                tell(found)
+                del vae, latents
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="wan2.1-t2v-14b")
@@ -163,6 +211,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="*", default=[80, 24, 16, 12])
     parser.add_argument("--calls", type=int, default=6, help="timed, after two")
     parser.add_argument("--eager", action="store_true", help="launch kernels one by one, without CUDA graphs")
+    parser.add_argument("--no-vae", action="store_true", help="leave the VAE's rows out")
     parser.add_argument("--log", type=Path, required=True, help="the file that gets the rows")
     arguments = parser.parse_args()
     arguments.log.parent.mkdir(parents=True, exist_ok=True)
@@ -191,6 +240,8 @@ def main() -> None:
             found["over_resident"] = found["milliseconds"] / resident["milliseconds"]
             found["equal_bits"] = torch.equal(out, reference)
             tell(found)
+        if not arguments.no_vae:
+            vae_rows(tell)
 
 
 if __name__ == "__main__":

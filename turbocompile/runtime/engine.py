@@ -76,6 +76,7 @@ class Engine(FixedWeights, PlannedMemory, nn.Module):
     _host: HostWeights | None
     _placed: Placement | None
     _gate: Gate
+    kept: dict[str, Any]
 
     def __init__(
         self,
@@ -361,12 +362,12 @@ class Engine(FixedWeights, PlannedMemory, nn.Module):
         return target
 
 
-_OF_ONE_ENGINE = ("_runners", "_graphs", "_pool", "_turns", "_making", "_host", "_placed", "_gate")
+_OF_ONE_ENGINE = ("_runners", "_graphs", "_pool", "_turns", "_making", "_host", "_placed", "_gate", "kept")
 
 
 def _of_one_engine() -> dict[str, Any]:
     """The attributes that a copy does not share: compiled code, graphs and their memory, and who may use them."""
-    return dict(zip(_OF_ONE_ENGINE, ({}, {}, None, Turns(), threading.RLock(), None, None, Gate()), strict=True))
+    return dict(zip(_OF_ONE_ENGINE, ({}, {}, None, Turns(), threading.RLock(), None, None, Gate(), {}), strict=True))
 
 
 def _without_constants(program: Program) -> Program:
@@ -412,13 +413,12 @@ def _load(root: Path, device: torch.device | None, check: bool, vram: int | str 
     for engine in engines.values():
         object.__setattr__(engine, "experts", engines)
     first = engines.get("transformer") or next(iter(engines.values()))
+    if vram is not None:  # the weights stay in the files until the plan places them
+        first.plan_memory(vram, device=device)
+        return first
     for engine in engines.values():
-        if device is not None and vram is None:
+        if device is not None:
             engine.move(device)
-        elif device is not None:
-            engine._device = device  # the weights stay in the files until the plan places them
-    if vram is not None:
-        first.plan_memory(vram)
     return first
 
 

@@ -26,7 +26,7 @@ from turbocompile.hardware import Gpu
 from turbocompile.ir.cost import cost
 from turbocompile.ir.memory import allocations
 from turbocompile.ir.program import Program
-from turbocompile.runtime.cuda_allocator import MIB, CudaAllocator, rounded, segment_bytes
+from turbocompile.runtime.cuda_allocator import MIB, CudaAllocator, has_expandable_segments, rounded, segment_bytes
 from turbocompile.runtime.streaming import SLOTS, Parcels, parcels_of
 from turbocompile.runtime.workspace import CUBLAS, workspace_bytes
 
@@ -37,7 +37,7 @@ _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*")
 MARGIN = 0.02  # of a peak: what the account leaves out, as small tensors
 PCIE = 25e9  # bytes a second from pinned host memory where nothing was measured: PCIe 4.0 with 16 lanes
 
-RESIDENT, ON_DEMAND, STREAMED = "resident", "on demand", "streamed"
+RESIDENT, ON_DEMAND, STREAMED, TILED = "resident", "on demand", "streamed", "in tiles"
 DENOISE = "denoise"
 
 
@@ -95,6 +95,7 @@ class PartNeeds:
     """What a model around the transformer needs on the card. weights, working: bytes; stages: those that it works in.
 
     block: bytes of its largest layer, if it can be streamed layer by layer, with `rest` bytes that stay; 0 if not.
+    tiles: pixels of a tile -> what it takes to work in such tiles, instead of `working`, the largest tile first.
     """
 
     weights: int
@@ -102,6 +103,7 @@ class PartNeeds:
     stages: tuple[str, ...]
     block: int = 0
     rest: int = 0
+    tiles: Mapping[int, int] = field(default_factory=dict)
 
 
 def _allocated(size: int) -> int:
@@ -132,7 +134,7 @@ def memory_budget(vram: str | int, device: torch.device) -> int:
 
 def working_bytes(program: Program, graphs: bool = True) -> int:
     """What the allocator reserves for a forward, besides the weights. graphs: a CUDA graph is recorded of it."""
-    run = CudaAllocator().run(allocations(program, workspace_bytes))
+    run = CudaAllocator(has_expandable_segments()).run(allocations(program, workspace_bytes))
     inputs = sum(_allocated(_size(i.shape, i.dtype)) for i in program.signature.inputs)
     outputs = sum(_allocated(t.numel() * t.element_size()) for t in _outputs(program))
     return run.peak_reserved + (2 * inputs + outputs if graphs else inputs) + CUBLAS
@@ -173,10 +175,10 @@ class MemoryPlan:
     """What an engine does with a card's memory.
 
     budget: bytes that it may take. modules: by name. together: all modules are on the card at once. parts: the models
-    around them -> RESIDENT, ON_DEMAND (on the card while they work) or STREAMED (their layers pass through). leaves:
-    the stages in which the transformers leave the card. peaks: bytes by stage, as PyTorch's allocator counts what it
-    takes. bandwidth: bytes a second from host memory. slowdown: the predicted time of a step over that of a resident
-    one, at most; None where the time of a step is unknown.
+    around them -> RESIDENT, ON_DEMAND (on the card while they work), STREAMED (their layers pass through) or TILED (on
+    demand, and in tiles of `tile` pixels). leaves: the stages in which the transformers leave the card. peaks: bytes by
+    stage, as PyTorch's allocator counts what it takes. bandwidth: bytes a second from host memory. slowdown: the
+    predicted time of a step over that of a resident one, at most; None where the time of a step is unknown.
     """
 
     budget: int
@@ -187,6 +189,7 @@ class MemoryPlan:
     peaks: Mapping[str, int] = field(default_factory=dict)
     bandwidth: float = PCIE
     slowdown: float | None = None
+    tile: int = 0
 
     @property
     def peak(self) -> int:
@@ -215,7 +218,7 @@ class MemoryPlan:
                 for name, m in self.modules.items()
             },
             "parts": dict(self.parts), "leaves": sorted(self.leaves), "bandwidth": self.bandwidth,
-            "slowdown": self.slowdown,
+            "slowdown": self.slowdown, "tile": self.tile,
         }  # fmt: skip
 
     def sentences(self) -> list[str]:
@@ -248,6 +251,7 @@ class MemoryPlan:
         told = {
             RESIDENT: "{} there as well", ON_DEMAND: "{} only while it works",
             STREAMED: "{} layer by layer while it works",
+            TILED: f"{{}} only while it works, in blended tiles of {self.tile} pixels (not a whole's bits)",
         }  # fmt: skip
         words += [told[how].format(" and ".join(names)) for how, names in by.items()]
         if self.leaves:
@@ -289,9 +293,12 @@ def make_plan(
         chosen = {name: _fitted(name, needs, room, slots, budget) for name, needs in modules.items()}
     on_card = sum(m.weights for m in chosen.values()) if together else max(m.weights for m in chosen.values())
     stages = {DENOISE: on_card + working}
-    where, leaves = {}, set()
+    where: dict[str, str] = {}
+    leaves: set[str] = set()
+    tile = 0
     for name, part in parts.items():
-        where[name], own = _placed(name, part, room, budget)
+        where[name], own, tiles = _placed(name, part, room, budget)
+        tile = max(tile, tiles)
         for stage in part.stages:
             if on_card + own > room:
                 leaves.add(stage)
@@ -299,7 +306,8 @@ def make_plan(
     for stage in _stages(parts):
         stages[stage] += 0 if stage in leaves else on_card
     slowdown = max((_slowdown(modules[n], m, bandwidth) for n, m in chosen.items()), key=lambda s: s or 0.0)
-    return MemoryPlan(budget, chosen, together, where, frozenset(leaves), _with_margin(stages), bandwidth, slowdown)
+    peaks = _with_margin(stages)
+    return MemoryPlan(budget, chosen, together, where, frozenset(leaves), peaks, bandwidth, slowdown, tile)
 
 
 def _stages(parts: Mapping[str, PartNeeds]) -> list[str]:
@@ -335,15 +343,20 @@ def _fitted(name: str, needs: ModuleNeeds, room: int, slots: int, budget: int) -
     )
 
 
-def _placed(name: str, part: PartNeeds, room: int, budget: int) -> tuple[str, int]:
-    """How a part is on the card while it works, alone with the transformers or without, and the bytes that it takes."""
-    whole = _allocated(part.weights) + part.working
-    if whole <= room:
-        return ON_DEMAND, whole
-    streamed = SLOTS * _allocated(part.block) + _allocated(part.rest) + part.working
-    if part.block and streamed <= room:
-        return STREAMED, streamed
-    least = rounded(int(min(whole, streamed if part.block else whole) * (1 + MARGIN)), 10**8)
+def _placed(name: str, part: PartNeeds, room: int, budget: int) -> tuple[str, int, int]:
+    """How a part is on the card while it works, the bytes that it takes then, and the pixels of its tiles, if any.
+
+    Raises UnsupportedError.
+    """
+    weights = _allocated(part.weights)
+    ways = [(ON_DEMAND, weights + part.working, 0)]
+    if part.block:
+        ways.append((STREAMED, SLOTS * _allocated(part.block) + _allocated(part.rest) + part.working, 0))
+    ways += [(TILED, weights + working, tile) for tile, working in part.tiles.items()]
+    for way in ways:
+        if way[1] <= room:
+            return way
+    least = rounded(int(min(size for _, size, _ in ways) * (1 + MARGIN)), 10**8)
     raise UnsupportedError(
         f"the {name.replace('_', ' ')} needs {gigabytes(least)} on the card at this size, and may take "
         f"{gigabytes(budget)}; give it more memory (--vram), or make a smaller video or fewer frames"

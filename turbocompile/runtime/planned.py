@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +21,13 @@ if TYPE_CHECKING:
 
 
 class PlannedMemory:
-    """A base of Engine. memory: the plan; None: all weights are on the engine's device."""
+    """A base of Engine. memory: the plan; None: all weights are on the engine's device.
+
+    kept: models around the transformer that stay in memory between videos, by name (video/components.py).
+    """
 
     memory: MemoryPlan | None = None
+    planned_for: Any = None  # what the plan was made for, by whoever made it
     _module = "transformer"  # its name in the plan
     if TYPE_CHECKING:
         experts: dict[str, Any]
@@ -36,36 +41,54 @@ class PlannedMemory:
         _host: HostWeights | None
         _placed: Placement | None
         _gate: Gate
+        kept: dict[str, Any]
         _graphs: dict[str, Any]
         _runners: dict[str, Any]
         _pool: Any
 
-    def plan_memory(self, vram: int | str = "auto", parts: Mapping[str, PartNeeds] | None = None) -> MemoryPlan:
-        """Has the engine and its experts run within so much of their GPU's memory, and says how.
+    def plan_memory(
+        self,
+        vram: int | str = "auto",
+        parts: Mapping[str, PartNeeds] | None = None,
+        *,
+        shape: str | None = None,
+        device: torch.device | None = None,
+    ) -> MemoryPlan:
+        """Has the engine and its experts run within so much of a GPU's memory, and says how.
 
         vram: bytes, or as in "12GB", "12GiB" or "auto", which is what other processes leave. parts: what the models
-        around them need, as a text encoder, if they are to share the memory.
+        around them need, as a text encoder, if they are to share the memory. shape: the name of the one shape that has
+        to fit; all of them by default. device: the GPU; by default where the engine is.
 
         Raises UnsupportedError on another device or backend than a GPU and triton, and where no plan fits, with the
         memory that would do.
         """
         if any(e.backend != "triton" for e in self.experts.values()):
             raise UnsupportedError(f"vram plans engines of the backend triton, and this one is of {self.backend}")
-        budget = memory_budget(vram, self._device)
-        needs = {name: module_needs(e.programs, host_gpu(), e.cuda_graph) for name, e in self.experts.items()}
-        plan = make_plan(budget, needs, parts, bandwidth=host_bandwidth(self._device))
-        self.use_plan(plan)
+        device = device or self._device
+        budget, card = memory_budget(vram, device), host_gpu()
+        needs = {}
+        for name, engine in self.experts.items():
+            programs = engine.programs if shape is None else {shape: engine.programs[shape]}
+            needs[name] = replace(module_needs(programs, card, engine.cuda_graph), parcels=parcels_of(engine.programs))
+        plan = make_plan(budget, needs, parts, bandwidth=host_bandwidth(device))
+        self.use_plan(plan, device)
         return plan
 
-    def use_plan(self, plan: MemoryPlan) -> None:
-        """Has the engine and its experts follow a plan, on whatever device they are."""
+    def use_plan(self, plan: MemoryPlan, device: torch.device | None = None) -> None:
+        """Has the engine and its experts follow a plan, on whatever device they are, or on `device`."""
         gate = Gate()
         for name, engine in self.experts.items():
             with engine._turns.change():
+                if engine._device.type == "cuda":
+                    torch.cuda.synchronize(engine._device)
                 engine._forget()
                 engine._host = None
                 engine.weights = {k: v.cpu() for k, v in engine.weights.items()}
                 engine.memory, engine._module, engine._gate = plan, name, gate
+                engine._device = device or engine._device
+            engine.kept.clear()
+            engine.planned_for = None
 
     def _placement(self) -> Placement:
         """The weights on the device as the plan says; other experts leave it if the plan has one there at a time."""

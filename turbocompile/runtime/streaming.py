@@ -151,10 +151,15 @@ class HostWeights:
     reason: why the memory is not pinned; "" where it is.
     """
 
-    def __init__(self, weights: dict[str, torch.Tensor], streamed: Sequence[Parcel], device: torch.device) -> None:
+    def __init__(
+        self, weights: dict[str, torch.Tensor], streamed: Sequence[Parcel], device: torch.device, pin: bool = True
+    ) -> None:
         self.weights, self.streamed = weights, tuple(streamed)
         self.stretches: dict[str, torch.Tensor] = {}
         self.reason = ""
+        if not pin:  # pinning takes longer than the copies, for weights that are needed once
+            self.reason = "they are needed once"
+            return
         size = sum(p.bytes for p in streamed)
         available = host_memory()
         if available is not None and size + HOST_MARGIN > available:
@@ -167,9 +172,10 @@ class HostWeights:
 
     def _fill(self, arena: torch.Tensor) -> None:
         """Reads the parcels into the arena, some at a time, because a mapped file is read when it is touched."""
-        starts = {}
+        starts: dict[str, int] = {}
+        at = 0
         for parcel in self.streamed:
-            starts[parcel.prefix] = sum(p.bytes for p in self.streamed[: len(starts)])
+            starts[parcel.prefix], at = at, at + parcel.bytes
 
         def fill(parcel: Parcel) -> None:
             stretch = arena[starts[parcel.prefix] : starts[parcel.prefix] + parcel.bytes]
@@ -222,7 +228,7 @@ def _unpin(memory: torch.Tensor) -> None:
 # ------------------------------------------------------------------------------------------------------ on the card
 
 
-class _Lane:
+class Lane:
     """The stream of the copies of one card. On a CPU copies run where they are queued, which is right as well."""
 
     def __init__(self, device: torch.device) -> None:
@@ -266,7 +272,7 @@ class Step:
     order: the parcels in the order in which their calls run. Parcel i goes to slot i modulo the number of slots.
     """
 
-    def __init__(self, order: Sequence[Parcel], slots: Sequence[torch.Tensor], host: HostWeights, lane: _Lane) -> None:
+    def __init__(self, order: Sequence[Parcel], slots: Sequence[torch.Tensor], host: HostWeights, lane: Lane) -> None:
         self.order, self.slots, self.host, self.lane = tuple(order), tuple(slots), host, lane
         self._sent: list[torch.cuda.Event | None] = []
         self._read: list[torch.cuda.Event | None] = []
@@ -326,7 +332,7 @@ class Placement:
         largest = max((p.bytes for p in self.streamed.values()), default=0)
         count = min(slots, len(self.streamed))
         self.slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(count)]
-        self.lane = _Lane(device)
+        self.lane = Lane(device)
 
     def _place(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copies tensors to the device, side by side, because each allocation of its own would be rounded up."""
