@@ -235,3 +235,10 @@ def enough_memory(engine: Engine) -> Iterator[None]:
             "the GPU's memory does not suffice for this video; plan it (--vram auto), or make a smaller one or fewer "
             "frames"
         )
+
+
+def peak_taken(engine: Engine) -> int | None:
+    """The most that PyTorch's allocator took of the GPU in this process, in bytes; None without a plan or a GPU."""
+    if engine.memory is None or engine.device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_reserved(engine.device)

@@ -22,7 +22,7 @@ from turbocompile.runtime.memory_plan import MemoryPlan, parse_size
 from turbocompile.video import file as video_file
 from turbocompile.video.image import open_image
 from turbocompile.video.latents import Pipeline, Progress, Stages, make_latents
-from turbocompile.video.memory import decoded, enough_memory, plan_video
+from turbocompile.video.memory import decoded, enough_memory, peak_taken, plan_video
 from turbocompile.video.request import (
     check_request,
     check_size,
@@ -89,11 +89,9 @@ def generate(
     """
     out = video_file.check_path(out) if out is not None else None
     frames = check_folder(frames) if frames is not None else None
-    if isinstance(vram, str):
-        parse_size(vram)  # a mistake is told before any work
     stages = Stages(progress)
     kept = engine.kept if isinstance(engine, Engine) else None
-    engine, target = _opened(engine, device, vram is not None, stages)
+    engine, target = _opened(engine, device, vram, stages)
     recipe = recipe_of(engine)
     task = str(engine.manifest.get("task") or task_of(engine.config))
     sampler = choose_sampler(recipe.sampler, task, steps, guidance)
@@ -117,15 +115,16 @@ def generate(
     if out is not None or frames is not None:
         with stages("write"):
             paths = _write(made, out, frames)
-    peak = torch.cuda.max_memory_reserved(engine.device) if engine.memory and engine.device.type == "cuda" else None
-    return GenerateResult(made, stages.seconds, paths, engine.memory, peak)
+    return GenerateResult(made, stages.seconds, paths, engine.memory, peak_taken(engine))
 
 
 def _opened(
-    engine: Engine | str | Path, device: torch.device | str | None, planned: bool, stages: Stages
+    engine: Engine | str | Path, device: torch.device | str | None, vram: str | int | None, stages: Stages
 ) -> tuple[Engine, torch.device | None]:
     """The engine, and the device that was asked for; it is there already, unless a plan is to place its weights."""
-    target = torch.device(device) if device is not None else None
+    if isinstance(vram, str):
+        parse_size(vram)  # a mistake is told before any work
+    target, planned = torch.device(device) if device is not None else None, vram is not None
     if isinstance(engine, Engine):
         return (engine if planned or target is None else engine.to(target)), target
     target = target or torch.device(default_device(engine))
