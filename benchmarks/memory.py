@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py --log memory.jsonl [--preset wan2.1-t2v-14b] [--shape 720x1280x81] [--layers 40]
         [--budgets 80 24 16 12] [--calls 6] [--eager] [--no-vae]
+    python benchmarks/memory.py --log memory.jsonl --pipeline FOLDER [--budgets 8]
 
 The engine is that of a preset with SLA (top-k 0.1) and the card's 8-bit linears; its weights are random bytes, written
 at once, because building 14B parameters honestly takes longer than measuring them. Each budget has a fresh engine with
@@ -9,6 +10,9 @@ at once, because building 14B parameters honestly takes longer than measuring th
 between CUDA events, the median of the calls after the graph was recorded. A line of JSON a row: what was predicted
 (peak, slow-down), what was measured (peak reserved and allocated), and whether the bits are those of the resident step.
 Rows of the VAE say the same of decoding 81 frames.
+
+--pipeline builds the whole pipeline of Wan2.1 1.3B at 480p in FOLDER, with random weights in all parts, the text encoder
+in its published size (11 GB), and makes a video within each budget: some 30 GB of disk.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import argparse
 import gc
 import json
 import math
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -203,6 +208,64 @@ def vae_rows(tell: Callable[[dict[str, Any]], None]) -> None:
                 del vae, latents
 
 
+def whole_pipeline(folder: Path) -> Path:
+    """An engine of Wan2.1 1.3B at 480p with components of their published sizes, all random; its folder."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    from turbocompile.build.from_recipe import optimize_recipe
+
+    engine, parts = folder / "engine", folder / "parts"
+    if engine.exists():
+        return engine
+    model = {"preset": "wan2.1-t2v-1.3b", "weights": "synthetic"}
+    shape = {"height": 480, "width": 832, "num_frames": 81}
+    given = {"model": model, "shapes": [shape], "sampler": {"kind": "rcm", "steps": 4}, "verify": "off"}
+    source = open_source(Recipe.from_dict(given))
+    table = source.components.save(parts)
+    shutil.rmtree(parts / "text_encoder")
+    with torch.device("cuda"):
+        encoder = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+                feed_forward_proj="gated-gelu", tie_word_embeddings=False, dtype=torch.bfloat16,
+            )
+        ).to(torch.bfloat16)  # fmt: skip
+    encoder.cpu().save_pretrained(parts / "text_encoder")
+    del encoder
+    index = {name: [row["library"], row["class"]] for name, row in table.items()}
+    (parts / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", **index}) + "\n")
+    optimize_recipe(Recipe.from_dict({**given, "components": str(parts)}), engine)
+    shutil.rmtree(parts)
+    return engine
+
+
+def pipeline_rows(tell: Callable[[dict[str, Any]], None], folder: Path, budgets: list[float]) -> None:
+    """A video without a plan and within each budget: stages' seconds, predicted and measured peaks."""
+    from turbocompile.video.session import generate
+
+    engine = whole_pipeline(folder)
+    for budget in (None, *budgets):
+        fresh_peaks()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(1.0 if budget is None else min(1.0, budget * GB / total))
+        said: list[str] = []
+        vram = None if budget is None else int(budget * GB)
+        found: dict[str, Any] = {"pipeline": "1.3B-480p", "budget_gb": budget}
+        try:
+            made = generate(engine, "a cat walking on the beach", device="cuda:0", vram=vram, say=said.append)
+            found |= {"seconds": made.timings, "said": said}
+            if made.memory is not None:
+                found |= {"predicted_gb": made.memory.peak / GB, "peaks": dict(made.memory.peaks)}
+            del made
+        except Exception as error:
+            found["failed"] = f"{type(error).__name__}: {error}"[:1000]
+        found |= {
+            "reserved_gb": torch.cuda.max_memory_reserved() / GB,
+            "allocated_gb": torch.cuda.max_memory_allocated() / GB,
+        }
+        tell(found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="wan2.1-t2v-14b")
@@ -211,6 +274,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="*", default=[80, 24, 16, 12])
     parser.add_argument("--calls", type=int, default=6, help="timed, after two")
     parser.add_argument("--eager", action="store_true", help="launch kernels one by one, without CUDA graphs")
+    parser.add_argument("--pipeline", type=Path, metavar="FOLDER", help="the whole pipeline of 1.3B at 480p instead")
     parser.add_argument("--no-vae", action="store_true", help="leave the VAE's rows out")
     parser.add_argument("--log", type=Path, required=True, help="the file that gets the rows")
     arguments = parser.parse_args()
@@ -223,10 +287,14 @@ def main() -> None:
         with arguments.log.open("a") as log:
             log.write(line + "\n")
 
+    if arguments.pipeline is not None:
+        tell({"about": versions()})
+        pipeline_rows(tell, arguments.pipeline, arguments.budgets)
+        return
     began = time.perf_counter()
     item, dtype = compiled(arguments.preset, arguments.shape, arguments.layers)
     weights = random_weights(item)
-    about = {k: v for k, v in vars(arguments).items() if k != "log"}
+    about = {k: v for k, v in vars(arguments).items() if k not in ("log", "pipeline")}
     tell({"about": about | versions(), "built_s": time.perf_counter() - began})
     with torch.inference_mode():
         resident, reference = row(item, weights, dtype, None, arguments.calls, not arguments.eager)
