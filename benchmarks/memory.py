@@ -11,8 +11,8 @@ between CUDA events, the median of the calls after the graph was recorded. A lin
 (peak, slow-down), what was measured (peak reserved and allocated), and whether the bits are those of the resident step.
 Rows of the VAE say the same of decoding 81 frames.
 
---pipeline builds the whole pipeline of Wan2.1 1.3B at 480p in FOLDER, with random weights in all parts, the text encoder
-in its published size (11 GB), and makes a video within each budget: some 30 GB of disk.
+--pipeline builds the whole pipeline of Wan2.1 1.3B at 480p in FOLDER, with random weights in all parts and a text
+encoder of its published size (11 GB), and makes a video within each budget: some 30 GB of disk.
 """
 
 from __future__ import annotations

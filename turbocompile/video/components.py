@@ -161,7 +161,8 @@ def layers_streamed(encoder: Any, device: torch.device) -> Iterator[None]:
         if number == len(order) - 1:
             step.end()
 
-    apart = {id(p) for p in table.parameters()} | {id(p) for one in owned for p in one.values()}
+    tables = (*table.parameters(), *encoder.get_input_embeddings().parameters())
+    apart = {id(p) for p in tables} | {id(p) for one in owned for p in one.values()}
     rest = [p for p in encoder.parameters() if id(p) not in apart]
     hooks = [
         table.register_forward_pre_hook(lambda _, args: tuple(a.cpu() for a in args)),
