@@ -286,8 +286,8 @@ def make_plan(
         stages = {DENOISE: weights + around + working}
         for stage in _stages(parts):
             stages[stage] = weights + around + max(p.working for p in parts.values() if stage in p.stages)
-        where = dict.fromkeys(parts, RESIDENT)
-        return MemoryPlan(budget, resident, True, where, frozenset(), _with_margin(stages), bandwidth, 1.0)
+        there = dict.fromkeys(parts, RESIDENT)
+        return MemoryPlan(budget, resident, True, there, frozenset(), _with_margin(stages), bandwidth, 1.0)
     chosen, together = resident, weights + working <= room
     if not together:
         chosen = {name: _fitted(name, needs, room, slots, budget) for name, needs in modules.items()}

@@ -180,8 +180,9 @@ def plan_video(
     needs = part_needs(engine.folder / "components", table, geometry, size, image, tokens)
     plan = engine.plan_memory(asked, needs, shape=size.name, device=device)
     engine.planned_for = fits
-    for sentence in plan.sentences() if say is not None else ():
-        say(sentence)
+    if say is not None:
+        for sentence in plan.sentences():
+            say(sentence)
 
 
 def made_config(engine: Engine) -> dict[str, Any]:
