@@ -14,7 +14,7 @@ from turbocompile.files import check_file
 from turbocompile.numerics.recording import MAX_TOKENS, Recording, recording_calls
 from turbocompile.recipe.presets import boundary_of
 from turbocompile.recipe.schema import Recipe
-from turbocompile.video.components import placed
+from turbocompile.video.components import held, placed
 from turbocompile.video.image import open_image
 from turbocompile.video.latents import Pipeline, Progress, Stages, make_latents
 from turbocompile.video.request import check_images, choose_sampler, prompts_of
@@ -68,7 +68,7 @@ def record_inputs(
         experts = {name: t.load().to(target) for name, t in source.transformers.items()}
         parts = {name: placed(part, name, target) for name, part in source.components.load().items()}
     first = source.transformers["transformer"]
-    pipeline = Pipeline(experts, first.config, recipe.torch_dtype, target, parts.__getitem__, source.geometry)
+    pipeline = Pipeline(experts, first.config, recipe.torch_dtype, target, held(parts), source.geometry)
     boundary = None
     if len(experts) > 1:
         boundary = boundary_of(source.boundary_ratio, source.task)
