@@ -50,6 +50,19 @@ def call():
     return random_call()
 
 
+@pytest.mark.parametrize("format", WRITERS)
+def test_a_recipe_opens_every_format_and_finds_out_the_configuration(format, state, tmp_path):
+    path, meant = WRITERS[format](tmp_path, state)
+    source = open_source(recipe(path))
+    transformer = source.transformers["transformer"]
+    assert (source.task, source.sla) == ("t2v", "TurboDiffusion" in format)
+    config = {k: transformer.config[k] for k in ("num_attention_heads", "attention_head_dim", "ffn_dim", "num_layers")}
+    assert config == {"num_attention_heads": 2, "attention_head_dim": 128, "ffn_dim": 512, "num_layers": 2}
+    loaded = dict(transformer.load().named_parameters())
+    assert len(loaded) == len([name for name in meant if "proj_l" not in name])
+    assert torch.equal(loaded["blocks.1.attn2.to_v.weight"], meant["blocks.1.cross_attn.v.weight"].float())
+
+
 @pytest.mark.parametrize("format", BUILT)
 def test_the_engine_of_every_format_computes_the_original_mathematics(format, state, call, tmp_path):
     (tmp_path / "m").mkdir()
