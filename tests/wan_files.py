@@ -203,6 +203,23 @@ def comfy_int8(folder: Path, state: State, by_row: bool = False) -> tuple[Path, 
     return folder / "int8.safetensors", meant
 
 
+def comfy_int8_rotated(folder: Path, state: State) -> tuple[Path, State]:
+    """`convrot`: groups of 64 columns are rotated before they are quantized by rows."""
+    core = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+    turn = torch.kron(torch.kron(core, core), core)
+    file, meant = dict(state), dict(state)
+    said = torch.tensor(list(b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 64}')).byte()
+    for name, weight in state.items():
+        if is_linear(name, weight):
+            data, scale = in_8_bits((weight.reshape(-1, 64) @ turn).reshape(weight.shape), torch.int8, by_row=True)
+            path = name.removesuffix("weight")
+            file |= {name: data, f"{path}weight_scale": scale, f"{path}comfy_quant": said.clone()}
+            meant[name] = ((data.float() * scale).reshape(-1, 64) @ turn).reshape(weight.shape)
+            assert (meant[name] - weight).abs().max() < weight.abs().max() / 16  # the rotation is undone
+    save_file(prefixed(file, COMFY), folder / "int8_convrot.safetensors")
+    return folder / "int8_convrot.safetensors", meant
+
+
 def comfy_int8_rows(folder: Path, state: State) -> tuple[Path, State]:
     return comfy_int8(folder, state, by_row=True)
 
@@ -362,6 +379,7 @@ WRITERS: dict[str, Callable[[Path, State], tuple[Path, State]]] = {
     "ComfyUI fp8 by rows": comfy_fp8_rows,
     "ComfyUI int8": comfy_int8,
     "ComfyUI int8 by rows": comfy_int8_rows,
+    "ComfyUI int8 rotated": comfy_int8_rotated,
     "plain e4m3": plain(E4M3),
     "plain e5m2": plain(E5M2),
     "all in e4m3": plain(E4M3, everything=True),
