@@ -1,12 +1,12 @@
-"""How long a plan, a build and a load take on this machine's processor.
+"""Times a plan, a build and a load on this machine's processor.
 
     python benchmarks/build.py [--plan examples/wan21.yaml] [--set model.weights=synthetic]
     python benchmarks/build.py --gpu
 
-Each is measured in a process of its own, as a user starts it, and from empty caches (Triton's and turbocompile's).
-Processor seconds come first, because other processes change them less than wall seconds.
-The build is that of a two-layer Wan at a tiny size; the plan is the recipe's `--dry-run`. With --gpu the recipe is
-built for this machine's card, and so are small DiTs: two blocks, bfloat16, `optimize` without options.
+Each runs in a process of its own, as a user starts it, and from empty caches (Triton's and turbocompile's). The table
+shows processor seconds first, because other processes change them less than wall seconds. The build is that of a
+two-layer Wan at a tiny size; the plan is the recipe's `--dry-run`. With --gpu it builds for this machine's card:
+the recipe, and small DiTs of two blocks in bfloat16, by `optimize` without options.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ TINY = {
 
 
 def measured(kind: str, argument: object, settings: list[str], out: str | None = None) -> list[float]:
-    """Processor seconds of the process, wall seconds without its imports, peak memory in GB; from empty caches."""
+    """Runs a plan, a build or a load in a process of its own, with empty caches.
+
+    Returns its processor seconds, its wall seconds without imports, and its peak memory in GB.
+    """
     given = json.dumps([kind, argument, settings, out])
     with tempfile.TemporaryDirectory() as empty:
         path = os.pathsep.join(filter(None, [str(EXAMPLES), os.environ.get("PYTHONPATH")]))
@@ -68,7 +71,7 @@ def measured(kind: str, argument: object, settings: list[str], out: str | None =
 
 
 def on_gpu(plan: str, repeats: int, folder: str) -> dict[str, list[list[float]]]:
-    """The rows of builds for this machine's card."""
+    """Measures builds for this machine's card: name -> the results of `measured`."""
     rows = {}
     for dim in (64, 96):
         sizes = {"dim": dim, "num_heads": dim // 32, "depth": 2}
@@ -79,7 +82,7 @@ def on_gpu(plan: str, repeats: int, folder: str) -> dict[str, list[list[float]]]
 
 
 def on_cpu(plan: str, settings: list[str], repeats: int, folder: str) -> dict[str, list[list[float]]]:
-    """The rows of a plan, a build and a load that need no card."""
+    """Measures a plan, a build and a load, which need no card: name -> the results of `measured`."""
     engines = [str(Path(folder) / f"engine-{i}") for i in range(repeats)]
     return {
         f"plan of {plan}": [measured("plan", plan, settings) for _ in range(repeats)],

@@ -69,7 +69,7 @@ def test_a_tensor_that_nothing_reads_is_named(folder, name, what, place):
 
 def test_a_lora_alone_is_a_lora(tmp_path):
     save_file({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 2)}, tmp_path / "l.safetensors")
-    with pytest.raises(UnsupportedError, match=r"belongs to a LoRA.*fuse_lora"):
+    with pytest.raises(UnsupportedError, match=r"belongs to a LoRA.*in the recipe \(or --lora\)"):
         build(tmp_path / "l.safetensors", components="none")
 
 

@@ -13,7 +13,7 @@ from turbocompile.build.inputs import calibration_inputs, measuring
 from turbocompile.build.rounds import Rewritten, rewrite_all
 from turbocompile.build.stages import Stages, warnings_collected
 from turbocompile.errors import EngineError, VerificationError
-from turbocompile.ir.emit import Emission, weight_plan
+from turbocompile.ir.emit import Emission, factor_plan, weight_plan
 from turbocompile.ir.evaluate import Evaluator, TensorSource, WithVectors
 from turbocompile.ir.graph_view import GraphView
 from turbocompile.ir.printer import print_program
@@ -102,7 +102,8 @@ def compile_programs(
     done = rewrite_all(name, captured, source, options, inputs, stages, weights)
     if options.verify == "shapes":
         _check_shapes(name, done.programs, captured, stages)
-    plan, constants = weight_plan(done.programs), merged_constants(done.programs)
+    plan = dict(sorted({**factor_plan(done.programs), **weight_plan(done.programs)}.items()))
+    constants = merged_constants(done.programs)
     results = _with_verdicts(done, calibrated)
     made = Compiled(name, done.programs, results, done.printed, done.views, plan, constants, source)
     return made.warned(*warned, *captured.warnings(), *done.warned)

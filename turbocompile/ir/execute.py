@@ -7,19 +7,20 @@ constants alone (RoPE tables) are computed once for a device, because they are t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from turbocompile.errors import EngineError, UnsupportedError
-from turbocompile.ir.program import SHELL, Program, Subgraph, call, walk_tensors
+from turbocompile.ir.program import SHELL, Call, Program, Subgraph, call, walk_tensors
 from turbocompile.ir.stored_names import stored_name
 from turbocompile.ir.weights import Constant, Expr, is_relative
 
 LAYER_BYTES = 1 << 20  # of a tensor that a layer computes from its constants and keeps: a table of 4096 x 64
 Launcher = Callable[[fx.Node], Callable[..., Any] | None]
+Around = Callable[[Call], "tuple[Callable[[], None], Callable[[], None]] | None"]
 SOURCE = "source"  # in the meta of a node of generated code: the program's node that it comes from
 
 
@@ -32,15 +33,25 @@ class Runner:
         weights: Mapping[str, torch.Tensor],
         device: torch.device,
         launcher: Launcher = lambda node: None,
+        around: Around = lambda call: None,
     ) -> None:
-        """launcher: gives a node the function that runs in the place of its operator; None: the operator runs."""
+        """launcher: gives a node the function that runs in the place of its operator; None: the operator runs.
+
+        around: gives a call of a block what runs before it and after it; None: nothing.
+        """
         self.blocks = {
             name: _Compiled(sub, name, device, weights, launcher)
             for name, sub in program.graphs.items()
             if name != SHELL
         }
-        calls = {c.node.name: self.blocks[c.graph].bound(c.prefix, weights) for c in program.calls()}
+        calls = {c.node.name: self.blocks[c.graph].bound(c.prefix, weights, around(c)) for c in program.calls()}
         self.shell = _Compiled(program.shell, SHELL, device, weights, launcher, calls).bound("", weights)
+        self.bindings = [*calls.values(), self.shell]
+
+    def refresh(self, weights: Mapping[str, torch.Tensor], names: Collection[str]) -> None:
+        """Computes anew, in place, what was folded from weights that were written to. names: their stored names."""
+        for bound in self.bindings:
+            bound.refresh(weights, names)
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with torch.no_grad(), _supported():
@@ -64,19 +75,45 @@ class _Bound(nn.Module):
     """The generated code of a graph, with the weights of one call."""
 
     code: fx.GraphModule
+    graph: _Compiled
 
-    def __init__(self, code: fx.GraphModule, operands: Sequence[torch.Tensor], single: bool) -> None:
+    def __init__(
+        self,
+        graph: _Compiled,
+        prefix: str,
+        operands: Sequence[torch.Tensor],
+        single: bool,
+        around: tuple[Callable[[], None], Callable[[], None]] | None = None,
+    ) -> None:
         super().__init__()
-        object.__setattr__(self, "code", code)  # shared by all calls, so it is not a child of each
+        self.prefix = prefix
+        object.__setattr__(self, "graph", graph)  # shared by all calls, so it is not a child of each
+        object.__setattr__(self, "code", graph.code)
         self.operands = list(operands)
         self.single = single
+        self.around = around
 
     def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         return self.code.forward(*self.operands, *tensors)
 
     def forward(self, *tensors: torch.Tensor) -> Any:
-        out = self.run(tensors)
+        if self.around is None:
+            out = self.run(tensors)
+        else:
+            before, after = self.around
+            before()
+            out = self.run(tensors)
+            after()
         return out[0] if self.single else out
+
+    def refresh(self, weights: Mapping[str, torch.Tensor], names: Collection[str]) -> None:
+        """As `Runner.refresh`."""
+        if not self.graph.folds(names):
+            return
+        folded = self.operands[len(self.graph.locals) :]
+        for kept, value in zip(folded, self.graph.folded_values(self.prefix, weights, anew=True), strict=True):
+            if isinstance(kept, torch.Tensor) and value.data_ptr() != kept.data_ptr():  # a view follows the weight
+                kept.copy_(value)
 
 
 class _Compiled:
@@ -94,7 +131,7 @@ class _Compiled:
         self.sub, self.name = sub, name
         self.single = len(sub.outputs()) == 1
         self.device = device
-        folded = foldable(sub)
+        folded = self.folded = foldable(sub)
         self.of_layer = foldable_in_layer(sub, folded)
         gone = folded | self.of_layer
         self.values = _evaluate(sub, folded, _read_outside(folded), device, lambda n: self._weight(n, "", weights))
@@ -102,6 +139,7 @@ class _Compiled:
             [n for n in sub.graph.nodes if n in some and any(u not in gone for u in n.users)]
             for some in ({n for n in sub.graph.nodes if n.op == "get_attr"}, folded, self.of_layer)
         )
+        self.kept = kept
         self.constants = [self.values[n] for n in kept]
         root, graph = nn.Module(), fx.Graph()
         env: dict[fx.Node, fx.Node] = {}
@@ -128,13 +166,31 @@ class _Compiled:
             raise EngineError(f"the engine lacks the weight {key!r}; it is damaged, build it again")
         return weights[key]
 
-    def bound(self, prefix: str, weights: Mapping[str, torch.Tensor]) -> _Bound:
+    def bound(
+        self,
+        prefix: str,
+        weights: Mapping[str, torch.Tensor],
+        around: tuple[Callable[[], None], Callable[[], None]] | None = None,
+    ) -> _Bound:
+        own = [self._weight(n, prefix, weights) for n in self.locals]
+        return _Bound(self, prefix, [*own, *self.folded_values(prefix, weights)], self.single, around)
+
+    def folded_values(self, prefix: str, weights: Mapping[str, torch.Tensor], anew: bool = False) -> list[Any]:
+        """The folded constants of one call. anew: also those that all calls share, because weights were written to."""
+
         def weight(node: fx.Node) -> torch.Tensor:
             return self._weight(node, prefix, weights)
 
-        own = _evaluate(self.sub, self.of_layer, self.kept_of_layer, self.device, weight, self.values)
-        operands = [*map(weight, self.locals), *self.constants, *(own[n] for n in self.kept_of_layer)]
-        return _Bound(self.code, operands, self.single)
+        values = self.values
+        if anew:
+            values = _evaluate(self.sub, self.folded, _read_outside(self.folded), self.device, weight)
+        own = _evaluate(self.sub, self.of_layer, self.kept_of_layer, self.device, weight, values)
+        return [*(values[n] for n in self.kept), *(own[n] for n in self.kept_of_layer)]
+
+    def folds(self, names: Collection[str]) -> bool:
+        """Whether a constant was folded from one of these stored weights."""
+        read = {str(n.target) for node in self.folded for n in node.all_input_nodes if n.op == "get_attr"}
+        return any(stored_name(self.name, n, self.sub.weights[n], "") in names for n in read)
 
 
 def with_device(node: fx.Node, kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -70,6 +70,7 @@ class Verifier:
         self.inputs = inputs or random_inputs(program, seed)
         self.weights = weights
         self.learned: dict[str, Values] = {}
+        self.results: dict[str, Results] = {}  # of the present graphs as wholes, where an exact pass computed them
         self.after_pass: dict[str, Results] = {}
         self._rebase(program)
 
@@ -117,7 +118,7 @@ class Verifier:
 
     def _rebase(self, program: Program) -> None:
         """Takes the Program's float64 values as the truth."""
-        self.results: dict[str, Results] = {}  # of the present graphs as wholes, where an exact pass needed them
+        self.results = {}
         self.truth, self.wide = run_widest(program, self.weights, self.inputs)
         self.outputs = {g: [self.truth[g][n.name] for n in program.graphs[g].outputs()] for g in self.truth}
 

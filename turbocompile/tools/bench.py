@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from turbocompile.cache import cache_path, keep_json
+from turbocompile.defaults import BENCH_CALLS, MODULE
 from turbocompile.errors import UnsupportedError
 from turbocompile.hardware import Gpu, host_gpu
 from turbocompile.ir.cost import OpCost, alike, cost
@@ -32,13 +33,16 @@ from turbocompile.runtime.timing import launch_seconds, median_seconds, seconds_
 if TYPE_CHECKING:
     from turbocompile.runtime.engine import Engine
 
-CALLS = 10  # of a forward
 Progress = Callable[[str, float], None]
 
 
 @torch.no_grad()
 def bench(
-    engine: Engine, *, shape: str | None = None, calls: int = CALLS, progress: Progress = lambda stage, fraction: None
+    engine: Engine,
+    *,
+    shape: str | None = None,
+    calls: int = BENCH_CALLS,
+    progress: Progress = lambda stage, fraction: None,
 ) -> Bench:
     """Times an engine on its device, with random inputs. shape: the name of a Program, by default the first.
 
@@ -176,15 +180,17 @@ def bench_path(
     overrides: Sequence[str] = (),
     *,
     shape: str | None = None,
-    module: str = "transformer",
-    calls: int = CALLS,
+    module: str = MODULE,
+    calls: int = BENCH_CALLS,
     device: str | None = None,
+    vram: str | None = None,
     progress: Progress = lambda stage, fraction: None,
 ) -> tuple[Bench, Path | None]:
     """Times a module of an engine's folder, or of a recipe, whose engine is built in a temporary folder.
 
-    The second value is the path of the record; None for a recipe, and if the cache cannot be written. Raises
-    TurbocompileError for a damaged engine, an unknown module or shape, and a recipe that cannot be built.
+    vram: the GPU's memory that the engine may take (`Engine.plan_memory`). The second value is the path of the record;
+    None for a recipe, and if the cache cannot be written. Raises TurbocompileError for a damaged engine, an unknown
+    module or shape, and a recipe that cannot be built.
     """
     from turbocompile.build.from_recipe import optimize_recipe
     from turbocompile.recipe.schema import load_recipe
@@ -199,7 +205,7 @@ def bench_path(
             optimize_recipe(recipe, folder, progress=progress)
         elif overrides:
             raise UnsupportedError(f"--set changes a recipe, and {path} is no .yaml file; build the engine again")
-        engine = load(folder, device=device or default_device(folder))
+        engine = load(folder, device=device or default_device(folder), vram=vram)
         if module not in engine.experts:
             raise UnsupportedError(f"the engine has no module {module!r}; it has {', '.join(engine.experts)}")
         found = bench(engine.experts[module], shape=shape, calls=calls, progress=progress)

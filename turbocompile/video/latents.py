@@ -17,7 +17,7 @@ from turbocompile.runtime.engine import Engine
 from turbocompile.sampling import flow, rcm
 from turbocompile.video import image as wan_image
 from turbocompile.video import text as wan_text
-from turbocompile.video.components import check_component, component
+from turbocompile.video.components import Parts, check_component
 from turbocompile.wan.components import folder_name, vae_config
 
 Progress = Callable[[str, float], None]
@@ -41,26 +41,33 @@ class _Conditions:
 class Pipeline:
     """The parts that make latents: transformers by name, an engine's or eager ones, and the components around them.
 
-    config: of the transformers. component: returns the component of a name, on the device. geometry: of videos and
-    latents.
+    config: of the transformers. component: has the component of a name be on the device while the body of a `with`
+    runs. geometry: of videos and latents. leaves: the stages in which the transformers leave the device.
     """
 
     experts: Mapping[str, Any]
     config: Mapping[str, Any]
     dtype: torch.dtype
     device: torch.device
-    component: Callable[[str], Any]
+    component: Callable[[str], contextlib.AbstractContextManager[Any]]
     geometry: Geometry
+    leaves: frozenset[str] = frozenset()
+
+    def make_room(self, stage: str) -> None:
+        """Takes the transformers off the device, where a memory plan says so of the stage."""
+        for expert in self.experts.values() if stage in self.leaves else ():
+            expert.park()
 
     @classmethod
-    def of_engine(cls, engine: Engine) -> Pipeline:
+    def of_engine(cls, engine: Engine, kept: dict[str, Any] | None = None) -> Pipeline:
+        """kept: the components that stay in memory between videos; None reads each when it is needed."""
         assert engine.folder is not None
         row = check_component(engine, "vae")
         strides = vae_strides(vae_config(engine.folder / "components" / folder_name("vae", row)))
         geometry = Geometry(*strides, tuple(engine.config["patch_size"]))
-        return cls(
-            engine.experts, engine.config, engine.dtype, engine.device, lambda name: component(engine, name), geometry
-        )
+        leaves = engine.memory.leaves if engine.memory is not None else frozenset()
+        parts = Parts(engine, kept)
+        return cls(engine.experts, engine.config, engine.dtype, engine.device, parts, geometry, leaves)
 
 
 class Stages:
@@ -92,33 +99,36 @@ def make_latents(
 ) -> torch.Tensor:
     """Normalized latents (B, out_channels, T, H, W), float32. picture: a PIL image, for image-to-video."""
     with stages("text"):
+        pipeline.make_room("text")
         conditions = _text(pipeline, prompts, negative_prompt or "" if sampler.guidance != 1.0 else None)
     if picture is not None:
         with stages("image"):
+            pipeline.make_room("image")
             conditions = _with_image(pipeline, conditions, picture, size)
     with stages("denoise"):
         return _sample(pipeline, conditions, sampler, size, boundary, seed, stages.progress)
 
 
 def _text(pipeline: Pipeline, prompts: list[str], negative_prompt: str | None) -> _Conditions:
-    tokenizer, encoder = pipeline.component("tokenizer"), pipeline.component("text_encoder")
+    with pipeline.component("tokenizer") as tokenizer, pipeline.component("text_encoder") as encoder:
 
-    def encode(texts: list[str]) -> torch.Tensor:
-        unique = wan_text.encode_prompt(sorted(set(texts)), tokenizer, encoder, dtype=pipeline.dtype)
-        return unique[[sorted(set(texts)).index(t) for t in texts]]
+        def encode(texts: list[str]) -> torch.Tensor:
+            unique = wan_text.encode_prompt(sorted(set(texts)), tokenizer, encoder, dtype=pipeline.dtype)
+            return unique[[sorted(set(texts)).index(t) for t in texts]]
 
-    negative = encode([negative_prompt] * len(prompts)) if negative_prompt is not None else None
-    return _Conditions(encode(prompts), negative)
+        negative = encode([negative_prompt] * len(prompts)) if negative_prompt is not None else None
+        return _Conditions(encode(prompts), negative)
 
 
 def _with_image(pipeline: Pipeline, conditions: _Conditions, image: Any, size: Shape) -> _Conditions:
     """Adds the first frame's latent and mask, and its CLIP tokens where the transformer takes them."""
     pixels = wan_image.image_tensor(image, size.height, size.width).to(pipeline.device)
-    channels = wan_image.image_condition(pipeline.component("vae"), pixels, size.num_frames)
+    with pipeline.component("vae") as vae:
+        channels = wan_image.image_condition(vae, pixels, size.num_frames)
     tokens = None
     if pipeline.config.get("image_dim") is not None:
-        encoder, processor = pipeline.component("image_encoder"), pipeline.component("image_processor")
-        tokens = wan_image.image_embeddings(encoder, processor, image)
+        with pipeline.component("image_encoder") as encoder, pipeline.component("image_processor") as processor:
+            tokens = wan_image.image_embeddings(encoder, processor, image)
         tokens = tokens.to(pipeline.dtype).expand(size.batch, -1, -1)
     return dataclasses.replace(
         conditions, channels=channels.to(pipeline.dtype).expand(size.batch, -1, -1, -1, -1), tokens=tokens

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from turbocompile.defaults import CALIBRATION_CALLS, SEED
 from turbocompile.errors import RecipeError, UnsupportedError
 from turbocompile.files import check_file
-from turbocompile.numerics.recording import CALLS, MAX_TOKENS, Recording, recording_calls
+from turbocompile.numerics.recording import MAX_TOKENS, Recording, recording_calls
 from turbocompile.recipe.presets import boundary_of
 from turbocompile.recipe.schema import Recipe
-from turbocompile.video.components import placed
+from turbocompile.video.components import held, placed
 from turbocompile.video.image import open_image
 from turbocompile.video.latents import Pipeline, Progress, Stages, make_latents
 from turbocompile.video.request import check_images, choose_sampler, prompts_of
@@ -28,10 +29,10 @@ def record_inputs(
     *,
     negative_prompt: str | None = None,
     image: Any = None,
-    calls: int = CALLS,
+    calls: int = CALIBRATION_CALLS,
     steps: int | None = None,
     guidance: float | None = None,
-    seed: int = 0,
+    seed: int = SEED,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> Recording:
@@ -67,7 +68,7 @@ def record_inputs(
         experts = {name: t.load().to(target) for name, t in source.transformers.items()}
         parts = {name: placed(part, name, target) for name, part in source.components.load().items()}
     first = source.transformers["transformer"]
-    pipeline = Pipeline(experts, first.config, recipe.torch_dtype, target, parts.__getitem__, source.geometry)
+    pipeline = Pipeline(experts, first.config, recipe.torch_dtype, target, held(parts), source.geometry)
     boundary = None
     if len(experts) > 1:
         boundary = boundary_of(source.boundary_ratio, source.task)

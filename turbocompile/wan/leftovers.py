@@ -35,9 +35,8 @@ _LORA = _Kind(
         r"(^|[._])(lora|dora|loha|lokr|hada|oft|boft|glora|ia3)_|(^|[._])lora\.|\.lora\w*$"
         r"|\.(diff|diff_b|diff_m|alpha|set_weight|reshape_weight|base_layer\.\w+)$"
     ),
-    "belongs to a LoRA, which is no part of the model yet",
-    "fuse it first (in diffusers: load_lora_weights, fuse_lora, unload_lora_weights, then save_pretrained) and give "
-    "the folder that this wrote",
+    "belongs to a LoRA, which is no model by itself and no part of one",
+    "give the model without it, and the LoRA in a file of its own as `lora: PATH` in the recipe (or --lora)",
     UnsupportedError,
 )
 _VACE = _Kind(

@@ -32,6 +32,7 @@ from turbocompile.wan.as_stored import parts_of
 from turbocompile.wan.checks import check_channels, check_frames, geometry_of
 from turbocompile.wan.components import Components, FolderComponents, NoComponents, read_index, read_json
 from turbocompile.wan.hub import fetch
+from turbocompile.wan.lora import with_loras
 from turbocompile.wan.opening import (
     EXPERTS,
     Checkpoint,
@@ -140,7 +141,7 @@ def _source(
         raise RecipeError(f"{error}, because of the VAE and the patches of {where}") from None
     if task == "i2v" and vae is not None:
         check_frames(recipe, made, where)
-    placed = {name: replace(t, geometry=made) for name, t in transformers.items()}
+    placed = {name: replace(t, geometry=made) for name, t in with_loras(transformers, recipe.lora).items()}
     return Source(placed, components, task, boundary, synthetic, where, recipe.model.seed)
 
 
