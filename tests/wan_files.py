@@ -356,6 +356,17 @@ def gguf(kind: str, fold: str = "", wide: str = "F16") -> Callable[[Path, State]
     return write
 
 
+def gguf_shards(folder: Path, state: State) -> tuple[Path, State]:
+    """Two parts beside a text encoder, and no configuration."""
+    meant = {}
+    for i in range(2):
+        path, part = gguf("Q8_0")(folder, dict(list(state.items())[i::2]))
+        path.rename(folder / f"wan-Q8_0-0000{i + 1}-of-00002.gguf")
+        meant |= part
+    (folder / "umt5-xxl-encoder-Q8_0.gguf").write_bytes(b"no transformer")
+    return folder, {name: meant[name] for name in state}
+
+
 GGUF = {
     "Q8_0": gguf("Q8_0"), "Q6_K": gguf("Q6_K"), "Q5_K": gguf("Q5_K"), "Q5_0": gguf("Q5_0"), "Q5_1": gguf("Q5_1"),
     "Q4_K": gguf("Q4_K", fold="rows"), "Q4_0": gguf("Q4_0", fold="axes"), "Q4_1": gguf("Q4_1"),
@@ -388,5 +399,6 @@ WRITERS: dict[str, Callable[[Path, State], tuple[Path, State]]] = {
     "ModelOpt config.json": modelopt("config.json"),
     "ModelOpt hf_quant_config.json": modelopt("hf_quant_config.json"),
     "FastVideo VSA": fastvideo,
+    "GGUF shards": gguf_shards,
     **{f"GGUF {kind}": write for kind, write in GGUF.items()},
 }

@@ -23,8 +23,8 @@ from turbocompile.wan.source import open_source
 CLOSE = 1e-4  # of the largest value
 # the graphs of the others are those of the same numbers in another file, which convert's test reads
 LEFT = (
-    "GGUF Q6_K", "GGUF Q5_K", "GGUF Q5_0", "GGUF Q5_1", "GGUF Q4_0", "GGUF Q4_1", "GGUF F16", "GGUF F32", "hub cache",
-    "shards without an index", "one file in a folder", "ModelOpt hf_quant_config.json",
+    "GGUF shards", "GGUF Q6_K", "GGUF Q5_K", "GGUF Q5_0", "GGUF Q5_1", "GGUF Q4_0", "GGUF Q4_1", "GGUF F16", "GGUF F32",
+    "hub cache", "shards without an index", "one file in a folder", "ModelOpt hf_quant_config.json",
 )  # fmt: skip
 BUILT = [name for name in WRITERS if name not in LEFT]
 SMALL = {"height": 32, "width": 32, "num_frames": 5}  # 2 x 2 x 2 tokens
