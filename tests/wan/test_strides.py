@@ -213,7 +213,7 @@ def test_a_changed_preset_gets_a_vae_of_its_channels():
 
 
 def test_a_decoder_of_other_strides_than_its_configuration_is_caught(pipeline, tmp_path, monkeypatch):
-    from turbocompile.video import session as module
+    from turbocompile.video import memory as module
 
     folder = pipeline()
     optimize_recipe(recipe(folder), tmp_path / "engine")
