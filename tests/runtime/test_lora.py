@@ -19,6 +19,8 @@ from turbocompile.ir.inverse import put_together, unit_name, units
 from turbocompile.recipe.schema import LoraSpec, Recipe
 from turbocompile.runtime import lora as runtime_lora
 from turbocompile.runtime.lora import slots_of
+from turbocompile.runtime.memory_plan import MemoryPlan, ModulePlan
+from turbocompile.runtime.streaming import parcels_of
 from turbocompile.video.session import generate
 from turbocompile.wan.lora import LoraTensors, changes_of
 from turbocompile.wan.tensors import Tensors
@@ -314,6 +316,24 @@ def test_a_backend_that_holds_the_weights_itself_is_refused(built, files):
 
 
 # ---------------------------------------------------------------------------------------------------- what else follows
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["", "one expert at a time"])
+@pytest.mark.parametrize("resident", [0, 1, 2])
+def test_an_engine_under_a_memory_plan_gets_them_too(built, files, call, resident, together):
+    engine, planned = built("int8"), copy.deepcopy(built("int8"))
+    out = run(engine, call)
+    prefixes = [p.prefix for p in parcels_of(engine.programs).parcels]
+    module = ModulePlan(frozenset(prefixes[:resident]), 2, 0, 1, len(prefixes), len(prefixes) - resident)
+    planned.use_plan(MemoryPlan(budget=0, modules={"transformer": module}, together=together))
+    for called_before in (False, True):
+        if called_before:
+            assert torch.equal(run(planned, call), out)
+        planned.set_lora(files["a"])
+        with engine.with_lora(files["a"]):
+            assert torch.equal(run(planned, call), run(engine, call))
+        planned.set_lora(None)
+        assert torch.equal(run(planned, call), out)
 
 
 class Folding(nn.Module):
