@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 
 import pytest
@@ -184,6 +185,29 @@ def test_an_exchange_gives_the_bits_of_the_new_adapters_alone(built, files):
         assert same_bits(engine, alone)
         assert [(x.path, x.weight) for x in engine.lora] == [(files["b"], 1.0)]
     assert engine.lora == ()
+
+
+def test_a_file_that_was_written_anew_is_read_anew(built, files, tmp_path):
+    engine, path = built("off"), tmp_path / "a.safetensors"
+    shape = engine.weights["proj_out.weight"].shape
+    weight = engine.weights["proj_out.weight"].clone()
+    for value in (1.0, 2.0):
+        save_file({"proj_out.diff": torch.full(shape, value)}, path)
+        os.utime(path, ns=(0, int(value)))  # a clock may be too coarse to tell two writes
+        engine.set_lora(path)
+        assert torch.equal(engine.weights["proj_out.weight"], weight + value)
+    engine.set_lora(None)
+
+
+def test_an_engine_with_adapters_gets_no_more_shapes(model, call, files):
+    lazy = turbocompile.optimize(model, recipe=recipe("off"))
+    run(lazy, call)
+    with (
+        lazy.engine.with_lora(files["a"]),
+        pytest.raises(EngineError, match="an engine with more shapes would not say"),
+    ):
+        lazy(**call(height=16), return_dict=False)
+    assert lazy(**call(height=16), return_dict=False)[0].shape[-2] == 16
 
 
 def test_two_halves_are_a_whole(built, files, call):

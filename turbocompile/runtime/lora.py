@@ -90,17 +90,18 @@ def _dtype(unit: Expr) -> torch.dtype:
 
 @dataclass
 class Adapted:
-    """The adapters of an engine's weights. specs: as they were set; changed: the slots that hold other bytes than the
-    engine was built with; kept: the bytes of these, of an engine without a folder.
+    """The adapters of an engine's weights. specs: as they were set; stamps: when their files were written; changed: the
+    slots that hold other bytes than the engine was built with; kept: the bytes of these, of an engine without a folder.
     """
 
     specs: tuple[LoraSpec, ...] = ()
+    stamps: tuple[object, ...] = ()
     changed: set[Slot] = field(default_factory=set)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def copied(self) -> Adapted:
         """Of weights that were copied to another place."""
-        return Adapted(self.specs, set(self.changed), dict(self.kept))
+        return Adapted(self.specs, self.stamps, set(self.changed), dict(self.kept))
 
 
 _SETTING = threading.Lock()  # one thread at a time exchanges adapters, because experts are changed together
@@ -190,7 +191,8 @@ def set_lora(engines: Mapping[str, Any], specs: Sequence[LoraSpec]) -> None:
                 "them; build the engine with it (lora in the recipe)"
             )
     with _SETTING:
-        if all(engine.adapted.specs == tuple(specs) for engine in engines.values()):
+        wanted = tuple(specs), tuple(_stamp(spec.path) for spec in specs)
+        if all((engine.adapted.specs, engine.adapted.stamps) == wanted for engine in engines.values()):
             return
         slots = {name: slots_of(engine.programs) for name, engine in engines.items()}
         changes: dict[str, Changes] = {}
@@ -204,7 +206,14 @@ def set_lora(engines: Mapping[str, Any], specs: Sequence[LoraSpec]) -> None:
                 stack.enter_context(engine._turns.change())
             for name, exchange in work.items():
                 exchange.run()
-                engines[name].adapted.specs = tuple(specs)
+                engines[name].adapted.specs, engines[name].adapted.stamps = wanted
+
+
+def _stamp(path: str) -> object:
+    """What changes when a LoRA's files are written anew."""
+    place = Path(path).expanduser()
+    files = sorted(place.iterdir()) if place.is_dir() else [place]
+    return tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file())
 
 
 class _Exchange:
@@ -255,7 +264,7 @@ class _Exchange:
             with _Copier(self.device) as copier:
                 self.before = _Before(self.module, self.engine, [n for s in adapted.changed for n in s.names])
                 self._restore(list(adapted.changed), copier)
-            adapted.specs = ()
+            adapted.specs = adapted.stamps = ()
             self._refresh()
             raise
         self._refresh()
