@@ -291,6 +291,8 @@ def test_copies_know_of_each_others_adapters_and_moved_ones_do_not(built, files,
         ({"weight": 1.0}, RecipeError, "is no adapter"),
         ({"path": "a", "expert": "medium"}, RecipeError, "expert must be one of"),
         ({"path": "a", "weight": "much"}, RecipeError, "is no adapter"),
+        ({"path": "a", "mode": "branch"}, RecipeError, "mode cannot be branch in an engine that is built"),
+        (LoraSpec("a", mode="branch"), RecipeError, "mode cannot be branch in an engine that is built"),
     ],
 )
 def test_what_is_no_adapter_is_refused(built, lora, error, message):

@@ -163,6 +163,8 @@ def specs_of(lora: Any, weight: float = 1.0) -> tuple[LoraSpec, ...]:
             values = dict(_fields(item))
             values["weight"] = float(values.get("weight", 1.0)) * float(weight)
             found.append(LoraSpec(**values))
+            if found[-1].mode != "merge":
+                raise FieldError("mode", "cannot be branch in an engine that is built; give it to the build")
         except FieldError as error:
             raise RecipeError(f"lora: {error}") from None
         except (TypeError, ValueError) as error:
@@ -176,7 +178,7 @@ def _fields(item: Any) -> Mapping[str, Any]:
     from turbocompile.recipe.schema import LoraSpec
 
     if isinstance(item, LoraSpec):
-        return {"path": item.path, "weight": item.weight, "expert": item.expert}
+        return {"path": item.path, "weight": item.weight, "expert": item.expert, "mode": item.mode}
     if isinstance(item, str):
         return LoraSpec.of_text(item)
     return {"path": str(item)} if isinstance(item, Path) else item
