@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ class Branched(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = of.in_features, of.out_features
         self.weight, self.bias = of.weight, of.bias
-        like = {"bias": False, "device": of.weight.device, "dtype": of.weight.dtype}
+        like: dict[str, Any] = {"bias": False, "device": of.weight.device, "dtype": of.weight.dtype}
         self.lora_A, self.lora_B = nn.Linear(of.in_features, rank, **like), nn.Linear(rank, of.out_features, **like)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
