@@ -212,6 +212,7 @@ class Engine(Adaptable, FixedWeights, PlannedMemory, nn.Module):
         of them leaves the other where it is. Raises EngineError where a name is taken, a weight is missing, two shapes
         need different values of a weight, or this engine was opened from a folder.
         """
+        self.check_unadapted("an engine with more shapes")
         if self.folder is not None:
             raise EngineError(f"the engine of {self.folder} stays as it was built; build one with all shapes")
         taken = sorted(programs.keys() & self.programs.keys())

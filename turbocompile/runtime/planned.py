@@ -85,6 +85,7 @@ class PlannedMemory:
                 engine._forget()
                 engine._host = None
                 engine.weights = {k: v.cpu() for k, v in engine.weights.items()}
+                engine.adapted = engine.adapted.copied()  # copies of the engine keep the tensors on the device
                 engine.memory, engine._module, engine._gate = plan, name, gate
                 engine._device = device or engine._device
             engine.kept.clear()
@@ -107,7 +108,7 @@ class PlannedMemory:
                     warn_unpinned(self.model_name, self._host.reason)
             self._placed = Placement(self.weights, parcels, plan.resident, plan.slots, self._host, self._device)
             if not self.memory.swaps:
-                self.weights = dict(self._placed.stays)
+                self.weights = {**self.weights, **self._placed.stays}  # no graph reads the others, which are small
         return self._placed
 
     def park(self) -> None:

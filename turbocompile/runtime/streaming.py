@@ -17,7 +17,7 @@ import contextlib
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -378,6 +378,10 @@ class Streamed:
     def shell(self) -> Any:
         """The generated code of the shell."""
         return self.run.shell
+
+    def refresh(self, names: Collection[str]) -> None:
+        """Computes anew what was folded from weights of these names, which stay on the device."""
+        self.run.refresh(names)
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         self.step.begin()

@@ -86,7 +86,6 @@ def generate(
     check_request(engine, task, sampler, negative_prompt, image)
     tell_quality(recipe, engine.report)
     picture = open_image(image) if image is not None else None
-
     if vram is not None or engine.memory is not None:
         with stages("plan"):
             plan_video(engine, vram, size, picture is not None, target, say)

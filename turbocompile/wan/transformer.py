@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from turbocompile.recipe.schema import Shape
 from turbocompile.wan.as_stored import with_stored
 from turbocompile.wan.keys import PROJECTIONS, listed
 from turbocompile.wan.leftovers import refusal
+from turbocompile.wan.lora_branch import add_branches
 from turbocompile.wan.scaled import Stored
 
 PUBLISHED = Geometry()
@@ -30,7 +31,8 @@ class TransformerSource:
 
     dtype: as in `from_pretrained(torch_dtype=...)`. image_tokens: CLIP tokens of one image; None for a transformer
     without images. where: names the checkpoint in errors. geometry: maps the size of a video to the size of its latent.
-    notes: sentences about the parts of the checkpoint that the build does not use.
+    notes: sentences about the parts of the checkpoint that the build does not use. branches: the ranks of the adapters
+    that stay beside their linears, by `lora_branch.general` name.
     """
 
     name: str
@@ -41,6 +43,7 @@ class TransformerSource:
     where: str = ""
     geometry: Geometry = PUBLISHED
     notes: tuple[str, ...] = ()
+    branches: Mapping[str, int] = field(default_factory=dict)
 
     def build(self) -> nn.Module:
         """diffusers' WanTransformer3DModel with parameters on meta, in from_pretrained's dtypes, and real buffers.
@@ -48,6 +51,7 @@ class TransformerSource:
         Raises EngineError where the weights do not fit the configuration, or some are left over.
         """
         model = build_transformer(self.config, self.dtype)
+        add_branches(model, self.branches)
         wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
         available = set(self.tensors.keys())
         left = self._unused(available, set(wanted))
