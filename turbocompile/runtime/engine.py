@@ -266,7 +266,8 @@ class Engine(FixedWeights, PlannedMemory, nn.Module):
             return compiled
         with self._making:
             if name not in self._graphs:
-                self._graphs[name] = CudaGraph(compiled, self._graph_pool(), self.model_name)
+                tight = self.memory is not None
+                self._graphs[name] = CudaGraph(compiled, self._graph_pool(), self.model_name, tight)
             return self._graphs[name]
 
     def _graph_pool(self) -> Pool:
