@@ -246,7 +246,8 @@ class Engine(FixedWeights, PlannedMemory, nn.Module):
         """The callable that the backend made of a shape, over flat tensors on the engine's device."""
         with self._making:
             if name not in self._runners and self.memory is not None:
-                self._runners[name] = self._placement().compiled(self.programs[name], self.weights, self.tuning)
+                with plain_torch():  # a caller in inference mode would make weights that other callers cannot write to
+                    self._runners[name] = self._placement().compiled(self.programs[name], self.weights, self.tuning)
             if name not in self._runners:
                 backend = get_backend(self.backend)
                 files = tuple(self.files.get(name, ()))

@@ -177,6 +177,7 @@ class HostWeights:
         for parcel in self.streamed:
             starts[parcel.prefix], at = at, at + parcel.bytes
 
+        @torch.no_grad()  # a mode of each thread
         def fill(parcel: Parcel) -> None:
             stretch = arena[starts[parcel.prefix] : starts[parcel.prefix] + parcel.bytes]
             made = laid_out({n: self.weights[n] for n in parcel.names}, stretch)
