@@ -329,6 +329,13 @@ class TestCuda:
         assert [g.recorded for g in made._graphs.values()] == [True] * graphs
         assert torch.cuda.max_memory_reserved() <= plan.budget
 
+    def test_callers_in_inference_mode_and_others(self, wide):
+        made, _ = self.planned(wide, 3)
+        expected = made(*inputs(self.WIDTH, 1, "cuda"))
+        for mode in (True, True, False, True, False):
+            with torch.inference_mode(mode):
+                assert torch.equal(made(*inputs(self.WIDTH, 1, "cuda")), expected)
+
     def test_a_move_away_and_back(self, wide):
         made, _ = self.planned(wide, 3)
         expected = [made(*inputs(self.WIDTH, 1, "cuda")) for _ in range(3)][-1]

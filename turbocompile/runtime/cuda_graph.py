@@ -109,7 +109,8 @@ class CudaGraph:
         if self.tight:
             release_cached(self.pool.device)
         graph = torch.cuda.CUDAGraph(keep_graph=True)  # because its memsets are replaced before it is instantiated
-        self._inputs = [torch.empty_like(t, memory_format=torch.contiguous_format).copy_(t) for t in tensors]
+        with torch.inference_mode(False), torch.no_grad():  # callers in any mode write to them
+            self._inputs = [torch.empty_like(t, memory_format=torch.contiguous_format).copy_(t) for t in tensors]
         try:
             # Other threads may use the GPU meanwhile: their work does not belong to this graph.
             with torch.cuda.graph(graph, self.pool.handle, self.pool.recording, capture_error_mode="thread_local"):
