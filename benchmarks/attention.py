@@ -1,14 +1,14 @@
-"""Whole attention calls on one GPU: Sage and SLA beside cuDNN's attention, forward, and SLA's training step.
+"""Times whole attention calls on one GPU: Sage and SLA beside cuDNN's attention, forward, and SLA's training step.
 
     python benchmarks/attention.py [--out FOLDER] [--shapes 1.3B-480p ...] [--parts] [--accuracy] [--lengths [--write]]
 
-Each call starts from bf16 q, k, v (B, L, H, D) of N(0, 1), in the layout of a model, and includes all quantization and
-layout work. Times are milliseconds between CUDA events around the call, the median over all calls. The calls
-come in three turns over the variants, so that the card's drift changes the times of all variants alike; in a turn,
-some calls of one variant are queued back to back. --shapes without a name times no shape. --accuracy: errors on random
-inputs and on the inputs of wan-mini's attentions. --lengths: from which size on Sage is faster (lengths.py); --write
-puts the speedups into turbocompile/speeds.json, which `attention: auto` reads.
-FOLDER gets attention.json and attention.md.
+Each call starts from bf16 q, k, v (B, L, H, D) of N(0, 1), in a model's layout, and includes all quantization and
+layout work. Times are milliseconds between CUDA events around a call, as the median over all calls. The calls run in
+three turns over the variants, so that a drift of the card changes the times of all variants alike; in a turn, some
+calls of one variant are queued back to back. --shapes without a name times no shape. --accuracy measures errors on
+random inputs and on the inputs of wan-mini's attentions. --lengths measures from which size on Sage is faster
+(lengths.py), and --write puts these speedups into turbocompile/speeds.json, which `attention: auto` reads. FOLDER gets
+attention.json and attention.md.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from turbocompile.hardware import SPEEDS, target_of
 TOPK = 0.1
 FORMATS = ("fp8", "fp16")
 HEAD_DIM = 128
-BLOCKS = ((64, 128), (128, 64), (64, 64))  # of q and of k
+BLOCKS = ((64, 128), (128, 64), (64, 64))  # SLA's block_q and block_k
 TRAINING_BLOCKS = (64, 64)
 WAN_MINI = Path(__file__).parent.parent / "examples" / "wan-mini"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One model's self-attention."""
+    """The self-attention of one model."""
 
     name: str
     tokens: int
     heads: int
-    rounds: int  # calls in a turn
+    rounds: int  # how many calls a turn makes
 
 
 SHAPES = (Shape("1.3B-480p", 32760, 12, 10), Shape("14B-480p", 32760, 40, 6), Shape("14B-720p", 75600, 40, 3))
@@ -56,23 +56,23 @@ TRAINED = ("1.3B-480p",)
 
 @dataclass(frozen=True)
 class Result:
-    """A median time of a call at a shape."""
+    """The median time of a call at a shape."""
 
     shape: str
     call: str
     milliseconds: float
     fastest: float
     slowest: float
-    against: float  # cuDNN's time over this one's
+    against: float  # cuDNN's time divided by this call's time
 
 
 def cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Dense attention, (B, L, H, D)."""
+    """cuDNN's dense attention of q, k, v (B, L, H, D)."""
     return lengths.sdpa(q, k, v, SDPBackend.CUDNN_ATTENTION)
 
 
 def inference_calls(shape: Shape) -> dict[str, Callable[[], object]]:
-    """The forward calls; the first is the baseline."""
+    """The forward calls by name; the first is the baseline."""
     q, k, v = (torch.randn(1, shape.tokens, shape.heads, HEAD_DIM, device="cuda").bfloat16() for _ in "qkv")
     weight, bias = torch.randn(HEAD_DIM, HEAD_DIM, device="cuda").bfloat16() * 0.1, torch.randn(HEAD_DIM, device="cuda")
     bias = bias.bfloat16()
@@ -83,14 +83,14 @@ def inference_calls(shape: Shape) -> dict[str, Callable[[], object]]:
     for blocks in BLOCKS:
         args = (q, k, v, weight, bias, TOPK, *blocks, "softmax", "fp8")
         calls[f"SLA {blocks[0]}/{blocks[1]} fp8"] = partial(ops.sla_attention, *args)
-    if shape.name in TRAINED:  # the kernels of other GPUs
+    if shape.name in TRAINED:  # also the portable kernels, which other GPUs run
         calls["Sage fp16"] = lambda: ops.sage_attention(q, k, v, HEAD_DIM**-0.5, False, "fp16")
         calls["SLA 64/128 fp16"] = lambda: ops.sla_attention(q, k, v, weight, bias, TOPK, 64, 128, "softmax", "fp16")
     return calls
 
 
 def training_calls(shape: Shape) -> dict[str, Callable[[], object]]:
-    """Forward and backward; the first is the baseline."""
+    """The calls of forward and backward by name; the first is the baseline."""
     leaves = [torch.randn(1, shape.tokens, shape.heads, HEAD_DIM, device="cuda").bfloat16() for _ in "qkv"]
     leaves += [torch.randn(HEAD_DIM, HEAD_DIM, device="cuda").bfloat16() * 0.1, leaves[0].new_zeros(HEAD_DIM)]
     leaves = [t.requires_grad_() for t in leaves]
@@ -105,7 +105,7 @@ def training_calls(shape: Shape) -> dict[str, Callable[[], object]]:
 
 
 def parts(call: Callable[[], object], repeats: int = 3) -> dict[str, float]:
-    """Milliseconds of each kernel of a call."""
+    """The milliseconds of each kernel of a call, by the kernel's name."""
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         for _ in range(repeats):
             call()
@@ -115,7 +115,7 @@ def parts(call: Callable[[], object], repeats: int = 3) -> dict[str, float]:
 
 
 def measure(shape: Shape, calls: dict[str, Callable[[], object]]) -> list[Result]:
-    """Results of the calls of a shape."""
+    """The results of the calls at a shape."""
     times = milliseconds(calls, shape.rounds)
     base = statistics.median(next(iter(times.values())))
     return [
@@ -125,7 +125,7 @@ def measure(shape: Shape, calls: dict[str, Callable[[], object]]) -> list[Result
 
 
 def table(results: list[Result]) -> str:
-    """Markdown."""
+    """The results as a table in Markdown."""
     lines = ["| shape | call | ms (fastest - slowest) | cuDNN's time over it |", "| --- | --- | --- | --- |"]
     for r in results:
         spread = f"{r.milliseconds:.3f} ({r.fastest:.3f} - {r.slowest:.3f})"
@@ -134,7 +134,7 @@ def table(results: list[Result]) -> str:
 
 
 def inputs(kind: str, tokens: int = 8192, heads: int = 4) -> list[torch.Tensor]:
-    """q, k, v of N(0, 1), and what `kind` makes of them."""
+    """q, k, v of N(0, 1), changed as `kind` says."""
     q, k, v = (torch.randn(1, tokens, heads, HEAD_DIM, device="cuda") for _ in "qkv")
     if kind == "K with a bias by channel, N(0, 16)":
         k += 4 * torch.randn(1, 1, heads, HEAD_DIM, device="cuda")
@@ -156,11 +156,11 @@ KINDS = (
 )
 
 
-Found = dict[str, tuple[float, float]]  # cosine and relative L1 of each op
+Found = dict[str, tuple[float, float]]  # op -> cosine and relative L1 error
 
 
 def sage_accuracy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Found:
-    """Errors against itself in float64, unquantized."""
+    """The errors of each SageAttention op against attention in float64, without quantization."""
     scale = q.shape[-1] ** -0.5
     exact = [t.double().transpose(1, 2) for t in (q, k, v)]
     truth = ((exact[0] @ exact[1].transpose(-1, -2) * scale).softmax(-1) @ exact[2]).transpose(1, 2)
@@ -168,9 +168,9 @@ def sage_accuracy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Found:
 
 
 def sla_accuracy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Found:
-    """Errors against itself in float64, unquantized, with the same block map.
+    """The errors of each SLA op against SLA in float64, without quantization, with the same block map.
 
-    The projection is zero: the linear branch is not quantized, and would only dilute the error.
+    The projection is zero, because the linear branch is not quantized and would only dilute the error.
     """
     found = {}
     zero = q.new_zeros(q.shape[-1], q.shape[-1])
@@ -186,8 +186,8 @@ def sla_accuracy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Found:
 
 
 def wan_mini_accuracy() -> dict[str, Found]:
-    """Mean and worst errors over all attentions of wan-mini, at three times of two prompts."""
-    from turbocompile.wan_mini import world  # here: the rest of this file needs torch and the kernels alone
+    """The mean and the worst errors over all attentions of wan-mini, at three times of two prompts."""
+    from turbocompile.wan_mini import world  # here, because the rest of this file needs torch and the kernels alone
     from turbocompile.wan_mini.activations import record_pipeline
 
     recorded = record_pipeline(WAN_MINI, world.evaluation_set(2), device="cuda", dtype=torch.bfloat16)
@@ -205,14 +205,14 @@ def wan_mini_accuracy() -> dict[str, Found]:
 
 
 def errors(y: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
-    """Cosine and relative L1."""
+    """The cosine between two results, and the relative L1 error."""
     y = y.double()
     cosine = (y * truth).sum() / (y.norm() * truth.norm())
     return cosine.item(), ((y - truth).abs().sum() / truth.abs().sum()).item()
 
 
 def accuracy() -> dict[str, Found]:
-    """Errors by kind of input."""
+    """Kind of input -> the errors."""
     found = {}
     for kind in KINDS:
         q, k, v = inputs(kind)
@@ -221,7 +221,7 @@ def accuracy() -> dict[str, Found]:
 
 
 def accuracy_table(found: dict[str, Found]) -> str:
-    """Markdown, a line a kind of input."""
+    """The errors as a table in Markdown, with a line for each kind of input."""
     ops_shown = list(next(iter(found.values())))
     lines = []
     for kind, each in found.items():

@@ -1,11 +1,11 @@
-"""A forward of an engine on one GPU beside the diffusers model that it stands for, eager and compiled, in one run.
+"""Times a forward of an engine on one GPU, beside the diffusers model of the same configuration, eager and compiled.
 
     python benchmarks/forward.py engine/ [--out FOLDER] [--rounds 10] [--no-compiled]
 
-The model has the engine's configuration, bf16 random weights and cuDNN's attention, the fastest of torch's for it on an
-H100; "compiled" is diffusers' own `compile_repeated_blocks`. The engine runs as its user runs it, as one CUDA graph, on
-the same inputs. Times are milliseconds between CUDA events, the median over three turns over all of them, so that the
-card's drift meets all alike. FOLDER gets forward.json.
+The diffusers model has the engine's configuration, random bf16 weights, and cuDNN's attention, which is the fastest of
+torch's for it on an H100; "compiled" is diffusers' own `compile_repeated_blocks`. The engine runs on the same inputs,
+as one CUDA graph, which is how a user runs it. Times are milliseconds between CUDA events, as the median over three
+turns over all calls, so that a drift of the card affects all calls alike. FOLDER gets forward.json.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ ENGINE, EAGER, COMPILED = "engine", "diffusers, eager", "diffusers, compiled"
 
 
 def peer(engine: Engine) -> Any:
-    """diffusers' model of the engine's configuration, with weights of its own initialization.
+    """diffusers' model of the engine's configuration, with initial random weights.
 
-    What `from_pretrained` keeps in float32 stays so here.
+    The weights that `from_pretrained` keeps in float32 are float32 here, too.
     """
     with torch.device("cuda"):
         model = WanTransformer3DModel.from_config(dict(engine.config)).eval().requires_grad_(False)
@@ -44,7 +44,7 @@ def peer(engine: Engine) -> Any:
 
 
 def calls(engine: Engine, compiled: bool) -> dict[str, Callable[[], object]]:
-    """The engine's call and its peers', on the same inputs: those of its first shape."""
+    """The calls of the engine and of the diffusers models by name, on the same inputs, of the engine's first shape."""
     program = next(iter(engine.programs.values()))
     tensors = example(program, torch.device("cuda"))
     inputs = {i.path: t for i, t in zip(program.signature.inputs, tensors, strict=True)}
@@ -71,8 +71,8 @@ def main() -> None:
         for name, engine in loaded.experts.items():
             found = calls(engine, not arguments.no_compiled)
             for call in found.values():
-                call()  # what has to be compiled is
-                call()  # and recorded
+                call()  # compiles
+                call()  # records the CUDA graph
             times = milliseconds(found, arguments.rounds)
             ours = statistics.median(times[ENGINE])
             for call_name, t in times.items():

@@ -1,7 +1,7 @@
-"""From which length on Sage is faster than SDPA: whole calls, self and cross, short and long.
+"""Measures from which length on Sage is faster than SDPA, by whole calls of self- and cross-attention.
 
-Times are of calls in CUDA graphs, as an engine runs them: below some 0.3 ms a call made by Python takes as long as its
-launches. Where that differs by more than a tenth it stands behind, in brackets.
+Calls are timed in CUDA graphs, as an engine runs them, because a call from Python of less than some 0.3 ms takes as
+long as its launches. If the time of a call from Python differs by more than a tenth, it follows in brackets.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from turbocompile.kernels import ops
 
 LENGTHS = (256, 512, 1024, 2304, 4096, 8192, 16384, 32760)
-CROSS = (257, 512)  # keys: Wan's image tokens, and its text tokens
-# (heads, head_dim, the longest): wan-mini, and one of 12 heads; Wan2.1 1.3B and 14B
+CROSS = (257, 512)  # keys of a cross-attention: Wan's image tokens, and Wan's text tokens
+# (heads, head_dim, largest length) of wan-mini, of a model of 12 heads, and of Wan2.1 1.3B and 14B.
 MODELS = ((4, 64, 4096), (12, 64, 32760), (12, 128, 32760), (40, 128, 32760))
-PLAIN = 1.0  # milliseconds: a longer call hides its launches behind itself
-SETTLE, SPAN = 1.0, 5.0  # milliseconds of each turn: there are some hundred graphs
+PLAIN = 1.0  # milliseconds; only shorter calls are timed from Python, too, because longer calls hide their launches
+SETTLE, SPAN = (
+    1.0,
+    5.0,
+)  # milliseconds of a turn before timing and while timing; short, because there are some 100 graphs
 BACKENDS = {"SDPA cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA flash": SDPBackend.FLASH_ATTENTION}
 
 
 @dataclass(frozen=True)
 class Size:
-    """One attention of one video."""
+    """The size of one attention, for one video."""
 
     queries: int
     keys: int
@@ -40,19 +43,21 @@ class Size:
 
 @dataclass(frozen=True)
 class Row:
-    """Median milliseconds of the calls at a size: in CUDA graphs, and as Python makes them where that was timed."""
+    """The median milliseconds of the calls at a size: in CUDA graphs, and from Python for the calls that are so
+    timed.
+    """
 
     size: Size
     graph: dict[str, float]
     plain: dict[str, float]
 
     def speedup(self, call: str) -> float:
-        """The time of the fastest SDPA over that of a call."""
+        """The time of the fastest SDPA divided by the time of a call."""
         return min(t for name, t in self.graph.items() if name.startswith("SDPA")) / self.graph[call]
 
 
 def sizes() -> list[Size]:
-    """Every model's self-attentions, then its cross-attentions."""
+    """The sizes of all models: self-attentions, then cross-attentions."""
     wanted = (
         Size(queries, keys or queries, heads, head_dim)
         for heads, head_dim, longest in MODELS
@@ -64,7 +69,7 @@ def sizes() -> list[Size]:
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: SDPBackend | None = None) -> torch.Tensor:
-    """Dense attention, (B, L, H, D), by one backend, or by the one that torch chooses."""
+    """Dense attention of q, k, v (B, L, H, D), by one backend, or by the backend that torch chooses."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if backend is None:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -73,7 +78,7 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: SDPBackend 
 
 
 def calls(size: Size) -> dict[str, Callable[[], object]]:
-    """Every call on the same N(0, 1)."""
+    """All calls by name, on the same inputs of N(0, 1)."""
     q, k, v = (
         torch.randn(1, tokens, size.heads, size.head_dim, device="cuda").bfloat16()
         for tokens in (size.queries, size.keys, size.keys)
@@ -88,7 +93,7 @@ def calls(size: Size) -> dict[str, Callable[[], object]]:
 
 
 def measure(size: Size) -> Row:
-    """The row of a size."""
+    """Measures a size: its row of the table."""
     made = calls(size)
     graph = {k: statistics.median(t) for k, t in replayed({k: [c] for k, c in made.items()}, SETTLE, SPAN).items()}
     short = {k: c for k, c in made.items() if graph[k] < PLAIN}
@@ -96,7 +101,7 @@ def measure(size: Size) -> Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown."""
+    """The rows as a table in Markdown."""
     names = list(rows[0].graph)
     head = ["queries x keys", "heads", *names, "fp8 over SDPA", "fp16 over SDPA"]
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
@@ -115,7 +120,7 @@ def _cell(graph: float, plain: float | None) -> str:
 
 
 def speeds(rows: Sequence[Row], target: str, source: str) -> list[dict[str, Any]]:
-    """The speedups as turbocompile/speeds.json has them."""
+    """The speedups in the form of turbocompile/speeds.json."""
     made = []
     for pv in ("fp8", "fp16"):
         for heads, head_dim, _ in MODELS:
@@ -127,7 +132,7 @@ def speeds(rows: Sequence[Row], target: str, source: str) -> list[dict[str, Any]
 
 
 def write_speeds(path: Path, made: Sequence[dict[str, Any]]) -> None:
-    """Puts a target's speedups in the place of those that the file has."""
+    """Replaces a target's speedups in turbocompile/speeds.json."""
     data = json.loads(path.read_text(encoding="utf-8"))
     targets = {group["target"] for group in made}
     groups = [*(g for g in data["attentions"] if g["target"] not in targets), *made]

@@ -1,15 +1,15 @@
-"""8-bit linears on one GPU beside bf16 F.linear, at the shapes of Wan: every format, configuration and library product.
+"""Times 8-bit linears on one GPU beside bf16 F.linear, at the shapes of Wan: all formats, configurations and libraries.
 
     python benchmarks/linear.py [--out FOLDER] [--shapes 1536-8960 ...] [--formats fp8 ...] [--rows 32760] [--settle 80]
                                 [--turbodiffusion]
 
-Activations N(0, 1), weights N(0, 1/K), a bias, results in bf16, from 8-bit data or, "from bf16", quantized by the op
-first. Times are milliseconds a call in a CUDA graph, the median over three turns over the variants, so that the card's
-drift meets all alike. Before it is timed each variant runs for --settle milliseconds: a card at its limit of power
-lowers its clock after some, and a model's step lasts longer than that. Calls read and write at least 150 MB, three
-times the L2 of an H100. A variant that the card or the library refuses is named, and left out. --turbodiffusion has
-that project's Int8Linear (blocks of 128 x 128, its own quantization) compete too, which must be importable. FOLDER gets
-linear.json and linear.md.
+Activations are N(0, 1), weights N(0, 1/K), there is a bias, and results are bf16. A call starts from 8-bit data, or, if
+it is named "from bf16", quantizes the activations first. Times are milliseconds of a call in a CUDA graph, as the
+median over three turns over the variants, so that a drift of the card affects all variants alike. Each variant runs for
+--settle milliseconds before it is timed, because a card at its power limit lowers its clock after some milliseconds,
+and a model's step lasts longer than that. Calls read and write at least 150 MB, three times the L2 of an H100. A
+variant that the card or the library refuses is named, and left out. --turbodiffusion also times that project's
+Int8Linear (blocks of 128 x 128, its own quantization), which must be importable. FOLDER gets linear.json and linear.md.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from turbocompile.kernels.quantize.quantize import quantize
 BF16 = torch.bfloat16
 BASELINE = "bf16 F.linear"
 QUANTIZATION, SUMS, PEER = "quantization alone", "_int_mm alone", "TurboDiffusion Int8Linear"
-SHORT = "fp8, short sums"  # what the tensor cores add without help: linear_triton.py
+SHORT = "fp8, short sums"  # the configurations whose sums the tensor cores cut short; see linear_triton.py
 ROWS = 32760  # tokens of 81 frames of 832 x 480
-SPAN = 30.0  # milliseconds of each turn that are timed
+SPAN = 30.0  # milliseconds of a turn that are timed
 Call = Callable[[], torch.Tensor]
 
 
@@ -70,23 +70,23 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Result:
-    """A median time of a call at a shape."""
+    """The median time of a call at a shape."""
 
     shape: str
     format: str
     call: str
-    whole: bool  # with quantization of the activation
+    whole: bool  # whether the call includes quantization of the activation
     milliseconds: float
     fastest: float
     slowest: float
     tflops: float
-    against: float  # the time of bf16 F.linear over this one's
-    error: float  # relative L2 to the result of bf16 F.linear: how a wrong kernel shows
+    against: float  # the time of bf16 F.linear divided by this call's time
+    error: float  # relative L2 error against the result of bf16 F.linear, which reveals a wrong kernel
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A call and what it is."""
+    """A call and its description."""
 
     format: str
     name: str
@@ -95,7 +95,7 @@ class Variant:
 
 
 def described(config: LinearConfig) -> str:
-    """The configuration in short: its tile, and what differs from the defaults."""
+    """The configuration in short: its tile, and the fields that differ from the defaults."""
     if config.path == "library":
         return "_scaled_mm" if config.promote else "_scaled_mm promote=False"
     tile = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.warps} s{config.stages}"
@@ -109,12 +109,12 @@ def described(config: LinearConfig) -> str:
 
 
 def quantized(call: Callable[..., torch.Tensor], x: torch.Tensor, tail: tuple[Any, ...]) -> torch.Tensor:
-    """The linear of x, quantized to the format that `tail` names."""
+    """The 8-bit linear of x, which is first quantized to the format that `tail` names."""
     return call(*ops.quantize(x, tail[3]), *tail)
 
 
 def codes(x: torch.Tensor, format: str) -> torch.Tensor:
-    """The data of x in the format."""
+    """x, quantized to the format, without its scale."""
     return ops.quantize(x, format)[0]
 
 
@@ -131,7 +131,7 @@ def peer(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor) -> Call:
 
 def variants(shape: Shape, rows: int, formats: list[str], turbodiffusion: bool) -> list[Variant]:
     """The calls at a shape; the first is the baseline."""
-    torch.compiler.reset()  # compiled functions are kept for eight shapes, then run uncompiled
+    torch.compiler.reset()  # because torch compiles a function for eight shapes, and runs it uncompiled for others
     x = torch.randn(rows, shape.k, device="cuda", dtype=BF16)
     w = (torch.randn(shape.n, shape.k, device="cuda") * shape.k**-0.5).to(BF16)
     bias = torch.randn(shape.n, device="cuda", dtype=BF16)
@@ -146,7 +146,7 @@ def variants(shape: Shape, rows: int, formats: list[str], turbodiffusion: bool) 
             described(c) + (" (default)" if c == best else ""): partial(launch_linear, config=c)
             for c in candidates(format, shape.n, shape.k, BF16, x.device)
         }
-        if format == "int8":  # the int32 sums are no linear yet, but the library's share of one
+        if format == "int8":  # the library computes only the int32 sums, which are a part of a linear
             found.append(Variant(format, SUMS, False, partial(torch._int_mm, data[0], weight[0].t())))
         for name, call in calls.items():
             label = SHORT if "promote=False" in name else format
@@ -158,7 +158,7 @@ def variants(shape: Shape, rows: int, formats: list[str], turbodiffusion: bool) 
 
 
 def errors(found: list[Variant]) -> tuple[list[Variant], list[float], list[str]]:
-    """The variants that run, their errors against the first's result, and what the others were refused for."""
+    """The variants that run, with their errors against the first variant's result, and why the others were refused."""
     expected = found[0].call().float()
     kept: list[Variant] = []
     distances: list[float] = []
@@ -167,7 +167,7 @@ def errors(found: list[Variant]) -> tuple[list[Variant], list[float], list[str]]
         try:
             y = v.call()
             torch.cuda.synchronize()
-        except Exception as e:  # of any kind: a compiler's, a library's, a launch's
+        except Exception as e:  # of any kind, because a compiler, a library or a launch may refuse
             refused.append(f"{v.format}, {v.name}: {type(e).__name__}: {str(e).splitlines()[0][:200]}")
             continue
         linear = y.shape == expected.shape and y.dtype == BF16
@@ -180,7 +180,7 @@ def errors(found: list[Variant]) -> tuple[list[Variant], list[float], list[str]]
 def measure(
     shape: Shape, rows: int, formats: list[str], settle: float, turbodiffusion: bool
 ) -> tuple[list[Result], list[str]]:
-    """Results of the variants at a shape, and what was refused."""
+    """The results of the variants at a shape, and the refused variants with the reasons."""
     kept, distances, refused = errors(variants(shape, rows, formats, turbodiffusion))
     times = list(replayed({i: [v.call] for i, v in enumerate(kept)}, settle, SPAN).values())
     base = statistics.median(times[0])
@@ -196,7 +196,7 @@ def measure(
 
 
 def table(results: list[Result]) -> str:
-    """Markdown, a line a result."""
+    """The results as a table in Markdown, with a line for each result."""
     lines = [
         "| K-N | format | call | from | ms (fastest - slowest) | TFLOP/s | bf16's time over it | rel. L2 to bf16 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -210,7 +210,10 @@ def table(results: list[Result]) -> str:
 
 
 def best(results: list[Result]) -> str:
-    """Markdown: for each shape and format the fastest kernel of ours and of the library, quantized before."""
+    """A table in Markdown: for each shape and format the fastest kernel of turbocompile and the fastest of the library.
+
+    The times do not include quantization.
+    """
     lines = ["| K-N | format | ours | ms | over bf16 | library | ms | over bf16 |", "| --- " * 8 + "|"]
     groups = dict.fromkeys((r.shape, r.format) for r in results if r.call != BASELINE)
     for shape, format in groups:
@@ -249,13 +252,13 @@ def main() -> None:
         results += own
         refused += lines
         print(table(own), flush=True)
-        if arguments.out:  # after every shape: a run that is cut short leaves what it has
+        if arguments.out:  # after every shape, so that a run that is cut short leaves the results so far
             save(arguments.out, about, results, refused)
     print(best(results), *refused, sep="\n")
 
 
 def save(folder: Path, about: dict[str, str], results: list[Result], refused: list[str]) -> None:
-    """linear.json and linear.md."""
+    """Writes linear.json and linear.md."""
     folder.mkdir(parents=True, exist_ok=True)
     document = {"about": about, "results": [asdict(r) for r in results], "refused": refused}
     (folder / "linear.json").write_text(json.dumps(document, indent=1) + "\n")

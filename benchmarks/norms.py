@@ -1,18 +1,18 @@
-"""The memory-bound ops on one GPU: each Triton kernel beside plain torch and torch.compile, and beside a copy.
+"""Times the memory-bound ops on one GPU: each Triton kernel beside plain torch, torch.compile and a copy.
 
     python benchmarks/norms.py [--out FOLDER] [--shapes 1.3B-480p ...] [--beside torch compiled] [--sweep]
 
-Inputs are bf16, N(0, 1), (1, L, C); modulations are float32, as Wan computes them. Times are milliseconds a call in a
-CUDA graph of some, alternating between two sets of tensors of at least 150 MB, three times the L2 of an H100; the
-median over three turns over the variants, so that the card's drift meets all alike.
+Inputs are bf16, N(0, 1), (1, L, C); modulations are float32, as Wan computes them. Times are milliseconds of a call in
+a CUDA graph of several calls, as the median over three turns over the variants, so that a drift of the card affects all
+variants alike. The calls alternate between two sets of tensors of at least 150 MB, three times the L2 of an H100.
 
-"of the copy" is a variant's rate over that of `copy_` of x, measured in the same turns: the bytes that the op has to
-move (each input read once, each output written once) by its time. A kernel that reads twice stays below 100% by that.
-The keys of a quantized attention take a small launch more, over some of their tokens and the rotary's tables: "kernel"
-is the time without it, "kernel and tables" with it.
-"torch" is what a model would write, in bf16 (quantized: the reference behind it; qk_norm_rope: F.rms_norm alone);
-"compiled", which takes minutes, is torch.compile of the op's reference. --sweep times other launch configurations too.
-FOLDER gets norms.json and norms.md.
+"of the copy" is a variant's rate divided by the rate of `copy_` of x, measured in the same turns. A rate is the bytes
+that the op has to move (each input read once, each output written once), divided by the time. A kernel that reads an
+input twice therefore stays below 100%. The keys of a quantized attention need an additional small launch over some of
+their tokens and the rotary's tables: "kernel" is the time without this launch, "kernel and tables" the time with it.
+"torch" is the code that a model would contain, in bf16 (for quantizing ops, followed by the reference of the
+quantization; for qk_norm_rope, F.rms_norm alone). "compiled" is torch.compile of the op's reference, which takes
+minutes. --sweep times other launch configurations, too. FOLDER gets norms.json and norms.md.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from turbocompile.kernels.rotary.rotary_triton import launch_qk_norm_rope
 
 EPS = 1e-6
 HEAD_DIM = 128
-BF16 = 2  # bytes
-BLOCK_K = 128  # keys that share a scale
+BF16 = 2  # bytes of an element
+BLOCK_K = 128  # how many keys share a scale
 BESIDE = ("torch", "compiled")
-SETS = 2  # of tensors, between which calls alternate
+SETS = 2  # how many sets of tensors the calls alternate between
 SWEEP = tuple(
     RowConfig(warps, rows, registers, near)
     for warps, registers, near in (
@@ -79,7 +79,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Shape:
-    """One model's activations."""
+    """The activations of one model."""
 
     name: str
     grid: tuple[int, int, int]
@@ -103,18 +103,18 @@ class Case:
     """An op at a shape."""
 
     name: str
-    bytes: int  # an element of x, of all that has to be read and written
+    bytes: int  # bytes that the op has to read and write for each element of x
     elements: int
-    kernel: Callable[..., object]  # of a launch configuration, or of nothing
+    kernel: Callable[..., object]  # a function of a launch configuration, or of no argument
     torch: Call
     reference: Callable[..., object]
     args: tuple[object, ...]
-    before: Call | None = None  # what of the kernel's call is another launch's
+    before: Call | None = None  # the part of the kernel's call that another launch does before
 
 
 @dataclass(frozen=True)
 class Result:
-    """A median time."""
+    """The median time of a variant."""
 
     shape: str
     op: str
@@ -161,7 +161,7 @@ def cases(shape: Shape) -> list[Case]:
 
     def case(name: str, moved: int, launch: Callable[..., object], torch_: Call, reference: Callable[..., object],
              *args: object) -> Case:  # fmt: skip
-        elements = (wide if wide is args[0] else x).numel()  # of Sage's passes: of k, and v has as many
+        elements = (wide if wide is args[0] else x).numel()  # of Sage's passes the elements of k; v has as many
         return Case(name, moved, elements, partial(launch, *args), torch_, reference, args)
 
     found = [
@@ -207,40 +207,40 @@ def keys_of(
     cos: Sequence[torch.Tensor], sin: Sequence[torch.Tensor], grid: Sequence[int], interleaved: bool,
     config: KeysConfig | None = None,
 ) -> object:  # fmt: skip
-    """What an attention reads of k, of its projection."""
+    """The quantized keys that an attention reads, from their projection."""
     tables = lay_out(x, weight, eps, heads, cos, sin, grid)
     return keys_triton.norm_keys(x, eps, heads, tables, BLOCK_K, pool=kept, keep=kept, config=config)
 
 
 def plain_keys(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in torch."""
+    """The quantized keys that an attention reads, from their projection, in torch."""
     k = qk_norm_rope.reference(x, *args).float()
     keys, scale = quantize_rows((k - k.mean(1, keepdim=True)).transpose(1, 2), BLOCK_K)
     return keys.to(torch.int8), scale
 
 
 def summed_up(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What Sage needs of all tokens before it can quantize."""
+    """The mean of k and the largest v of each channel, which Sage needs from all tokens before it can quantize."""
     return k.float().mean(1), v.float().abs().amax(1)
 
 
 def blocked(
     k: torch.Tensor, v: torch.Tensor, k_mean: torch.Tensor, v_scale: torch.Tensor, rows: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What Sage multiplies, by heads."""
+    """The quantized k and v that Sage multiplies, by heads."""
     keys, scale = quantize_rows((k.float() - k_mean).transpose(1, 2), rows)
     return keys.to(torch.int8), scale, e4m3((v.float() / v_scale).transpose(1, 2))
 
 
 def copying(elements: int) -> Call:
-    """A copy of so many."""
+    """A copy of this many elements."""
     source = torch.randn(elements, device="cuda").bfloat16()
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
 def measure(shape: Shape, sets: tuple[Case, ...], beside: Sequence[str], sweep: bool) -> list[Result]:
-    """Results of the variants of an op, on some sets of tensors; the copy is of as many elements as the op's x has."""
+    """The results of an op's variants on some sets of tensors; the copy has as many elements as the op's x."""
     case = sets[0]
     calls: dict[str, list[Call]] = {
         "copy": [copying(c.elements) for c in sets],
@@ -285,7 +285,7 @@ def measure(shape: Shape, sets: tuple[Case, ...], beside: Sequence[str], sweep: 
 
 
 def table(results: list[Result]) -> str:
-    """Markdown, a line a variant."""
+    """The results as a table in Markdown, with a line for each variant."""
     lines = ["| shape | op | variant | ms (fastest - slowest) | of the copy |", "| --- | --- | --- | --- | --- |"]
     for r in results:
         spread = f"{r.milliseconds:.4f} ({r.fastest:.4f} - {r.slowest:.4f})"
@@ -312,7 +312,7 @@ def main() -> None:
                 found = measure(shape, sets, arguments.beside, arguments.sweep)
                 results += found
                 print(table(found).split("\n", 2)[2], flush=True)
-                if arguments.out:  # after each op: a run that is cut short leaves what it has
+                if arguments.out:  # after each op, so that a run that is cut short leaves the results so far
                     arguments.out.mkdir(parents=True, exist_ok=True)
                     document = {"about": about, "results": [asdict(r) for r in results]}
                     (arguments.out / "norms.json").write_text(json.dumps(document, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Timing for all benchmarks: times between CUDA events, and the versions that a reader needs to repeat a run.
 
-`milliseconds` times calls as Python makes them: below some 0.2 ms that is the time of the launch. `replayed` times them
-in CUDA graphs, as an engine runs them.
+`milliseconds` times calls from Python; below some 0.2 ms such a time is that of the launch. `replayed` times calls in
+CUDA graphs, as an engine runs them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ import torch
 import triton
 
 TURNS = 3
-GRAPH = 2.0  # milliseconds that a graph takes at least: its own start and the events' are then below 1%
-MOST = 40  # calls in a graph
+GRAPH = 2.0  # the least milliseconds of a graph, so that the start of the graph and the events take less than 1%
+MOST = 40  # the most calls in a graph
 _Name = TypeVar("_Name")
 
 
 def milliseconds(calls: Mapping[_Name, Callable[[], object]], rounds: int) -> dict[_Name, list[float]]:
-    """Times of each call: TURNS turns over all of them, in each some calls queued one behind the other.
+    """The times of each call, in milliseconds, by name, over TURNS turns.
 
-    The card's drift then changes the times of all calls alike.
+    A turn queues some calls of each name one behind the other. A drift of the card then changes the times of all calls
+    alike.
     """
     times: dict[_Name, list[float]] = {name: [] for name in calls}
     for _ in range(TURNS):
@@ -45,14 +46,15 @@ def milliseconds(calls: Mapping[_Name, Callable[[], object]], rounds: int) -> di
 def replayed(
     calls: Mapping[_Name, Sequence[Callable[[], object]]], settle: float = 2.0, span: float = 10.0
 ) -> dict[_Name, list[float]]:
-    """Times of one call of each name, TURNS turns over all names, in each `span` milliseconds of replays of its graph.
+    """The times of one call of each name, in milliseconds, over TURNS turns; a turn replays each name's graph for
+    `span`.
 
-    A name's calls do the same on other tensors: its graph runs them in turn, many times over, and each result outlives
-    the next call, so that with two of them no call finds in L2 what the one before it read or wrote. settle:
-    milliseconds of the same replays before those that are timed: under a load of tensor cores a card lowers its clock
-    after some, by another share for each kind of arithmetic.
+    The calls of a name do the same work on different tensors. The name's graph runs these calls in turn, many times,
+    and each result outlives the next call, so that with two calls no call finds the data of the call before in L2.
+    settle: milliseconds of replays before the timed replays, because under a load of tensor cores a card lowers its
+    clock after some milliseconds, differently for each kind of arithmetic. span: milliseconds of timed replays.
     """
-    pool = torch.cuda.graph_pool_handle()  # one for all: nobody reads the results
+    pool = torch.cuda.graph_pool_handle()  # one pool for all graphs, because nobody reads the results
     graphs = {name: _graph(some, pool) for name, some in calls.items()}
     times: dict[_Name, list[float]] = {name: [] for name in calls}
     for _ in range(TURNS):
@@ -72,7 +74,7 @@ def replayed(
 
 
 def _between(call: Callable[[], object]) -> float:
-    """Milliseconds of one call."""
+    """The milliseconds of one call."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -82,9 +84,9 @@ def _between(call: Callable[[], object]) -> float:
 
 
 def _graph(some: Sequence[Callable[[], object]], pool: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A graph of the calls in turn, and how many it holds."""
+    """A CUDA graph that runs the calls in turn, and how many calls it holds."""
     for call in some:
-        call()  # what has to be compiled is
+        call()  # compiles before the recording
     torch.cuda.synchronize()
     turns = math.ceil(min(MOST, GRAPH / min(_between(call) for call in some)) / len(some))
     graph = torch.cuda.CUDAGraph()
@@ -97,7 +99,7 @@ def _graph(some: Sequence[Callable[[], object]], pool: tuple[int, int]) -> tuple
 
 
 def versions() -> dict[str, str]:
-    """Card, libraries and commit."""
+    """The card, the versions of the libraries, and the commit."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
     return {

@@ -1,6 +1,7 @@
 """Operators of turbocompile: one file an op, with its reference, its kernel and its registration.
 
-Importing the package registers all of them with torch. It needs torch and triton alone: it is what travels to a GPU.
+Importing the package registers all ops with torch. The package needs torch and triton alone, because it also runs on
+machines that have nothing else of turbocompile.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ _MODULES = (
 )
 
 ops = torch.ops.turbocompile
-"""The namespace: ops.rope, ops.adaln, ..."""
+"""The namespace of the ops in torch: ops.rope, ops.adaln, ..."""
 
 DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     overload: function for module in _MODULES for overload, function in module.decompositions().items()
 }
-"""Every op's overload, and what it is in aten, for backends that lack it."""
+"""Op overload -> a function that computes the op by aten operators, for backends that lack the op."""
 
 OPS: tuple[str, ...] = tuple(overload._schema.name.split("::")[1] for overload in DECOMPOSITIONS)
 """The names of all ops."""

@@ -1,11 +1,11 @@
 """Device functions that several families of kernels share.
 
-Arithmetic in single instructions (`exp2`, `product`, `reciprocal`), rows of a (B, L, C) tensor and their masks, two
-16-bit elements in one register (`hold`, `release`, `packed`), 8-bit codes (`encode`), and words that one program writes
-and another waits for (`glance`, `wait`).
+They compute in single instructions (`exp2`, `product`, `reciprocal`), locate and mask the rows of a (B, L, C) tensor,
+hold two 16-bit elements in one register (`hold`, `release`, `packed`), make 8-bit codes (`encode`), and read words that
+one program writes and another program waits for (`glance`, `wait`).
 
-FTZ is a constant of all kernels: True on a GPU, where a function is PTX that flushes denormal numbers to zero, False
-under Triton's interpreter, which knows no PTX.
+All kernels have the constant FTZ. It is True on a GPU, where the functions are PTX that flushes denormal numbers to
+zero, and False under Triton's interpreter, because the interpreter runs no PTX.
 """
 
 # mypy: allow-untyped-defs
@@ -17,10 +17,13 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to |x| < 2^22 it rounds half to even; the bits end in the integer
-CUT = tl.constexpr(127.25 / 128)  # of amax; bfloat16 numbers near amax lie 1/2 to 1 apart in units of amax / 128
-# 2^26 naps of 0.1 us and a read each take longer than any program runs: a word that never comes ends the launch with
-# an error, and not in a standstill.
+# 1.5 * 2^23: the sum x + ROUND, |x| < 2^22, rounds x half to even, and the sum's lowest bits are the rounded integer.
+ROUND = tl.constexpr(12582912.0)
+ROUND_BITS = tl.constexpr(0x4B400000)  # the bits of ROUND: ROUND_BITS + i, |i| < 2^22, are the bits of ROUND + i
+# encode_held cuts magnitudes at CUT * amax. Near amax, bfloat16 numbers lie 1/2 to 1 apart in units of amax / 128.
+CUT = tl.constexpr(127.25 / 128)
+# 2^26 naps, each of 0.1 us and a read, take longer than any program runs. A program whose word never comes then ends
+# the launch with an error, because it would otherwise wait forever.
 NAP = "nanosleep.u32 100; add.u32 naps, naps, 1; setp.gt.u32 there, naps, 0x4000000; @there trap; "
 WAIT = tl.constexpr(
     "{ .reg .pred there; .reg .b32 low, high, naps; mov.b64 $0, $1; mov.b32 naps, 0; "
@@ -31,7 +34,7 @@ WAIT = tl.constexpr(
 
 @triton.jit
 def exp2(x, FTZ: tl.constexpr):
-    """2^x. FTZ leaves out the instructions that keep denormal results."""
+    """2^x, float32. With FTZ, denormal results become zero, which saves the instructions that would keep them."""
     if FTZ:
         return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     return tl.exp2(x)
@@ -39,8 +42,10 @@ def exp2(x, FTZ: tl.constexpr):
 
 @triton.jit
 def product(x, y, FTZ: tl.constexpr):
-    """x y, rounded. A plain product may be fused with a difference behind it, which then contains the rounding error,
-    up to 2^10 where scores reach 1e10, and 2^(2^10) is infinite.
+    """x y, rounded to float32 on its own.
+
+    The compiler may fuse a plain product with a following difference. The difference then contains the product's
+    rounding error, which is up to 2^10 where scores reach 1e10, and 2^(2^10) is infinite.
     """
     if FTZ:
         return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, True, 1)
@@ -49,7 +54,7 @@ def product(x, y, FTZ: tl.constexpr):
 
 @triton.jit
 def reciprocal(x, FTZ: tl.constexpr):
-    """1 / x within an ulp; with FTZ in one instruction."""
+    """1 / x within an ulp, float32; with FTZ in one instruction."""
     if FTZ:
         y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     else:
@@ -59,7 +64,7 @@ def reciprocal(x, FTZ: tl.constexpr):
 
 @triton.jit
 def place(row, length, b_stride, l_stride, FLAT: tl.constexpr):
-    """Offsets of rows of a (B, L, C) tensor, in elements, int64. FLAT: B is 1, and no division is needed."""
+    """The offsets of rows of a (B, L, C) tensor, in elements, int64. FLAT: B is 1, so that no division is needed."""
     if FLAT:
         at = row.to(tl.int64) * l_stride
     else:
@@ -69,7 +74,7 @@ def place(row, length, b_stride, l_stride, FLAT: tl.constexpr):
 
 @triton.jit
 def inside(c, C: tl.constexpr, END: tl.constexpr):
-    """c < C, for columns c below END. Where END <= C it is a constant, and the mask is not compiled."""
+    """The mask c < C of columns c, all below END. If END <= C, the mask is a constant, and is not compiled."""
     if END <= C:
         mask = tl.full(c.shape, 1, tl.int32) > 0
     else:
@@ -79,22 +84,27 @@ def inside(c, C: tl.constexpr, END: tl.constexpr):
 
 @triton.jit
 def only_before(mask, row, stop):
-    """mask where row < stop, else False. (The interpreter would make integers of a mask and a scalar condition.)"""
+    """mask if row < stop, otherwise False everywhere.
+
+    The condition becomes a tensor first, because the interpreter makes integers of a mask and a scalar condition.
+    """
     return mask & (tl.full(mask.shape, 0, tl.int32) + row < stop)
 
 
 @triton.jit
 def fetch(at, mask):
-    """Loads elements that are read once. They leave the first-level cache first, where vectors that every row needs
-    stay.
+    """Loads elements that are read once.
+
+    They leave the first-level cache first, because the cache shall keep the vectors that every row needs.
     """
     return tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
 def hold(x):
-    """x (W,) while it waits: (W / 2,) int32 of two 16-bit elements, which else use a register each. A float32
-    x stays as it is.
+    """x (W,) in the form in which it waits for its use: (W / 2,) int32, each of two 16-bit elements.
+
+    Unpacked, each 16-bit element would use a register of its own. A float32 x stays as it is.
     """
     if x.dtype.primitive_bitwidth == 16:
         low, high = tl.split(x.to(tl.int16, bitcast=True).reshape(x.shape[0] // 2, 2))
@@ -104,7 +114,7 @@ def hold(x):
 
 @triton.jit
 def release(held, dtype: tl.constexpr):
-    """The inverse of `hold`: (W,) elements of dtype, as float32."""
+    """The inverse of `hold`: the (W,) elements, of dtype `dtype`, as float32."""
     if held.dtype.is_floating():
         x = held.to(tl.float32)
     elif dtype == tl.bfloat16:
@@ -120,10 +130,13 @@ def release(held, dtype: tl.constexpr):
 
 @triton.jit
 def encode(y, factor, data, FORMAT: tl.constexpr, FTZ: tl.constexpr):
-    """y * factor, rounded, as an element of data. Its magnitude is at most the format's limit and an ulp, which rounds
-    to the limit, so int8_block's +128 alone has to be cut.
+    """y * factor, rounded, as an element of data's dtype.
+
+    The magnitude of y * factor is at most the format's limit and an ulp, and rounds to the limit. Only int8_block's
+    limit of 128 is no int8, so only +128 is cut, to 127.
     """
-    v = product(y, factor, FTZ)  # a multiply-add with what rounds to integers would move a quotient near a half
+    # A product of its own, because a multiply-add with ROUND would move a quotient near a half to the other side.
+    v = product(y, factor, FTZ)
     if FORMAT == "fp8":
         coded = v.to(data.dtype.element_ty)
     else:
@@ -135,8 +148,10 @@ def encode(y, factor, data, FORMAT: tl.constexpr, FTZ: tl.constexpr):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr, FTZ: tl.constexpr):
-    """x, float32, rounded to dtype and still float32. On a GPU two at a time to bfloat16: a cast whose result is not
-    stored compiles to one conversion each, of which a multiprocessor does 16 a clock, as of exponentials.
+    """x, float32, rounded to dtype and still float32.
+
+    On a GPU one instruction rounds two elements to bfloat16, because a cast whose result is not stored compiles to one
+    conversion an element, and a multiprocessor does only 16 conversions a clock.
     """
     if FTZ and dtype == tl.bfloat16:
         bits = tl.inline_asm_elementwise(
@@ -162,13 +177,13 @@ def packed(x, dtype: tl.constexpr, FTZ: tl.constexpr):
 
 @triton.jit
 def larger_of_two(a, b):
-    """The larger of two pairs of bfloat16 that are not negative, a pair in a register."""
+    """The larger elements of two registers a and b, each of two bfloat16 that are not negative."""
     return tl.inline_asm_elementwise("max.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
 
 
 @triton.jit
 def largest_held(held, dtype: tl.constexpr, FTZ: tl.constexpr):
-    """The largest magnitude of the elements that `hold` was given; of bfloat16 on a GPU two at a time."""
+    """The largest magnitude of the elements that `hold` packed; on a GPU two bfloat16 are compared at a time."""
     if FTZ and dtype == tl.bfloat16:
         pair = tl.reduce(held & 0x7FFF7FFF, 0, larger_of_two)
         most = tl.maximum((pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True))
@@ -179,10 +194,10 @@ def largest_held(held, dtype: tl.constexpr, FTZ: tl.constexpr):
 
 @triton.jit
 def encode_held(held, amax, data, dtype: tl.constexpr, LIMIT: tl.constexpr, FTZ: tl.constexpr):
-    """What `hold` was given, magnitudes up to amax, as elements of data of format int8_block.
+    """The elements that `hold` packed, magnitudes up to amax, as codes of format int8_block in data's dtype.
 
-    On a GPU it is two bfloat16 at a time that are cut, before they are scaled: what rounds to 128, amax and its
-    predecessor at most, becomes the largest that rounds to 127, and nothing else that does not round to it changes.
+    On a GPU one instruction cuts two bfloat16, before they are scaled. An element that would round to 128, which is
+    amax or its predecessor, becomes the largest element that rounds to 127. Every other element keeps its code.
     """
     factor = tl.div_rn(LIMIT, amax)
     if FTZ and dtype == tl.bfloat16:
@@ -196,8 +211,9 @@ def encode_held(held, amax, data, dtype: tl.constexpr, LIMIT: tl.constexpr, FTZ:
 
 @triton.jit
 def sum_of(a, b):
-    """The sum of a row in two pieces a and b (None: in one piece). The pieces are added in each thread first, so that
-    there is one sum across threads and not two.
+    """The sum of a row, which is held as two pieces a and b, or as one piece a if b is None.
+
+    Each thread adds its elements of both pieces first, so that one sum across threads is enough.
     """
     if b is not None:
         a = tl.sum(a.reshape(a.shape[0] // b.shape[0], b.shape[0]), 0) + b
@@ -206,7 +222,9 @@ def sum_of(a, b):
 
 @triton.jit
 def largest(a, b):
-    """The largest magnitude of a and b, where a is longer, for each element of b; b None: |a|."""
+    """For each element of b, the largest magnitude of the element and of its share of a, which is longer; |a| if b is
+    None.
+    """
     a = tl.abs(a)
     if b is not None:
         a = tl.maximum(tl.max(a.reshape(a.shape[0] // b.shape[0], b.shape[0]), 0), tl.abs(b))
@@ -215,8 +233,9 @@ def largest(a, b):
 
 @triton.jit
 def glance(at, FTZ: tl.constexpr):
-    """Loads words that another multiprocessor may have written. (The load counts as pure, because the compiler would
-    else repeat it for each layout that it tries.)
+    """Loads words that another multiprocessor may have written.
+
+    The instruction is declared pure, because the compiler would otherwise repeat it for each layout that it tries.
     """
     if FTZ:
         word = tl.inline_asm_elementwise(
@@ -229,8 +248,9 @@ def glance(at, FTZ: tl.constexpr):
 
 @triton.jit
 def wait(word, at, FTZ: tl.constexpr):
-    """word, where it is not 0, else the word at `at` once that is not 0. The interpreter runs programs in order:
-    the word is there.
+    """word if it is not 0, otherwise the word at `at`, once another program has written it.
+
+    The interpreter runs one program after the other, so that the word is already there.
     """
     if FTZ:
         word = tl.inline_asm_elementwise(WAIT, "=&l,l,l", [word, at.to(tl.int64)], tl.int64, True, 1)

@@ -1,6 +1,6 @@
 """Registration of ops and of their kernels, checks of their arguments, and predicates on devices.
 
-Needs torch alone: an op's file imports this module where Triton is not installed, too.
+This module needs torch alone, because an op's file imports it on machines without Triton, too.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch.utils._pytree import tree_flatten
 from turbocompile.errors import UnsupportedError
 
 NAMESPACE = "turbocompile"
-TRITON, FP8 = (8, 0), (8, 9)  # the lowest compute capabilities on which Triton's kernels run, and kernels on e4m3
-ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of the activations that the kernels over rows take
-WIDEST = 32768  # channels of a row that a program holds in its registers
-GRID = 65535  # programs along a grid's second axis: batch items, or tiles of 128 rows
-# Options of each launch: a product and a sum may become one instruction. Triton 3.9 warns where a launch does not say
-# so, and 3.10 then compiles two instructions.
+TRITON, FP8 = (8, 0), (8, 9)  # the lowest compute capabilities on which Triton kernels run, and kernels that use e4m3
+ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the dtypes of activations that the kernels over rows take
+WIDEST = 32768  # the most channels of a row that a program can hold in its registers
+GRID = 65535  # the most programs along a grid's second axis, which counts batch items or tiles of 128 rows
+# An option of every launch: the compiler may fuse a product and a sum into one instruction. Triton 3.9 warns if a
+# launch does not set the option, and Triton 3.10 then compiles two instructions.
 FUSED = {"enable_fp_fusion": True}
 
 ON_CUDA: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
-"""Each op's implementation on CUDA."""
+"""The implementation of each op on CUDA, by the op's overload."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -74,8 +74,8 @@ def register(
 
     reference: the implementation on every device that has no kernel of its own.
     fake: gives shapes and dtypes alone, and refuses the same arguments as the reference.
-    backward, setup_context: as torch.library.register_autograd takes them. Without them a gradient that reaches the
-        op raises UnsupportedError: a missing or wrong gradient would be found much later.
+    backward, setup_context: as torch.library.register_autograd takes them. Without them a backward pass through the op
+        raises UnsupportedError, because a user would notice a missing or wrong gradient much later.
     """
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -88,7 +88,9 @@ def register(
 def register_kernel(
     overload: torch._ops.OpOverload, reference: Callable[..., Any], takes: Callable[..., bool], launch: str
 ) -> Callable[..., Any]:
-    """Makes a kernel the op's implementation on CUDA for arguments with takes(*args); the reference runs on all others.
+    """Makes a kernel the op's implementation on CUDA for the arguments that takes(*args) accepts.
+
+    The reference computes all other arguments.
 
     launch: "family.file.function" of this package, which takes the op's arguments. It is imported at the first call,
     because a machine without a GPU may lack Triton.
@@ -107,7 +109,7 @@ def register_kernel(
 
 
 def register_on_cuda(overload: torch._ops.OpOverload, function: Callable[..., Any]) -> None:
-    """Makes a function the op's implementation on CUDA, where it chooses between kernels and reference itself."""
+    """Makes `function` the op's implementation on CUDA; `function` itself chooses between kernels and reference."""
     torch.library.impl(overload.name(), "cuda")(function)
     ON_CUDA[overload] = function
 
@@ -117,13 +119,13 @@ class Card:
     """The properties of a GPU on which the kernels' configurations depend."""
 
     capability: tuple[int, int]
-    processors: int  # multiprocessors
-    shared: int  # bytes of shared memory in each
+    processors: int  # how many multiprocessors the GPU has
+    shared: int  # bytes of shared memory of a multiprocessor
 
 
 @functools.cache
 def card(device: torch.device) -> Card:
-    """The card behind a device. Triton's interpreter, on the CPU, counts as a small Hopper card."""
+    """The properties of a GPU. For the CPU, where Triton's interpreter runs, those of a small Hopper card."""
     if device.type != "cuda":
         return Card((9, 0), 2, 228 << 10)
     found = torch.cuda.get_device_properties(device)
@@ -140,8 +142,8 @@ def runs_triton(device: torch.device, capability: tuple[int, int] = TRITON) -> b
 def takes_rows(x: torch.Tensor, *others: Any) -> bool:
     """Whether the kernels over rows compute an op of x (..., C) and its other arguments, one of which may be a format.
 
-    They take x in bf16, fp16 or float32, with 1 to 32,768 channels and no empty axis, and all tensors on one GPU; the
-    format "fp8" needs a GPU with e4m3.
+    The kernels take x in bf16, fp16 or float32, with 1 to 32,768 channels and no empty axis. All tensors must be on one
+    GPU, and the format "fp8" needs a GPU with e4m3.
     """
     leaves = tree_flatten(others)[0]
     fp8 = any(isinstance(leaf, str) and leaf == "fp8" for leaf in leaves)

@@ -1,7 +1,7 @@
-"""Rows of activations as the kernels over rows take them: views, pieces in registers, configurations.
+"""Rows of activations for the kernels over rows: views of tensors, pieces in registers, configurations.
 
-A row of C channels is held as two or three pieces whose widths are powers of two, 5120 = 4096 + 1024, because as one
-piece of 8192 three eighths of the arithmetic would be on padding.
+A program holds a row of C channels as two or three pieces whose widths are powers of two, for example
+5120 = 4096 + 1024, because with one piece of 8192 three eighths of the arithmetic would be on padding.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ class RowConfig:
     """A configuration of a kernel over rows."""
 
     warps: int
-    rows: int  # that a program takes
-    registers: int | None = (
-        None  # a thread may use at most, for a layer norm of 16-bit x, because other norms need less
-    )
-    near: int = (
-        8  # neighbouring elements in a thread at most: 16 float32 of a vector, 64 bytes, would be served 2 a clock
-    )
+    rows: int  # how many rows a program computes
+    # The most registers that a thread may use; None: no limit. The limit is for a layer norm of 16-bit x, because other
+    # norms need fewer registers.
+    registers: int | None = None
+    # The most neighbouring elements that a thread holds. With 16 float32 elements of a vector, which are 64 bytes, the
+    # cache would serve only 2 a clock.
+    near: int = 8
 
     def limit(self, x: torch.Tensor) -> dict[str, int]:
-        """The limit of registers as a launch takes it; none for float32 x, which needs more registers."""
+        """The limit of registers as keyword arguments of a launch; none for float32 x, which needs more registers."""
         return {} if self.registers is None or x.element_size() > 2 else {"maxnreg": self.registers}
 
 
-# The declared set, by the widest row that each takes. A thread has 32 to 48 elements of a row, so that sums across
-# threads cost little (at 1536 none is across warps) and the 16 warps fit that 128 registers a thread allow.
+# The declared set, by the widest row that each configuration takes. A thread holds 32 to 48 elements of a row, so that
+# sums across threads cost little (at 1536 no sum crosses warps), and so that 128 registers a thread are enough, with
+# which 16 warps fit a multiprocessor.
 ROW_CONFIGS = {
     1536: RowConfig(1, 8, 128),
     3072: RowConfig(2, 8, 128),
@@ -45,18 +46,18 @@ ROW_CONFIGS = {
 
 
 def row_config(width: int, rows: int, device: torch.device) -> RowConfig:
-    """The configuration for `rows` rows whose pieces hold `width` elements.
+    """The configuration for `rows` rows whose pieces together hold `width` elements.
 
-    A program takes fewer rows where else there were too few programs for the card.
+    A program takes fewer rows than declared if there would otherwise be too few programs for the card.
     """
     config = next(config for widest, config in ROW_CONFIGS.items() if width <= widest)
     return replace(config, rows=max(1, min(config.rows, rows // (16 * card(device).processors))))
 
 
 def pieces(width: int, least: int = 256, count: int = 2) -> tuple[int, ...]:
-    """`count` powers of two (the last ones may be 0) whose sum is the least that holds `width`.
+    """`count` powers of two, the last of which may be 0, with the smallest sum that is at least `width`.
 
-    A remainder below `least`, or below an eighth of the width, is not split.
+    A remainder of at most `least`, or of at most an eighth of the width's power of two, is not split further.
     """
     whole = triton.next_power_of_2(width)
     least = max(least, whole // 8)
@@ -68,12 +69,12 @@ def pieces(width: int, least: int = 256, count: int = 2) -> tuple[int, ...]:
 
 
 def neighbours(widths: tuple[int, ...], warps: int, most: int) -> int:
-    """How many neighbouring elements a thread holds, `most` at most, so that pieces of all widths use all threads."""
+    """How many neighbouring elements a thread holds: at most `most`, and so few that each piece uses all threads."""
     return max(1, min(most, min(w for w in widths if w) // (32 * warps)))
 
 
 def view3(t: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """t, broadcast to shape (..., L, C), as (B, L, C) with a contiguous last axis: a view nearly always."""
+    """t, broadcast to shape (..., L, C), as (B, L, C) with a contiguous last axis: nearly always a view."""
     t = t.reshape(1) if t.ndim == 0 else t
     t = t.expand(*t.shape[:-1], shape[-1])
     if t.stride(-1) != 1:
@@ -85,14 +86,15 @@ def view3(t: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def view3_of_rows(x: torch.Tensor) -> torch.Tensor:
-    """x (..., C) as (1, M, C) where a view is enough, otherwise as (B, L, C)."""
+    """x (..., C) as (1, M, C) if its strides allow such a view, otherwise as (B, L, C)."""
     v = view3(x, x.shape)
     return v.view(1, -1, v.shape[-1]) if v.shape[0] * v.shape[1] and v.stride(0) == v.shape[1] * v.stride(1) else v
 
 
 def row_strides(t: torch.Tensor | None) -> tuple[int, int]:
-    """Strides of the first two axes of a (B, L, C) view; 0 for an axis of length one, so that its stride never makes
-    Triton compile again.
+    """The strides of the first two axes of a (B, L, C) view, in elements; (0, 0) if t is None.
+
+    The stride of an axis of length one counts as 0, because Triton would otherwise compile again for another stride.
     """
     if t is None:
         return 0, 0
@@ -100,7 +102,9 @@ def row_strides(t: torch.Tensor | None) -> tuple[int, int]:
 
 
 def check_input(x: torch.Tensor, width: int) -> None:
-    """Raises UnsupportedError for a dtype that the kernels over rows do not take, or a row too wide for registers."""
+    """Raises UnsupportedError if x has a dtype that the kernels over rows do not take, or if `width` channels are too
+    many for a program's registers.
+    """
     if x.dtype not in ROW_DTYPES:
         raise UnsupportedError(f"the kernel takes bfloat16, float16 and float32, not {x.dtype}: use the reference")
     if width > WIDEST:

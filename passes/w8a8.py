@@ -14,6 +14,7 @@ from torch import fx
 from turbocompile.kernels import ops
 from turbocompile.kernels.quantize.quantize import ALIGNED, BLOCK
 
+from turbocompile.hardware import linear_speedup
 from turbocompile.ir.program import SHELL, dtype, shape
 from turbocompile.ir.weights import Cat, Expr, Quantize
 from turbocompile.recipe.options import W8A8Options
@@ -23,9 +24,13 @@ from turbocompile.rewrite.match import Match, Pass, rewrite
 
 
 def format_of(options: W8A8Options, expr: Expr | None) -> str:
-    """The format of a linear with this weight: the checkpoint's own where that is kept, else that of the options."""
+    """The format of a linear with this weight: the checkpoint's own where that is kept and the target has it, else that
+    of the options.
+    """
     own = {d.format for d in dequantized(expr)} if options.keeps_own else set()
-    return own.pop() if len(own) == 1 else options.format
+    if len(own) != 1 or linear_speedup(options.target, next(iter(own))) is None:
+        return options.format
+    return own.pop()
 
 
 def refusal(m: Match, x: fx.Node, weight: fx.Node, expr: Expr | None, format: str) -> str | None:

@@ -35,7 +35,7 @@ def _load(name):
     spec.loader.exec_module(module)
 
 
-for shared in ("zoo", "asked", "products", "videos"):
+for shared in ("zoo", "asked", "products", "videos", "original_wan", "wan_files"):
     if shared not in sys.modules:
         _load(shared)
 

@@ -9,6 +9,7 @@ from turbocompile.capture.export import capture
 from turbocompile.capture.module_weights import ModuleTensors
 from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import is_op
+from turbocompile.numerics.program_values import Weights
 from turbocompile.numerics.verifier import Verifier
 from turbocompile.rewrite.match import Pass, rewrite, variables
 from turbocompile.rewrite.normalize import normalize
@@ -47,7 +48,7 @@ def made(dtype=torch.float32, block=Block):
     program = capture(model, (torch.randn(2, 12, 64, dtype=dtype),))
     raw = program.copy()
     normalize(program)
-    verifier = Verifier(program, Evaluator(ModuleTensors(model), program.constants))
+    verifier = Verifier(program, Weights(Evaluator(ModuleTensors(model), program.constants)))
     return model, program, raw, verifier
 
 

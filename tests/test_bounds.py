@@ -23,6 +23,7 @@ from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import is_op
 from turbocompile.numerics.inputs import random_inputs
 from turbocompile.numerics.normal_forms import wrong_forms
+from turbocompile.numerics.program_values import Weights
 from turbocompile.rewrite import normalize, pipeline, run_pass, simplify
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -310,8 +311,8 @@ def test_the_normal_form_of_a_16_bit_table_is_not_charged_with_its_rounding(tabl
     raw = program.copy()
     assert normalize.normalize(program) == {}
     inputs = random_inputs(program)
-    evaluate = Evaluator(ModuleTensors(Table()), {**raw.constants, **program.constants})
-    assert wrong_forms(raw, program, evaluate, inputs) == {}
+    weights = Weights(Evaluator(ModuleTensors(Table()), {**raw.constants, **program.constants}))
+    assert wrong_forms(raw, program, weights, inputs) == {}
     node = next(n for n in program.shell.graph.nodes if is_op(n, aten.cos.default))
     node.target = aten.sin.default
-    assert list(wrong_forms(raw, program, evaluate, inputs)) == ["shell"]
+    assert list(wrong_forms(raw, program, weights, inputs)) == ["shell"]

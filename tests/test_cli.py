@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 from videos import read_video
 
 from turbocompile.cli import main
@@ -109,6 +111,20 @@ def test_run_writes_a_video(engine, tmp_path):
     assert "Warning: the weights are synthetic, so the picture is noise" in result.stderr
 
 
+def test_an_adapter_is_a_part_of_the_engine_or_of_one_video(recipe, engine, tmp_path):
+    shape = load_file(engine / "weights-transformer-00001.safetensors")["proj_out.weight"].shape
+    lora = tmp_path / "lora.safetensors"
+    save_file({"diffusion_model.head.head.diff": torch.randn(shape)}, lora)
+    assert call("optimize", recipe, "-o", tmp_path / "merged", "--lora", f"{lora}:0.5").exit_code == 0
+    given = ("--prompt", "x", "--steps", "1", "-o")
+    assert call("run", tmp_path / "merged", *given, tmp_path / "a.mp4").exit_code == 0
+    assert call("run", engine, "--lora", f"{lora}:0.5", *given, tmp_path / "b.mp4").exit_code == 0
+    assert call("run", engine, *given, tmp_path / "c.mp4").exit_code == 0
+    videos = [read_video(tmp_path / f"{name}.mp4")[0] for name in "abc"]
+    assert (videos[0] == videos[1]).all()
+    assert (videos[0] != videos[2]).any()
+
+
 def test_run_prints_json(engine, tmp_path):
     options = ("--steps", "1", "--shape", "64x64x5", "--frames", tmp_path / "png", "--json")
     result = call("run", engine, "--prompt", "a cat", "-o", tmp_path / "out.mp4", *options)
@@ -194,6 +210,9 @@ def test_an_example_can_be_built(tmp_path):
         (("run", "{engine}", "--prompt", "x", "-o", "x.gif"), "written as .mp4"),
         (("run", "{engine}", "--prompt", "x", "--device", "tpu"), "there is no device 'tpu'"),
         (("run", "{engine}", "--prompt", "x", "--seed", "-1"), "-1 is not in the range"),
+        (("run", "{engine}", "--prompt", "x", "--lora", "l.pth:0.5"), "there is no file or folder l.pth; a weight"),
+        (("optimize", "{recipe}", "-o", "x", "--lora", "l.pth:0.5"), "l.pth; a weight follows after a colon"),
+        (("optimize", "{recipe}", "-o", "x", "--lora", "l.pth:nan"), "lora.0.weight must be a finite number"),
         (("explain", "{engine}", "--after", "nothing"), "it has adaln, attention"),
         (("explain", "{engine}", "--after", "adaln", "--module", "x"), "its modules are transformer"),
         (("explain", "{engine}", "--gpu", "voodoo"), "no figure for a GPU"),

@@ -16,8 +16,8 @@ import turbocompile
 # From the top: a file imports files of its own room and of the rooms before it, none after. The files at the root of
 # the package are a room after the kernels; the doors are what documents name, and stand last.
 ROOMS = (
-    *("kernels", "root", "recipe", "ir", "capture", "rewrite", "numerics", "passes", "backends", "report", "runtime"),
-    *("wan", "build", "sampling", "video", "training", "wan_mini", "tools", "cli", "doors"),
+    *("kernels", "root", "recipe", "ir", "capture", "rewrite", "numerics", "passes", "backends", "report", "wan"),
+    *("runtime", "build", "sampling", "video", "training", "wan_mini", "tools", "cli", "doors"),
 )
 DOORS = ("turbocompile", "turbocompile.generate", "turbocompile.evaluate", "turbocompile.torchao")
 OF_KERNELS = {"turbocompile.errors", "turbocompile.version"}

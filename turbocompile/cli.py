@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from safetensors import SafetensorError
 
+from turbocompile import defaults
 from turbocompile.errors import TurbocompileError, UnsupportedError, VerificationError
 from turbocompile.progress import shown_progress
 from turbocompile.recipe.presets import VARIANTS
@@ -111,9 +112,14 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON for pro
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The engine's folder; it must not exist yet.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field, as in model.seed=1.")
+@click.option(
+    "--lora", "loras", multiple=True, metavar="PATH[:WEIGHT]", help="Add an adapter to the weights; several add up."
+)
 @click.option("--dry-run", is_flag=True, help="Capture, rewrite and plan without reading weights or writing files.")
 @_json
-def optimize(recipe: Path, out: Path | None, overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+def optimize(
+    recipe: Path, out: Path | None, overrides: tuple[str, ...], loras: tuple[str, ...], dry_run: bool, as_json: bool
+) -> None:
     """Build the engine of RECIPE, a YAML file."""
     if out is None and not dry_run:
         raise click.UsageError("name the engine's folder with -o DIR, or add --dry-run")
@@ -122,7 +128,7 @@ def optimize(recipe: Path, out: Path | None, overrides: tuple[str, ...], dry_run
     from turbocompile.recipe.schema import load_recipe
 
     with shown_progress() as progress:
-        report = optimize_recipe(load_recipe(recipe, overrides), out, dry_run=dry_run, progress=progress)
+        report = optimize_recipe(load_recipe(recipe, overrides, loras), out, dry_run=dry_run, progress=progress)
     if as_json:
         _print_json(report.to_dict())
     elif dry_run:
@@ -130,6 +136,34 @@ def optimize(recipe: Path, out: Path | None, overrides: tuple[str, ...], dry_run
     else:
         _print_summary(report)
         click.echo(f"\nengine: {out} (`turbocompile explain {out}` shows more)")
+
+
+@main.command()
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder; new or empty.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the weights; by default SRC's.")
+@click.option("--force", is_flag=True, help="Replace a folder that a conversion wrote.")
+@_json
+def convert(source: Path, out: Path, dtype: str | None, force: bool, as_json: bool) -> None:
+    """Write SRC, a Wan transformer in any format, as a folder for diffusers.
+
+    SRC is a file or folder. Quantized weights are dequantized. Of two experts each is converted by itself.
+    """
+    _quiet()
+    from turbocompile.wan.convert import convert as convert_checkpoint
+
+    with shown_progress() as progress:
+        done = convert_checkpoint(source, out, dtype, force=force, progress=progress)
+    if as_json:
+        _print_json(done.to_dict())
+        return
+    for note in done.notes:
+        click.echo(f"Warning: {note}", err=True)
+    click.echo(f"folder: {done.folder} ({done.tensors} tensors in {done.dtype}, {done.bytes / 1e9:.2f} GB)")
+    if done.dequantized:
+        click.echo(f"dequantized: {done.dequantized} weights")
+    for name, what in done.beside.items():
+        click.echo(f"beside: {name}, {what}")
 
 
 @main.command()
@@ -142,11 +176,17 @@ def optimize(recipe: Path, out: Path | None, overrides: tuple[str, ...], dry_run
     "--prompt", "prompts", multiple=True, default=["a cat walking on the beach"], show_default=True, help="One or more."
 )
 @click.option("--negative-prompt", help="What the videos must not show; for samplers with guidance.")
-@click.option("--calls", type=click.IntRange(1, 64), default=8, show_default=True, help="How many calls are kept.")
+@click.option(
+    "--calls",
+    type=click.IntRange(1, defaults.MAX_CALIBRATION_CALLS),
+    default=defaults.CALIBRATION_CALLS,
+    show_default=True,
+    help="How many calls are kept.",
+)
 @click.option("--steps", type=int, help="Steps of the sampler, instead of the recipe's.")
 @click.option("--guidance", type=float, help="Classifier-free guidance, instead of the recipe's.")
 @click.option("--image", type=click.Path(path_type=Path), help="The first frame, for image-to-video models.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the first video's noise.")
+@click.option("--seed", type=SEED, default=defaults.SEED, show_default=True, help="Of the first video's noise.")
 @click.option("--device", help="Where to run, as in cpu or cuda:1; by default a GPU where there is one.")
 def calibrate(recipe: Path, out: Path, overrides: tuple[str, ...], prompts: tuple[str, ...], **options: Any) -> None:
     """Record what the model of RECIPE is called with while it samples.
@@ -170,12 +210,17 @@ def calibrate(recipe: Path, out: Path, overrides: tuple[str, ...], prompts: tupl
 @click.option("-o", "--out", default="out.mp4", show_default=True, type=click.Path(path_type=Path), help="The video.")
 @click.option("--frames", type=click.Path(path_type=Path), help="A folder for the frames as PNG, besides.")
 @click.option(
-    "--seed", type=SEED, default=0, show_default=True, help="The same seed gives the same video on one device."
+    "--seed",
+    type=SEED,
+    default=defaults.SEED,
+    show_default=True,
+    help="The same seed gives the same video on one device.",
 )
 @click.option("--steps", type=int, help="Steps of the sampler, instead of the recipe's.")
 @click.option("--guidance", type=float, help="Classifier-free guidance, instead of the recipe's.")
 @click.option("--shape", metavar="HxWxF", help="One of the engine's shapes, as in 480x832x81; the first by default.")
 @click.option("--image", type=click.Path(path_type=Path), help="The first frame, for image-to-video engines.")
+@click.option("--lora", multiple=True, metavar="PATH[:WEIGHT]", help="An adapter for this video; several add up.")
 @click.option("--device", help="Where to run, as in cpu or cuda:1; by default what the engine was built for.")
 @click.option("--vram", metavar="SIZE", help="Memory of the GPU to keep to, as in 12GB, 12GiB or auto (what is free).")
 @_json
@@ -186,6 +231,7 @@ def run(engine: Path, out: Path, as_json: bool, **options: Any) -> None:
 
     _check_device(options["device"])
     with shown_progress() as progress:
+        options["lora"] = options["lora"] or None
         result = generate(engine, out=out, progress=progress, say=lambda s: click.echo(s, err=True), **options)
     if as_json:
         paths = [str(p) for p in result.paths]
@@ -202,7 +248,7 @@ def run(engine: Path, out: Path, as_json: bool, **options: Any) -> None:
 @main.command()
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.option("--after", metavar="PASS", help="Print the graph as it was after a pass (or normalize).")
-@click.option("--module", default="transformer", show_default=True, help="Which module's graph --after prints.")
+@click.option("--module", default=defaults.MODULE, show_default=True, help="Which module's graph --after prints.")
 @click.option("--gpu", help="The card of the estimates, as in h100, rtx5090, rtx4090, a100.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write all of it as one page.")
 @_json
@@ -245,8 +291,14 @@ def explain(engine: Path, after: str | None, module: str, gpu: str | None, html:
 @click.argument("engine", metavar="ENGINE|RECIPE", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field of the recipe.")
 @click.option("--shape", help="One of the engine's shapes, as in 480x832x81x1; the first by default.")
-@click.option("--module", default="transformer", show_default=True, help="Which of the engine's modules.")
-@click.option("--calls", type=click.IntRange(min=1), default=10, show_default=True, help="How many forwards are timed.")
+@click.option("--module", default=defaults.MODULE, show_default=True, help="Which of the engine's modules.")
+@click.option(
+    "--calls",
+    type=click.IntRange(min=1),
+    default=defaults.BENCH_CALLS,
+    show_default=True,
+    help="How many forwards are timed.",
+)
 @click.option("--device", help="Where to run, as in cpu or cuda:1; by default what the engine was built for.")
 @click.option("--vram", metavar="SIZE", help="Memory of the GPU to keep to, as in 12GB, 12GiB or auto (what is free).")
 @_json
@@ -324,7 +376,13 @@ def verify(ctx: click.Context, engine: Path, numeric: bool, as_json: bool) -> No
 @click.option(
     "--reference", type=click.Path(path_type=Path), help="An engine or a diffusers pipeline, for PSNR and SSIM."
 )
-@click.option("--prompts", type=int, default=200, show_default=True, help="How many; even. Every second is held out.")
+@click.option(
+    "--prompts",
+    type=int,
+    default=defaults.EVALUATION_PROMPTS,
+    show_default=True,
+    help="How many; even. Every second is held out.",
+)
 @click.option("--steps", type=int, help="Steps of the sampler, instead of the recipe's.")
 @click.option("--guidance", type=float, help="Classifier-free guidance, instead of the recipe's.")
 @click.option("--device", help="Where to run, as in cpu or cuda:1; by default what the engine was built for.")
@@ -369,9 +427,9 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
 @main.command("init-example")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--variant", type=click.Choice(tuple(VARIANTS)), default="t2v", show_default=True)
-@click.option("--head-dim", type=click.Choice(["64", "128"]), default="64", show_default=True)
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random weights.")
+@click.option("--variant", type=click.Choice(tuple(VARIANTS)), default=defaults.EXAMPLE_VARIANT, show_default=True)
+@click.option("--head-dim", type=click.Choice(["64", "128"]), default=str(defaults.EXAMPLE_HEAD_DIM), show_default=True)
+@click.option("--seed", type=SEED, default=defaults.SEED, show_default=True, help="Of the random weights.")
 def init_example(folder: Path, variant: str, head_dim: str, seed: int) -> None:
     """Write a tiny Wan pipeline with random weights, and its recipe, into FOLDER."""
     _quiet()

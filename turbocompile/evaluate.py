@@ -1,4 +1,4 @@
-"""`from turbocompile.evaluate import evaluate_videos`: whether videos of moving digits show what their prompts say."""
+"""`from turbocompile.evaluate import evaluate_videos` judges whether videos of moving digits match their prompts."""
 
 from turbocompile.wan_mini.evaluate import evaluate_videos
 

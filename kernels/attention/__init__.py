@@ -1,1 +1,1 @@
-"""Quantized and sparse attention, and what prepares its operands."""
+"""Quantized and sparse attention, and the kernels that prepare its operands."""

@@ -1,18 +1,21 @@
 """The main kernel of the quantized attentions, dense or over lists of key blocks, for any GPU, and its launcher.
 
-A program has block_m rows of one head; c = q_scale k_scale scale log2 e of its rows and the key block at hand:
+A program computes block_m query rows of one head and visits one key block after the other. With
+c = q_scale k_scale scale log2 e of its rows and of the present key block:
 
     s = q8 k8^T (int32, exact),  t = max_j s,  m' = max(m, t c),  p = 2^((s - t) c + (t c - m') + offset)
     l = l 2^(m - m') + sum p,    o = o 2^(m - m') + round(p) v8,    result  o / l v_scale
 
-s - t is exact, so the largest weight is 2^offset whatever the size of the scores: no overflow, and l is never zero.
-Each block's product with v8 is added in float32: tensor cores add products of e4m3 with some 13 bits and cut the rest
-off. One sum over 32,760 keys of a v with mean 1 came out 30% short on a Hopper card.
+s - t is exact, so no weight is larger than 2^offset and the largest weight of a row is 2^offset, whatever the size of
+the scores: no weight overflows, and l is never zero. The kernel adds each block's product with v8 in float32, because
+tensor cores add products of e4m3 with some 13 bits and cut off the rest: on a Hopper card one sum over 32,760 keys of a
+v with mean 1 came out 30% short.
 
-offset is 8.807 for pv "fp8" and 0 for "fp16". q is quantized where it is loaded, one scale for block_m rows. The linear
-branch of SLA is added last: (phi(q) phi_sum / z) folded + bias, z = phi(q) . phi_sum + 1e-5.
+offset is 8.807 for pv "fp8" and 0 for pv "fp16". The kernel quantizes q after loading it, with one scale for block_m
+rows. It adds the linear branch of SLA last: (phi(q) phi_sum / z) folded + bias, z = phi(q) . phi_sum + 1e-5.
 
-attend_gluon.py has the same for Hopper.
+attend_gluon.py holds the kernel for Hopper, which computes the same function. In the kernels of this folder b, h, d are
+indices along the axes B, H, D of (B, L, H, D); x_b, x_l, x_h are a tensor x's strides along B, L, H in elements.
 """
 
 # mypy: allow-untyped-defs
@@ -30,14 +33,23 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 from turbocompile.kernels._jit import LOG2E, ROUND, exp2, product
 from turbocompile.kernels._registry import FUSED, card, check
-from turbocompile.kernels.attention.prepare_triton import Keys, Prepared, features, prepare, strides
+from turbocompile.kernels.attention.prepare_triton import (
+    LINEAR_EPS,
+    MASKED,
+    OFFSET,
+    QK_FLOOR,
+    QK_LIMIT,
+    Keys,
+    Prepared,
+    features,
+    prepare,
+    strides,
+)
 
 try:
     from turbocompile.kernels.attention import attend_gluon
-except ImportError:  # a Triton without Gluon, or with another one: the portable kernel runs everywhere
+except ImportError:  # this Triton has no Gluon, or a Gluon with other names; the portable kernel runs everywhere
     attend_gluon = None  # type: ignore[assignment]
-
-OFFSET = tl.constexpr(8.807)  # log2(448), rounded down: the largest weight becomes e4m3's largest value
 
 
 @triton.jit(do_not_specialize=["length", "keys", "num_heads", "group", "num_k", "topk"])
@@ -49,7 +61,12 @@ def _attend_portable(
     SPARSE: tl.constexpr, LINEAR: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr, FP8: tl.constexpr,
     MAP: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_Q rows of one head. SPARSE: lut (BH, M, topk) names the key blocks. LINEAR: adds the linear branch."""
+    """Computes BLOCK_Q query rows of one head.
+
+    HEAD: head_dim; D: head_dim padded to 64 or 128. SPARSE: lut (BH, M, topk) names the key blocks that each query
+    block reads. LINEAR: adds the linear branch. CAUSAL: masks the keys behind a query. RAGGED: the last key block is
+    short.
+    """
     tile = tl.program_id(0)
     head = tl.program_id(1)
     b = head // num_heads
@@ -60,9 +77,9 @@ def _attend_portable(
     inside = (row < length)[:, None] & (d < HEAD)[None, :]
     q_at = q + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h + row.to(tl.int64)[:, None] * q_l + d[None, :]
     x = tl.load(q_at, mask=inside, other=0.0).to(tl.float32)  # (BLOCK_Q, D)
-    amax = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-7)
-    q8 = (x * (127.0 / amax) + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
-    unit = amax / 127.0 * scale * LOG2E
+    amax = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), QK_FLOOR)
+    q8 = (x * (QK_LIMIT / amax) + ROUND).to(tl.int32, bitcast=True).to(tl.int8)  # (BLOCK_Q, D)
+    unit = amax / QK_LIMIT * scale * LOG2E
     high = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, D], tl.float32)
@@ -85,9 +102,9 @@ def _attend_portable(
         col = index * BLOCK_K + tl.arange(0, BLOCK_K)
         if CAUSAL:
             seen = (col[None, :] <= row[:, None]) & (col < keys)[None, :]
-            s = tl.where(seen, s, -2100000)  # below every score: 127^2 D = 2064512 for D = 128
+            s = tl.where(seen, s, MASKED)
         elif RAGGED and index == num_k - 1:
-            s = tl.where((col < keys)[None, :], s, -2100000)
+            s = tl.where((col < keys)[None, :], s, MASKED)
         top = tl.max(s, 1)
         peak = product(top.to(tl.float32), c, FTZ)
         new = tl.maximum(high, peak)
@@ -97,7 +114,7 @@ def _attend_portable(
         else:
             shift = peak - new
         p = exp2((s - top[:, None]).to(tl.float32) * c + shift[:, None], FTZ)
-        # a small c brings the masked scores near the real ones: their weights are set, not hoped for
+        # The weights of masked keys are set to 0, because a small c brings the masked scores near the real scores.
         if CAUSAL:
             p = tl.where(seen, p, 0.0)
         elif RAGGED and index == num_k - 1:
@@ -109,18 +126,17 @@ def _attend_portable(
         else:
             v = v_tiles.load([(first + index) * BLOCK_K, 0])  # (BLOCK_K, D)
             part = tl.dot(p.to(v.dtype), v)  # (BLOCK_Q, D)
-        acc = tl.fma(
-            acc, tl.broadcast_to(alpha[:, None], acc.shape), part
-        )  # a sum would become the dot's third operand
+        # tl.fma, because the compiler would make a plain sum the third operand of the dot above.
+        acc = tl.fma(acc, tl.broadcast_to(alpha[:, None], acc.shape), part)
         high = new
     acc = acc * (1.0 / norm)[:, None] * tl.load(v_scale + kv_head * D + d)[None, :]  # (1, D)
     if LINEAR:
         x = tl.load(q_at, mask=inside, other=0.0).to(tl.float32)  # (BLOCK_Q, D)
         e, s = features(x, d < HEAD, HEAD, D, MAP, FTZ)
         e = e * tl.load(phi_sum + head * D + d)[None, :]  # (1, D)
-        z = tl.sum(e, 1) + 1e-5 * s
-        g = tl.load(folded + head.to(tl.int64) * D * D + d[:, None] * D + d[None, :])  # (D, D)
-        acc = tl.dot((e * (1.0 / z)[:, None]).to(g.dtype), g, acc)  # (BLOCK_Q, D)
+        z = tl.sum(e, 1) + LINEAR_EPS * s
+        state = tl.load(folded + head.to(tl.int64) * D * D + d[:, None] * D + d[None, :])  # (D, D)
+        acc = tl.dot((e * (1.0 / z)[:, None]).to(state.dtype), state, acc)  # (BLOCK_Q, D)
         acc += tl.load(bias + d, mask=d < HEAD, other=0.0).to(tl.float32)[None, :]  # (1, D)
     o_at = out + b.to(tl.int64) * o_b + h.to(tl.int64) * o_h + row.to(tl.int64)[:, None] * o_l + d[None, :]
     tl.store(o_at, acc.to(out.dtype.element_ty), mask=inside)
@@ -128,20 +144,24 @@ def _attend_portable(
 
 @dataclass(frozen=True)
 class AttendConfig:
-    """How the main kernel is launched."""
+    """A configuration of the main kernel's launch."""
 
     path: str  # "hopper" | "portable"
-    block_m: int = 64  # rows a program, where no list of blocks says so; "hopper" always has 64, and 4 warps
+    block_m: int = (
+        64  # query rows of a program in dense attention; a program of "hopper" always has 64 rows and 4 warps
+    )
     warps: int = 4
     stages: int = 2
-    registers: int | None = None  # a thread may use at most
+    registers: int | None = None  # the most registers that a thread may use; None: no limit
 
 
-# The declared sets: a saved choice is one of these. At most 168 registers let three programs share a multiprocessor,
-# which hides each one's softmax behind the others' products: without the limit 15% slower.
+# The declared sets: a saved choice is one of these. A limit of 168 registers lets three programs share a
+# multiprocessor, which then runs the softmax of one program under the products of the others. Without the limit the
+# kernel is 15% slower.
 HOPPER_CONFIGS = (
     AttendConfig("hopper", stages=2, registers=168),
-    AttendConfig("hopper", stages=4, registers=168),  # 64-key blocks: the ring then holds the linear branch's state
+    # For blocks of 64 keys: with four stages the ring is large enough to hold the linear branch's state.
+    AttendConfig("hopper", stages=4, registers=168),
     AttendConfig("hopper", stages=2, registers=160),
 )
 PORTABLE_CONFIGS = (
@@ -150,27 +170,33 @@ PORTABLE_CONFIGS = (
     AttendConfig("portable", 128, 8, 3),
     AttendConfig("portable", 128, 8, 2),
 )
-LARGE_SHARED = 160 << 10  # bytes a multiprocessor: less (8.6, 8.9, 12.0 have 100 KiB) holds two stages, not three
+# Bytes of shared memory of a multiprocessor that hold three stages; compute capabilities 8.6, 8.9 and 12.0 have 100
+# KiB, which hold two.
+LARGE_SHARED = 160 << 10
 
 
 def product_format(device: torch.device, pv: str) -> str:
-    """What pv "fp8" runs as: "fp16", which is more exact, on GPUs without e4m3 (before compute capability 8.9)."""
+    """The format in which a device computes P V for the option pv.
+
+    That is pv, except that "fp8" becomes "fp16", the more exact format, on GPUs without e4m3 (before capability 8.9).
+    """
     return "fp16" if device.type == "cuda" and card(device).capability < (8, 9) else pv
 
 
-SAGE_BLOCKS = (64, 128)  # rows of q (unless block_m has more) and of k that share a scale; 128 were 15% faster than 64
+# How many rows of q (or block_m, if block_m is larger) and of k share a scale. 128 rows of k were 15% faster than 64.
+SAGE_BLOCKS = (64, 128)
 
 
 def choice_key(device: torch.device, pv: str, block_k: int, block_q: int = 64) -> str:
-    """What a choice is kept under: the card, the format it computes in, the blocks."""
+    """The key under which an engine keeps a choice: the card's name, the format of P V, the sizes of the blocks."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{name}: {product_format(device, pv)} blocks {block_q}x{block_k}"
 
 
 def declared(name: str, fields: Mapping[str, Any]) -> AttendConfig:
-    """The declared configuration with these fields, which a choice under `name` holds.
+    """The declared configuration that has these fields.
 
-    Raises ValueError where none is declared.
+    name: the key of the saved choice, for the message. Raises ValueError if no declared configuration has these fields.
     """
     matches = [c for c in (*HOPPER_CONFIGS, *PORTABLE_CONFIGS) if asdict(c) == dict(fields)]
     check(bool(matches), f"{name!r} names no declared configuration of the attention: {dict(fields)}")
@@ -178,7 +204,7 @@ def declared(name: str, fields: Mapping[str, Any]) -> AttendConfig:
 
 
 def configs(device: torch.device, pv: str) -> tuple[AttendConfig, ...]:
-    """The declared configurations that a device runs for operands in the format pv, the Hopper kernel's first."""
+    """The declared configurations that a device runs for P V in the format pv; the Hopper kernel's come first."""
     on = card(device)
     hopper = device.type == "cuda" and attend_gluon is not None and pv == "fp8" and on.capability[0] == 9
     portable = [c for c in PORTABLE_CONFIGS if c.stages == 2 or on.shared >= LARGE_SHARED]
@@ -188,14 +214,14 @@ def configs(device: torch.device, pv: str) -> tuple[AttendConfig, ...]:
 def usable_config(
     config: AttendConfig | None, device: torch.device, pv: str, block_k: int, block_q: int = 64
 ) -> AttendConfig:
-    """The given configuration; the default where none is given, or where this Triton lacks the Hopper kernel."""
+    """`config`, or the default if `config` is None or needs the Hopper kernel and this Triton lacks that kernel."""
     if config is None or (config.path == "hopper" and attend_gluon is None):
         return default_config(device, pv, block_k, block_q)
     return config
 
 
 def default_config(device: torch.device, pv: str, block_k: int, block_q: int = 64) -> AttendConfig:
-    """The configuration for a device, the operands' format and the blocks; no other size matters."""
+    """The default configuration for a device, a format of P V and sizes of blocks; it depends on no other size."""
     found = configs(device, pv)
     if found[0].path == "hopper":
         return HOPPER_CONFIGS[1] if block_k == 64 else HOPPER_CONFIGS[0]
@@ -217,9 +243,14 @@ def attend(
     bias: torch.Tensor | None = None,
     feature_map: str = "softmax",
 ) -> torch.Tensor:
-    """Main kernel: q (B, L, H, D) -> (B, L, H, D) contiguous; keys is the number of tokens that kv holds.
+    """Launches the main kernel: q (B, L, H, D), bf16 or fp16 -> attention (B, L, H, D), contiguous, q's dtype.
 
-    lut (B H, ceil(L / block_q), topk) int32: block-sparse. bias (D,): adds the linear branch (kv prepared with weight).
+    kv: K and V of kv_heads heads, by `prepare`; keys: how many tokens kv holds. scale: multiplies the scores.
+    lut (B * H, ceil(L / block_q), topk) int32: the key blocks that each query block reads; None: all key blocks.
+    bias (D,): adds the linear branch, for which `prepare` needs `weight`; feature_map: the linear branch's phi.
+
+    Raises ValueError if kv holds V in the order of the other kernel, or if a program has more causal rows than a key
+    block has keys.
     """
     batch, length, heads, head_dim = q.shape
     d, n, block_k = kv.k8.shape[-1], kv.k8.shape[1], kv.block_k
@@ -272,9 +303,10 @@ def sage_forward(
     config: AttendConfig | None = None,
     block_k: int = SAGE_BLOCKS[1],
 ) -> torch.Tensor:
-    """q (B, Lq, H, D), k and v (B, Lk, Hkv, D), bf16 or fp16, D <= 128, H % Hkv == 0, scale >= 0 -> (B, Lq, H, D).
+    """SageAttention: q (B, Lq, H, D), k and v (B, Lk, Hkv, D) -> (B, Lq, H, D), contiguous, q's dtype.
 
-    One INT8 scale for each 64 (or block_m) rows of q and block_k rows of k, which may come quantized.
+    bf16 or fp16, D <= 128, H % Hkv == 0, scale >= 0. 64 (or block_m) rows of q share an INT8 scale, and block_k rows of
+    k. k may be `Keys`, which are quantized already. config: None is the default.
     """
     pv = product_format(q.device, pv)
     config = usable_config(config, q.device, pv, block_k)

@@ -1,4 +1,4 @@
-"""Which keys the kernel of keys_triton.py makes: a predicate on operands, which needs no Triton."""
+"""Whether the kernel of keys_triton.py can make an attention's keys: a predicate on operands, which needs no Triton."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import torch
 from turbocompile.kernels._registry import takes_rows
 from turbocompile.kernels.rotary import qk_norm_rope
 
-HEAD_DIMS = (64, 128)  # that the kernel is made for
-LEAST = 4096  # tokens; with fewer, two passes over k cost as little
-TOKENS = 1 << 22  # fewer than this are divided among the axes as floats are
-PLACES = 1 << 16  # of two neighbouring axes, each a power of two long: one table of the kernel's may hold both
-BETWEEN = 3  # columns of an axis that lies between two; with fewer, four neighbouring pairs may turn by all three axes
+HEAD_DIMS = (64, 128)  # the head_dims that the kernel is made for
+LEAST = 4096  # the fewest tokens for which the kernel is used; with fewer, two passes over k cost as little
+TOKENS = 1 << 22  # the kernel takes fewer tokens than this, because it finds a token's positions by float32 division
+# The most places of a table. A table may cover two neighbouring axes, whose lengths are rounded up to powers of two.
+PLACES = 1 << 16
+# The fewest columns of an axis that lies between two others. With fewer, four neighbouring pairs could turn by all
+# three axes, and the kernel's tables cover two.
+BETWEEN = 3
 
 
 def takes_keys(
@@ -24,10 +27,11 @@ def takes_keys(
     sin: Sequence[torch.Tensor],
     grid: Sequence[int],
 ) -> bool:
-    """Whether the GPU kernel makes k of operands that fit, with a v that the attention's kernel takes.
+    """Whether the GPU kernel makes k from x (B, L, H * D), for a v (B, L, H, D) that the attention's kernel takes.
 
-    v's dtype and device; rows as takes_rows says; HEAD_DIMS channels a head; from LEAST to TOKENS tokens; one to three
-    axes, whose tables are not too large (PLACES) nor too narrow (BETWEEN).
+    The kernel needs x in v's dtype and on v's device; rows that takes_rows accepts; a head_dim in HEAD_DIMS; LEAST
+    tokens or more, and fewer than TOKENS; and one to three axes, whose tables are neither too large (PLACES) nor too
+    narrow (BETWEEN).
     """
     sizes = [1 << (n - 1).bit_length() for n in grid]
     places = max([*sizes, *(a * b for a, b in pairwise(sizes))])

@@ -1,11 +1,11 @@
 """Arithmetic of the keys' kernel on pairs of halves, and its transfers of four words.
 
-A `word` is a register of 32 bits that holds two halves (float16), or two neighbouring elements of x. Two neighbouring
-pairs (x1, x2), (x3, x4) of a head are a word of first elements (x1, x3) and a word of second elements (x2, x4), so that
-one instruction rotates both pairs.
+A half is a float16. A `word` is a register of 32 bits that holds two halves, or two neighbouring elements of x. Two
+neighbouring pairs (x1, x2), (x3, x4) of a head are held as a word of first elements (x1, x3) and a word of second
+elements (x2, x4), so that one instruction rotates both pairs.
 
-FTZ: True on a GPU, where each function is PTX; False under the interpreter, which computes the same with tensors of
-halves.
+FTZ: True on a GPU, where each function is PTX; False under the interpreter, which computes the same results with
+tensors of halves.
 """
 
 # mypy: allow-untyped-defs
@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from turbocompile.kernels._jit import NAP
+from turbocompile.kernels._jit import NAP, ROUND
 
-EVERY_ONE = tl.constexpr(0x7FFF7FFF)  # the bits of two halves but for their signs
+UNSIGNED = tl.constexpr(0x7FFF7FFF)  # a mask of all bits of two halves, except their signs
 
 
-# LOADS_FIRST keeps rows in the second-level cache until the tiles read them with LOADS_LAST; the results of tiles pass
-# the cache by. Measured where k is written, too: 65% of a copy's rate without these hints, 94% with them.
+# LOADS_FIRST keeps rows in the second-level cache until the tiles read them with LOADS_LAST. The results of tiles
+# bypass that cache. A kernel that also writes k reached 65% of a copy's rate without these hints, and 94% with them.
 _LOAD = (
     "{{ .reg .b64 keep; createpolicy.fractional.L2::{policy}.b64 keep, 1.0; "
     "ld.global.L1::no_allocate.L2::cache_hint.v4.b32 {{$0, $1, $2, $3}}, [$4], keep; }}"
@@ -29,7 +29,7 @@ _LOAD = (
 LOADS_FIRST, LOADS_LAST = (tl.constexpr(_LOAD.format(policy=p)) for p in ("evict_last", "evict_first"))
 LOADS_AGAIN = tl.constexpr("ld.global.nc.L1::evict_last.v4.b32 {$0, $1, $2, $3}, [$4];")
 GLANCED = tl.constexpr("ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$4];")
-# Four words, once none of them is 0, as WAIT of _jit.py.
+# Reads four words again until none of them is 0, as WAIT of _jit.py does with one word.
 WAIT_FOUR = tl.constexpr(
     "{ .reg .pred there; .reg .b32 naps; mov.b32 naps, 0; "
     "mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7; "
@@ -41,7 +41,7 @@ WAIT_FOUR = tl.constexpr(
 
 @triton.jit
 def four_words(at, HOW: tl.constexpr, FTZ: tl.constexpr):
-    """The four neighbouring words at `at` and behind, as four tensors of at's shape: one transfer a thread.
+    """Loads the four neighbouring words from `at` on, as four tensors of at's shape, in one transfer a thread.
 
     HOW: LOADS_FIRST and LOADS_LAST for words that are read twice, LOADS_AGAIN for words that many programs read,
     GLANCED for words that another multiprocessor may be writing.
@@ -57,9 +57,10 @@ def four_words(at, HOW: tl.constexpr, FTZ: tl.constexpr):
 
 @triton.jit
 def wait_for_four(words, at, FTZ: tl.constexpr):
-    """Waits until none of the four words at `at` is 0, and returns them. words: the four as they were read GLANCED.
+    """Waits until none of the four words from `at` on is 0, and returns the words.
 
-    The interpreter runs one program after the other, so that the words are there.
+    words: the four words that `four_words` read with GLANCED. The interpreter runs one program after the other, so that
+    the words are already there.
     """
     if FTZ:
         a, b, c, d = words
@@ -80,13 +81,13 @@ def halves(pair):
 
 @triton.jit
 def pair_of(low, high):
-    """Words of two tensors of halves, the first in the low bits."""
+    """The words that hold two tensors of halves, `low` in their low bits."""
     return (low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (high.to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
 
 @triton.jit
 def two_floats(words, dtype: tl.constexpr):
-    """The two elements of dtype in each word, as float32."""
+    """The low and the high element, of dtype `dtype`, of each word, as float32."""
     if dtype == tl.bfloat16:
         low = (words << 16).to(tl.float32, bitcast=True)
         high = (words & -65536).to(tl.float32, bitcast=True)
@@ -99,7 +100,7 @@ def two_floats(words, dtype: tl.constexpr):
 
 @triton.jit
 def two_rounded(low, high, dtype: tl.constexpr, FTZ: tl.constexpr):
-    """The inverse of two_floats: words of two float32 tensors, rounded to dtype."""
+    """The inverse of two_floats: the words that hold two float32 tensors, rounded to `dtype`."""
     if FTZ and dtype == tl.bfloat16:
         words = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.int32, True, 1)
     elif FTZ:
@@ -109,8 +110,9 @@ def two_rounded(low, high, dtype: tl.constexpr, FTZ: tl.constexpr):
     return words
 
 
-# $0 = n1 cos - n2 sin - centre1, $1 = n2 cos + n1 sin - centre2, each for two pairs. Operands: $2, $3 two words of x;
-# $4 the root; $5, $6 the weights of first and second elements; $7, $8 cosines and sines; $9, $10 minus the centre.
+# $0 = n1 cos - n2 sin - centre1, $1 = n2 cos + n1 sin - centre2, each for two pairs. The operands are two words of x
+# ($2, $3), the root ($4), the weights of first and second elements ($5, $6), cosines and sines ($7, $8), and minus the
+# centre ($9, $10).
 _OPEN_BF16 = (
     "{ .reg .f32 a, b, c, d; .reg .b32 p, q, u, v, m; "
     "shl.b32 p, $2, 16; and.b32 q, $2, 0xffff0000; shl.b32 u, $3, 16; and.b32 v, $3, 0xffff0000; "
@@ -133,9 +135,10 @@ TURN_BF16, TURN_FP16 = tl.constexpr(_OPEN_BF16 + _TURN), tl.constexpr(_OPEN_FP16
 
 @triton.jit
 def turned(a, b, root, w1, w2, cos, sin, less1, less2, dtype: tl.constexpr, FTZ: tl.constexpr):
-    """Two pairs, normed, rotated and minus the centre: (firsts, seconds), words of two halves.
+    """Norms and rotates two pairs and subtracts the centre; returns the words of first and of second elements.
 
-    a, b: words of x, a pair each; root float32; w1, w2, cos, sin: words of two halves; less1, less2: minus the centre.
+    a, b: words of x, each of one pair. root: float32. w1, w2, cos, sin: words of two halves. less1, less2: minus the
+    centre of first and second elements, words of two halves.
     """
     if FTZ:
         TEXT: tl.constexpr = TURN_BF16 if dtype == tl.bfloat16 else TURN_FP16
@@ -163,13 +166,13 @@ def turned(a, b, root, w1, w2, cos, sin, less1, less2, dtype: tl.constexpr, FTZ:
 
 @triton.jit
 def _larger(a, b):
-    """The larger magnitudes of two words of halves; the signs of the result mean nothing."""
+    """The larger magnitudes of two words of halves, element by element; the signs of the result mean nothing."""
     return tl.inline_asm_elementwise("max.xorsign.abs.f16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, True, 1)
 
 
 @triton.jit
 def _larger_plain(a, b):
-    """As _larger, for compute capability 8.0, which has no such instruction."""
+    """Computes _larger on compute capability 8.0, which lacks the instruction of _larger."""
     return tl.inline_asm_elementwise(
         "{ .reg .b32 u, v; and.b32 u, $1, 0x7fff7fff; and.b32 v, $2, 0x7fff7fff; max.f16x2 $0, u, v; }",
         "=r,r,r", [a, b], tl.int32, True, 1,
@@ -178,7 +181,7 @@ def _larger_plain(a, b):
 
 @triton.jit
 def raised(most, a, SIGNED: tl.constexpr, FTZ: tl.constexpr):
-    """The larger magnitudes of the words `most` and a, element by element. SIGNED: the card has _larger."""
+    """The larger magnitudes of the words `most` and a, element by element. SIGNED: the card runs _larger."""
     if FTZ and SIGNED:
         most = _larger(most, a)
     elif FTZ:
@@ -197,7 +200,7 @@ def top_of(most, SIGNED: tl.constexpr, FTZ: tl.constexpr):
         most = tl.reduce(most, 0, _larger)
     elif FTZ:
         most = tl.reduce(most, 0, _larger_plain)
-    low, high = two_floats(most & EVERY_ONE, tl.float16)
+    low, high = two_floats(most & UNSIGNED, tl.float16)
     if not FTZ:
         low = tl.max(low, 0)
         high = tl.max(high, 0)
@@ -206,8 +209,8 @@ def top_of(most, SIGNED: tl.constexpr, FTZ: tl.constexpr):
 
 @triton.jit
 def factor_of(most, FTZ: tl.constexpr):
-    """A word that holds 127 / most twice, rounded down, so that no magnitude times it is above 127."""
-    if FTZ:  # the reciprocal is off by 2^-23: 127.00002 rounds to 127
+    """A word that holds 127 / most twice, as halves rounded down, so that no magnitude times it exceeds 127."""
+    if FTZ:  # the reciprocal may be off by 2^-23, which gives 127.00002, and that rounds to 127
         pair = tl.inline_asm_elementwise(
             "{ .reg .f32 f; .reg .b16 h; max.f32 f, $1, 0f33d6bf95; rcp.approx.ftz.f32 f, f; mul.f32 f, f, 0f42fe0000; "
             "min.f32 f, f, 0f477fe000; cvt.rz.f16.f32 h, f; mov.b32 $0, {h, h}; }",
@@ -215,14 +218,14 @@ def factor_of(most, FTZ: tl.constexpr):
         )  # fmt: skip
     else:
         f = tl.minimum(127.0 / tl.maximum(most, 1e-7), 65504.0)
-        half = (f * (1 - 2.0**-11)).to(tl.float16)  # not above f whichever way it is rounded
+        half = (f * (1 - 2.0**-11)).to(tl.float16)  # at most f, however the cast rounds
         pair = pair_of(half, half)
     return pair
 
 
 @triton.jit
 def four_codes(first, second, factor, FTZ: tl.constexpr):
-    """Two pairs times the factor, rounded to integers: four bytes in the order of the channels."""
+    """Two pairs times the factor, rounded to integers, as four bytes in the order of the channels."""
     if FTZ:
         bytes = tl.inline_asm_elementwise(
             "{ .reg .b32 u, v, m; mov.b32 m, 0x66006600; fma.rn.f16x2 u, $1, $3, m; fma.rn.f16x2 v, $2, $3, m; "
@@ -239,13 +242,15 @@ def four_codes(first, second, factor, FTZ: tl.constexpr):
 
 @triton.jit
 def code_of(x, f):
-    """The integer nearest to x f as a byte. In float32, because the interpreter rounds a product of halves."""
-    return (x.to(tl.float32) * f.to(tl.float32) + 12582912.0).to(tl.int32, bitcast=True) & 0xFF
+    """The integer nearest to x f, as a byte. It is computed in float32, because the interpreter rounds a product of
+    halves.
+    """
+    return (x.to(tl.float32) * f.to(tl.float32) + ROUND).to(tl.int32, bitcast=True) & 0xFF
 
 
 @triton.jit
 def sum_of_halves(a, b, MINUS: tl.constexpr, FTZ: tl.constexpr):
-    """Sums of two words of halves, MINUS: differences."""
+    """The sums of two words of halves, element by element, or, with MINUS, the differences."""
     if FTZ:
         TEXT: tl.constexpr = "sub.rn.f16x2 $0, $1, $2;" if MINUS else "add.rn.f16x2 $0, $1, $2;"
         both = tl.inline_asm_elementwise(TEXT, "=r,r,r", [a, b], tl.int32, True, 1)
@@ -258,13 +263,13 @@ def sum_of_halves(a, b, MINUS: tl.constexpr, FTZ: tl.constexpr):
 
 @triton.jit
 def eight_sums(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
-    """Eight sums a + b."""
+    """The eight sums a0 + b0 to a7 + b7."""
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
 
 
 @triton.jit
 def put_four(at, a, b, c, d, real, WHOLE: tl.constexpr, FTZ: tl.constexpr):
-    """Stores four neighbouring words, one transfer a thread, where `real`; WHOLE: everywhere."""
+    """Stores four neighbouring words, in one transfer a thread, where `real` is true, or, with WHOLE, everywhere."""
     if FTZ and WHOLE:
         tl.inline_asm_elementwise(
             "st.global.cs.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;", "=r,l,r,r,r,r",
@@ -276,7 +281,7 @@ def put_four(at, a, b, c, d, real, WHOLE: tl.constexpr, FTZ: tl.constexpr):
             "=r,l,r,r,r,r,r", [at.to(tl.int64), a, b, c, d, real.to(tl.int32)], tl.int32, False, 1,
         )  # fmt: skip
     else:
-        real = real | (at.to(tl.int64) == 0)  # in the shape of the others
+        real = real | (at.to(tl.int64) == 0)  # broadcasts `real` to the shape of `at`
         tl.store(at, a, mask=real)
         tl.store(at + 1, b, mask=real)
         tl.store(at + 2, c, mask=real)
@@ -285,7 +290,7 @@ def put_four(at, a, b, c, d, real, WHOLE: tl.constexpr, FTZ: tl.constexpr):
 
 @triton.jit
 def put_two(at, a, b, FTZ: tl.constexpr):
-    """Stores two neighbouring words, one transfer a thread."""
+    """Stores two neighbouring words, in one transfer a thread."""
     if FTZ:
         tl.inline_asm_elementwise(
             "st.global.cs.v2.b32 [$1], {$2, $3}; mov.b32 $0, 0;", "=r,l,r,r",

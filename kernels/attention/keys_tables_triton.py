@@ -1,15 +1,15 @@
-"""The launch before the keys' kernel: a word of each sampled token, and all tables in the layout that the kernel reads.
+"""The launch before the keys' kernel: it makes a word of each sampled token, and lays out all tables for the kernel.
 
-A token's `word` (int64) has the token's positions along the axes in its low half and 1 + the bits of the row's root
-1 / sqrt(mean(x^2) + eps) above them, so that a word that is written is never 0. `roots` computes words, here for the
-SAMPLES tokens of which the keys' kernel makes its centre, and in the keys' kernel for all tokens.
+A token's `word` (int64) holds in its low 32 bits the token's positions along the axes, and in its high 32 bits 1 + the
+bits of the row's root 1 / sqrt(mean(x^2) + eps), so that a written word is never 0. `roots` computes words: in this
+launch for the SAMPLES tokens whose mean is the centre, and in the keys' kernel for all tokens.
 
-Four neighbouring pairs of a head are a `group`. Their cosines and sines are one load of 16 bytes, at the `place` that
-the token's positions along the group's axes select. A head's weights are halves of weight / unit, where unit is the
-power of two below the head's largest weight.
+Four neighbouring pairs of a head are a `group`. One load of 16 bytes brings their cosines and sines, from the `place`
+that the token's positions along the group's axes select. A head's weights are halves (float16) of weight / unit, where
+unit is the largest power of two that is at most the head's largest weight.
 
-The sums of squares are taken by tensor cores: a quad of threads gives its own elements as both operands of a product,
-whose diagonal then has the sums.
+Tensor cores compute the sums of squares: a quad of threads gives its own elements as both operands of a product, so
+that the product's diagonal holds the sums.
 """
 
 # mypy: allow-untyped-defs
@@ -30,9 +30,11 @@ from turbocompile.kernels.attention.keys import PLACES, TOKENS
 from turbocompile.kernels.attention.keys_halves_triton import LOADS_FIRST, four_words, pair_of, two_floats
 from turbocompile.kernels.rotary.qk_norm_rope import AXES
 
-SAMPLES = 64  # tokens whose mean is the centre, which is off the mean of all tokens by an eighth of k's deviation
+# How many tokens the centre is the mean of. Their mean differs from the mean of all tokens by an eighth of k's standard
+# deviation.
+SAMPLES = 64
 
-# A quad of threads holds rows of one operand and a column of the other. Both are the quad's own words, so that the
+# A quad of threads holds a row of one operand and a column of the other. Both hold the quad's own words, so that the
 # diagonal of the product has the sums of their squares: rows 0-7 those of the first and third word, rows 8-15 those of
 # the second and fourth.
 _PRODUCT = "mma.sync.aligned.m16n8k8.row.col.f32.{t}.{t}.f32 {{{d}}}, {{{a}}}, {{{b}}}, {{{c}}}; "
@@ -46,8 +48,8 @@ PRODUCTS_BF16, PRODUCTS_FP16 = (
     tl.constexpr(_PRODUCTS.replace("{t}", "bf16")),
     tl.constexpr(_PRODUCTS.replace("{t}", "f16")),
 )
-# In the thread of a quad that holds the quad's own element of the diagonal, that element (rows 0-7 are in $1, $2, rows
-# 8-15 in $3, $4); in the quad's other threads 0.
+# One thread of a quad holds the quad's own element of the diagonal: rows 0-7 in $1 or $2, rows 8-15 in $3 or $4. That
+# thread gets the sum of both, and the quad's other threads get 0.
 DIAGONAL = tl.constexpr(
     "{ .reg .b32 lane, quad, half, mine; .reg .pred odd, own; .reg .f32 a, b; "
     "mov.u32 lane, %laneid; shr.u32 quad, lane, 2; and.b32 mine, lane, 3; shr.u32 half, quad, 1; "
@@ -58,8 +60,9 @@ DIAGONAL = tl.constexpr(
 
 @triton.jit
 def _squares(pieces, K: tl.constexpr, dtype: tl.constexpr, FTZ: tl.constexpr):
-    """(rows, lanes) float32, whose sum over the lanes is the sum of a row's squares. pieces: K times four words of that
-    shape, of elements of dtype.
+    """A (rows, lanes) float32 tensor, whose sum over the lanes is the sum of squares of a row.
+
+    pieces: K times four words (rows, lanes) of elements of dtype `dtype`.
     """
     a0 = tl.zeros(pieces[0][0].shape, tl.float32)
     if FTZ:
@@ -87,10 +90,11 @@ def roots(
     C: tl.constexpr, R: tl.constexpr, LANES: tl.constexpr, PER: tl.constexpr, K: tl.constexpr,
     DTYPE: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """Stores the words of PER times R tokens from token `first` on, of `count` tokens that lie `step` rows apart.
+    """Stores the words of PER times R tokens, from token `first` on, of `count` tokens that lie `step` rows apart.
 
-    Behind the last token the last is computed again. A row (C channels) is K pieces of eight channels for each of LANES
-    threads. by1, by2: 1 / n1, 1 / n2 of the grid (n0, n1, n2); shift1, shift0: where the positions stand in a word.
+    Past the end the last token is computed again. A row of C channels is held as K pieces of eight channels by each of
+    LANES threads. by1, by2: 1 / n1, 1 / n2 of the grid (n0, n1, n2); shift1, shift0: the first bits of the positions
+    along axes 1 and 0 in a word.
     """
     lane = tl.arange(0, LANES)[None, :]
     held = ()
@@ -102,7 +106,7 @@ def roots(
             if (k + 1) * LANES * 8 <= C:
                 # four words (R, LANES)
                 pieces = pieces + (four_words(at, LOADS_FIRST, FTZ),)  # type: ignore[assignment]
-            else:  # behind the end of the row its start is read in place, and counts as zeros
+            else:  # past the end of the row the loads read the row's start instead, and its words are replaced by zeros
                 real = (k * LANES + lane) * 8 < C
                 a, b, c, d = four_words(tl.where(real, at, x + row * x_l), LOADS_FIRST, FTZ)  # four words (R, LANES)
                 piece = (tl.where(real, a, 0), tl.where(real, b, 0), tl.where(real, c, 0), tl.where(real, d, 0))
@@ -111,10 +115,11 @@ def roots(
     for i in tl.static_range(PER):
         total = tl.sum(_squares(held[i], K, DTYPE, FTZ), 1)  # type: ignore[misc]
         root = tl.rsqrt(tl.div_rn(total, C * 1.0) + eps)
-        high = root.to(tl.int32, bitcast=True) + 1  # never 0: a root is not negative, and a GPU's NaN is 0x7FFFFFFF
+        # Never 0, because a root is not negative, and the NaN of a GPU has the bits 0x7FFFFFFF.
+        high = root.to(tl.int32, bitcast=True) + 1
         to = tl.minimum(first + i * R + tl.arange(0, R), count - 1)
         row = to * step
-        # floor((row + 1/2) / n): 1 / n and the product are off by 2^-24 each, which moves nothing below 2^22 rows
+        # floor((row + 1/2) / n). 1 / n and the product are each off by 2^-24, which changes no result below 2^22 rows.
         plane = ((row.to(tl.float32) + 0.5) * by2).to(tl.int32)
         i0 = ((plane.to(tl.float32) + 0.5) * by1).to(tl.int32)
         low = (row - plane * n2) | (plane - i0 * n1) << shift1 | i0 << shift0
@@ -123,9 +128,9 @@ def roots(
 
 @triton.jit
 def _cosine(t0, t1, t2, i0, i1, i2, p, n0, n1, n2, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    """Entries of the tables t0 (n0, D0), t1 (n1, D1), t2 (n2, D2) for pairs p at positions i0, i1, i2.
+    """The entries of the tables t0 (n0, D0), t1 (n1, D1), t2 (n2, D2) for pairs p at positions i0, i1, i2, float32.
 
-    A pair reads its own axis's table; the entry is 0 beyond the table's end.
+    A pair reads the table of its own axis. Past the table's end the entry is 0.
     """
     value = tl.zeros(i0.shape, tl.float32)
     if D0 > 0:
@@ -149,15 +154,16 @@ def _lay_out(
     R: tl.constexpr, LANES: tl.constexpr, PER: tl.constexpr, K: tl.constexpr,
     WIDTH: tl.constexpr, DTYPE: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """Writes all that the keys' kernel reads beside x, and zeros where it writes words and centres.
+    """Writes all tensors that the keys' kernel reads beside x, and clears the words and centres that the kernel writes.
 
-    The first programs write the words of `samples` tokens, `step` rows apart, of each of `items` batch items. A program
-    behind them writes the weights and the unit of one head, or the cosines and sines of WIDTH places of one group,
-    which has at most `chunks` times WIDTH places. Together all zero the words of `rows` tokens and the centres.
+    The first programs write the words of `samples` tokens, `step` rows apart, of each of `items` batch items. Each
+    program behind them writes the weights and the unit of one head, or the cosines and sines of WIDTH places of one
+    group, which has at most `chunks` times WIDTH places. Together these programs zero the words of `rows` tokens and
+    the centres.
 
-    x: (B, L, C) as words of 32 bits, x_b and x_l in words. Word m of a head's weights holds the elements
-    4 (m / 2) + m % 2 and the element 2 behind it. bits0, bits1, bits2: bits of a position along each axis; room: bits
-    that count a group's places.
+    x: (B, L, C) as words of 32 bits; x_b and x_l count words. Word m of a head's weights holds element 4 (m // 2) + m %
+    2 and the element two behind it. bits0, bits1, bits2: how many bits a position along each axis takes; room: how many
+    bits the number of a group's place takes.
     """
     PARTS: tl.constexpr = (S + R * PER - 1) // (R * PER)
     turn = tl.program_id(0)
@@ -193,48 +199,52 @@ def _laid_out(
     n0, n1, n2, bits0, bits1, bits2, room, part, chunk, chunks, rows, items,
     H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The tables of head `part`, where part < H, or of chunk `chunk` of the places of group part - H."""
+    """Writes the weights and the unit of head `part` if part < H, otherwise chunk `chunk` of the places of group part -
+    H, and clears its share of words and centres.
+    """
     first = (part * chunks + chunk) * WIDTH
     share = (H + D // 8) * chunks * WIDTH
     _cleared(words, rows, first, share, WIDTH)
     _cleared(centres, items * (H * D // 2), first, share, WIDTH)
     if part < H:
         if chunk == 0:
-            m = tl.arange(0, D // 2)
-            low = part * D + m // 2 * 4 + m % 2
+            word = tl.arange(0, D // 2)
+            low = part * D + word // 2 * 4 + word % 2
             if weight is not None:
-                w1 = tl.load(weight + low).to(tl.float32)  # (D / 2,)
-                w2 = tl.load(weight + low + 2).to(tl.float32)  # (D / 2,)
+                first_weight = tl.load(weight + low).to(tl.float32)  # (D / 2,)
+                second_weight = tl.load(weight + low + 2).to(tl.float32)  # (D / 2,)
             else:
-                w1 = tl.full((D // 2,), 1.0, tl.float32)
-                w2 = w1
-            top = tl.max(tl.maximum(tl.abs(w1), tl.abs(w2)), 0)
+                first_weight = tl.full((D // 2,), 1.0, tl.float32)
+                second_weight = first_weight
+            top = tl.max(tl.maximum(tl.abs(first_weight), tl.abs(second_weight)), 0)
             unit = (top.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
             unit = tl.where(unit > 0, unit, 1.0)
-            to = weights + part * (D // 2) + m
-            tl.store(to, pair_of((w1 / unit).to(tl.float16), (w2 / unit).to(tl.float16)))
+            to = weights + part * (D // 2) + word
+            tl.store(to, pair_of((first_weight / unit).to(tl.float16), (second_weight / unit).to(tl.float16)))
             tl.store(units + part, unit)
     else:
-        g = part - H
-        front = (g * 4 >= D0).to(tl.int32) + (g * 4 >= D0 + D1).to(
-            tl.int32
-        )  # the axes of the group's first and last pair
-        back = (g * 4 + 3 >= D0).to(tl.int32) + (g * 4 + 3 >= D0 + D1).to(tl.int32)
+        group = part - H
+        # front, back: the axes of the group's first and last pair.
+        front = (group * 4 >= D0).to(tl.int32) + (group * 4 >= D0 + D1).to(tl.int32)
+        back = (group * 4 + 3 >= D0).to(tl.int32) + (group * 4 + 3 >= D0 + D1).to(tl.int32)
         shift = tl.where(back == 0, bits1 + bits2, tl.where(back == 1, bits2, 0))
         stop = bits2 + tl.where(front <= 1, bits1, 0) + tl.where(front == 0, bits0, 0)
         count = 1 << (stop - shift)
-        # Groups of the same axes lie side by side at each place, because the threads of a token then read few lines.
+        # Groups of the same axes lie side by side at each place, because the threads of a token then read few cache
+        # lines.
         stride = 0
         before = 0
-        for q in tl.static_range(D // 8):
-            alike = (front == (q * 4 >= D0) + (q * 4 >= D0 + D1)) & (back == (q * 4 + 3 >= D0) + (q * 4 + 3 >= D0 + D1))
+        for other in tl.static_range(D // 8):
+            alike = (front == (other * 4 >= D0) + (other * 4 >= D0 + D1)) & (
+                back == (other * 4 + 3 >= D0) + (other * 4 + 3 >= D0 + D1)
+            )
             stride += alike.to(tl.int32)
-            before += (alike & (q < g)).to(tl.int32)
-        base = ((g - before) << room) + before
+            before += (alike & (other < group)).to(tl.int32)
+        base = ((group - before) << room) + before
         if chunk == 0:
             i = tl.arange(0, 4)
             last = tl.where(i == 2, base, stride)
-            tl.store(groups + g * 4 + i, tl.where(i == 0, shift, tl.where(i == 1, count - 1, last)))
+            tl.store(groups + group * 4 + i, tl.where(i == 0, shift, tl.where(i == 1, count - 1, last)))
         if chunk * WIDTH < count:
             place = chunk * WIDTH + tl.arange(0, WIDTH)
             token = place << shift
@@ -243,7 +253,8 @@ def _laid_out(
             i0 = token >> (bits1 + bits2)
             to = table + (base + place * stride) * 4
             for half in tl.static_range(2):
-                p = token * 0 + (g * 4 + half * 2)  # a tensor: of a scalar condition the interpreter makes integers
+                # A tensor and no scalar, because the interpreter makes integers of a scalar condition.
+                p = token * 0 + (group * 4 + half * 2)
                 c1 = _cosine(cos0, cos1, cos2, i0, i1, i2, p, n0, n1, n2, D0, D1, D2)
                 c2 = _cosine(cos0, cos1, cos2, i0, i1, i2, p + 1, n0, n1, n2, D0, D1, D2)
                 s1 = _cosine(sin0, sin1, sin2, i0, i1, i2, p, n0, n1, n2, D0, D1, D2)
@@ -254,17 +265,17 @@ def _laid_out(
 
 @dataclass(frozen=True)
 class KeysConfig:
-    """How the keys' kernel is launched."""
+    """A configuration of the keys' kernel's launch."""
 
     warps: int
-    words: int  # that a thread of a program over rows has in flight
-    registers: int | None  # a thread may use at most
-    lag: float  # programs a multiprocessor takes between a block's rows and its heads
+    words: int  # how many words a thread of a program over rows loads before it uses the first
+    registers: int | None  # the most registers that a thread may use; None: no limit
+    lag: float  # how many programs a multiprocessor runs between the rows of a block and its tiles
 
     def pieces(self, width: int) -> dict[str, int]:
-        """How a program over rows of `width` channels takes them.
+        """The constants of a program over rows of `width` channels.
 
-        It takes PER times R rows, and each row as K pieces of eight channels for each of LANES threads.
+        The program takes PER times R rows, and holds each row as K pieces of eight channels in each of LANES threads.
         """
         lanes = 32
         while triton.cdiv(width, 8 * lanes) * 4 > self.words:
@@ -275,38 +286,45 @@ class KeysConfig:
         return {"LANES": lanes, "K": k, "R": rows, "PER": 1 << (most.bit_length() - 1)}
 
 
-# The declared set: without k, and where k is written, too.
+# The declared set: the first for kernels that do not write k, the second for kernels that do.
 KEYS_CONFIGS = (KeysConfig(8, 48, 80, lag=5), KeysConfig(8, 48, 80, lag=4))
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What the keys' kernel reads beside x. Words of 32 bits hold two halves."""
+    """The tensors that the keys' kernel reads beside x. An int32 element is a word of two halves (float16).
 
-    words: torch.Tensor  # (B, L) int64, zeros, which the kernel fills: Tables serve one launch
+    Tables serve one launch, because the kernel fills `words` and `centres`.
+    """
+
+    words: torch.Tensor  # (B, L) int64, zeros, which the kernel replaces by the tokens' words
     sampled: torch.Tensor  # (B, samples) int64, the words of the tokens whose mean is the centre
     weights: torch.Tensor  # (H * D / 2) int32
-    centres: torch.Tensor  # (B, H * D / 2) int32, zeros, where the kernel writes minus the centres
+    centres: torch.Tensor  # (B, H * D / 2) int32, zeros, which the kernel replaces by minus the centres
     units: torch.Tensor  # (H) float32
-    table: torch.Tensor  # (D / 8 * places, 4) int32, the groups of the same axes side by side at each place
-    groups: (
-        torch.Tensor
-    )  # (D / 8, 4) int32: shift and mask of a group's places in a word, its first place, the distance of places
-    counts: tuple[int, int, int]  # positions along the axes
-    bits: tuple[int, int, int]
+    table: torch.Tensor  # (D / 8 * places, 4) int32; the groups of the same axes lie side by side at each place
+    # (D / 8, 4) int32 numbers: shift and mask of a group's places in a word, its first place, the distance of its
+    # places
+    groups: torch.Tensor
+    counts: tuple[int, int, int]  # how many positions each axis has
+    bits: tuple[int, int, int]  # how many bits a position along each axis takes
     step: int  # rows between the sampled tokens
 
 
 def spread(length: int) -> tuple[int, int]:
-    """(count, step): the centre is the mean of `count` tokens of `length`, every `step`-th."""
+    """(count, step): the centre is the mean of `count` of `length` tokens, `step` rows apart."""
     step = max(1, length // SAMPLES)
-    while gcd(step, length) > 1 and step > 1:  # so that the tokens are not all of one row or column of the video
+    # No common divisor, because the sampled tokens could otherwise all lie in one row or column of the video.
+    while gcd(step, length) > 1 and step > 1:
         step -= 1
     return min(SAMPLES, length), step
 
 
 def room_of(columns: Sequence[int], bits: Sequence[int]) -> int:
-    """Bits that count the places of any group. columns, bits: of each axis, its pairs and the bits of a position."""
+    """How many bits the number of a place takes, in the group with the most places.
+
+    columns: how many pairs each axis turns; bits: how many bits a position along each axis takes.
+    """
     axes = [axis for axis, n in enumerate(columns) for _ in range(n)]
     return max(sum(bits[axes[p] : axes[p + 3] + 1]) for p in range(0, len(axes), 4))
 
@@ -320,12 +338,14 @@ def lay_out(
     sin: Sequence[torch.Tensor],
     grid: Sequence[int],
 ) -> Tables:
-    """Tables for x (B, L, H * D), bf16 or fp16, by one launch over SAMPLES tokens and the rotary tables.
+    """Makes the Tables of x (B, L, H * D), bf16 or fp16, in one launch over SAMPLES tokens and the rotary tables.
 
-    Raises ValueError for more tokens or places than the kernel counts (keys.py).
+    weight, eps, cos, sin, grid: as in qk_norm_rope.py. Raises ValueError for more tokens or places than the kernel
+    counts (keys.py).
     """
     batch, length, dim, dev = x.shape[0], x.shape[1], x.shape[2] // num_heads, x.device
-    missing = AXES - len(cos)  # axes in front, of one position and no columns
+    # the kernel always has AXES axes; missing axes come first, with one position and no columns
+    missing = AXES - len(cos)
     n0, n1, n2 = [1] * missing + list(grid)
     columns = [0] * missing + [c.shape[1] for c in cos]
     bits = (n0 - 1).bit_length(), (n1 - 1).bit_length(), (n2 - 1).bit_length()
@@ -335,8 +355,8 @@ def lay_out(
     if 1 << room > PLACES:
         raise ValueError(f"{1 << room} places of the tables are more than {PLACES}: a grid of {n0} x {n1} x {n2}")
     tables = [[None] * missing + [t.float().contiguous() for t in axes] for axes in (cos, sin)]
-    v = rows_of_16_bytes(x)
-    x_b, x_l = row_strides(v)
+    rows = rows_of_16_bytes(x)
+    x_b, x_l = row_strides(rows)
     samples, step = spread(length)
     groups = dim // 8
     made = Tables(
@@ -354,7 +374,7 @@ def lay_out(
     chunks = triton.cdiv(1 << room, width)
     programs = batch * triton.cdiv(SAMPLES, taken["R"] * taken["PER"]) + (num_heads + groups) * chunks
     _lay_out[(programs,)](
-        v.view(torch.int32), None if weight is None else weight.contiguous(), *tables[0], *tables[1],
+        rows.view(torch.int32), None if weight is None else weight.contiguous(), *tables[0], *tables[1],
         made.words, made.sampled, made.weights, made.centres, made.units, made.table, made.groups,
         x_b // 2, x_l // 2, n0, n1, n2, *bits, room, chunks, batch * length, batch, samples, step, 1 / n1, 1 / n2, eps,
         H=num_heads, D=dim, D0=columns[0], D1=columns[1], D2=columns[2], S=SAMPLES, **taken, WIDTH=width,
@@ -365,6 +385,6 @@ def lay_out(
 
 
 def rows_of_16_bytes(x: torch.Tensor) -> torch.Tensor:
-    """x (B, L, C), copied unless 16 bytes at a time can be read of each row."""
+    """x (B, L, C), copied if the kernel could not read its rows 16 bytes at a time."""
     v = view3(x, x.shape)
     return v.contiguous() if any(s % 8 for s in row_strides(v)) or v.data_ptr() % 16 else v

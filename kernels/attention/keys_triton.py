@@ -1,4 +1,4 @@
-"""The keys of a quantized attention from their projection in one pass, in Triton: RMSNorm, rotation, INT8 blocks.
+"""The keys of a quantized attention, made from their projection in one pass, in Triton: RMSNorm, rotation, INT8 blocks.
 
     n = x / sqrt(mean(x^2) + eps) * weight                       over all channels of a token
     k = (n1 cos - n2 sin, n2 cos + n1 sin)                       for the pairs of each head
@@ -6,25 +6,27 @@
     pooled = mean of k - centre over a block
 
 x: (B, L, H * D), bf16 or fp16, D 64 or 128, pairs interleaved, tables as in rope.py for at most three axes. The kernel
-does the work of qk_norm_rope.py's op and of the half of prepare_triton.py that concerns k in one pass, and does not
-write k unless SLA's linear branch needs it. Any constant vector may be taken from k, because it changes no softmax. The
-centre is the mean of SAMPLES tokens spread over a batch item, because the mean of all tokens would take a pass of its
-own before this one.
+does in one pass the work of qk_norm_rope.py's op and of the half of prepare_triton.py that concerns k. It writes k
+itself only if SLA's linear branch needs k. A constant vector may be subtracted from all keys, because it changes no
+softmax. The centre is the mean of SAMPLES tokens spread over a batch item, because the mean of all tokens would take a
+pass of its own before this pass.
 
-A block has one scale and a norm needs the whole row, so x is read twice, the second time from the second-level cache,
-as int8_block's norms do (norms_triton.py). Programs over rows write one word a token: its root and its positions in the
-tables. Programs over tiles, one a block and head, come some blocks later and wait for the words of their tokens. The
-first programs make the centres, one a head, for which all tiles of the head wait. A small launch before
-(keys_tables_triton.py) writes the words of the sampled tokens and lays out the tables.
+Each element of x is read twice, because the tokens of a block share a scale and a norm needs the token's whole row. The
+second read hits the second-level cache, as in int8_block's norms (norms_triton.py). Programs over rows write one word a
+token: the root of its norm and its positions in the tables. Programs over tiles, one for each block and head, come some
+blocks later and wait for the words of their tokens. The first programs make the centres, one for each head, and all
+tiles of the head wait for its centre. A small launch before this kernel (keys_tables_triton.py) writes the words of the
+sampled tokens and lays out the tables.
 
-The arithmetic is on pairs of halves (keys_halves_triton.py), because a Hopper card issues 38 instructions an element in
-the time in which a copy moves the element's 3 bytes. A version in float32 took 27 instructions an element, this one
-takes 11. A rotation of two pairs is four multiply-adds; a fifth rounds to integers (1536 added to |x| <= 127 leaves the
-integer in the low byte), and one permutation packs four bytes. Weights are divided by a power of two, `unit`, so that
-halves never overflow: |k| <= 2 sqrt(2 C) units. Errors are below those of a k that is rounded to bf16.
+The kernel computes on pairs of halves (float16; keys_halves_triton.py), because a Hopper card issues only 38
+instructions an element in the time in which a copy moves the element's 3 bytes. A version in float32 took 27
+instructions an element, and this version takes 11. Four multiply-adds rotate two pairs. A fifth multiply-add rounds to
+integers (1536 added to |x| <= 127 leaves the integer in the low byte), and one permutation packs four bytes. Weights
+are divided by a power of two, `unit`, so that halves never overflow: |k| <= 2 sqrt(2 C) units. The errors are smaller
+than those of a k that is rounded to bf16.
 
-Bytes an element: 2 read and 1 written, and 2 more where k is written. At the 3.0 TB/s of a copy: 32,760 x 1536 in
-0.050 ms, 75,600 x 5120 in 0.387 ms.
+The kernel reads 2 bytes an element and writes 1, and 2 more if it writes k. At the 3.0 TB/s of a copy that takes 0.050
+ms for 32,760 x 1536 and 0.387 ms for 75,600 x 5120.
 """
 
 # mypy: allow-untyped-defs
@@ -77,9 +79,10 @@ def _centre(
     x, sampled, weights, centres, table, groups, samples, step, head, item, x_l,
     H: tl.constexpr, D: tl.constexpr, S: tl.constexpr, CHUNK: tl.constexpr, DTYPE: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """Stores minus the mean of `samples` (S at most) tokens, `step` rows apart, of one head of a batch item.
+    """Stores minus the mean of `samples` tokens (at most S), which lie `step` rows apart, of one head of a batch item.
 
-    No word of the result is 0, because a tile takes 0 for "not yet there": of a pair of zeros one is -0.
+    No word of the result is 0, because a tile that reads 0 believes that the word is not written yet. A pair of zeros
+    is stored as (0, -0).
     """
     tl.static_assert(S % CHUNK == 0)
     G: tl.constexpr = D // 8
@@ -124,7 +127,7 @@ def _centre(
 
 @triton.jit
 def _put_centre(at, low, high):
-    """Stores two numbers as a word of halves that is not 0."""
+    """Stores two numbers as a word of two halves, which is never 0."""
     pair = pair_of(low.to(tl.float16), high.to(tl.float16))
     tl.store(at, tl.where(pair == 0, 0x8000, pair))
 
@@ -136,10 +139,11 @@ def _tile(
     H: tl.constexpr, D: tl.constexpr, EDGE: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
     DTYPE: tl.constexpr, SIGNED: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """A tile: the keys of a block of EDGE tokens of one head of a batch item, CHUNK tokens at a time.
+    """Computes a tile: the keys of a block of EDGE tokens of one head of a batch item, CHUNK tokens at a time.
 
-    A thread has eight channels of a token, four words of x. WHOLE: the block has EDGE tokens; tokens behind the end are
-    zeros in k8. Tensors are (CHUNK, G) where no other shape is named.
+    A thread holds eight channels of a token, which are four words of x. WHOLE: the block has EDGE tokens; if it has
+    fewer, the tokens behind the end become zeros in k8. Tensors have the shape (CHUNK, G) where no comment names
+    another shape.
     """
     G: tl.constexpr = D // 8
     first = block * EDGE
@@ -241,14 +245,20 @@ def _keys(
     R: tl.constexpr, LANES: tl.constexpr, PER: tl.constexpr, K: tl.constexpr,
     DTYPE: tl.constexpr, ALONE: tl.constexpr, SIGNED: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """Centres first; then programs over PER times R rows of a block, and tiles `lag` (1 at least) blocks behind them.
+    """Runs the programs of three kinds in one grid.
 
-    x, weights, centres, table, k8, pooled, k_out: tensors of words of 32 bits; x_b and x_l in words. words (one a
-    token) and centres: zeros before the launch. num_blocks: blocks of all batch items; ALONE: there is one item.
-    samples (S at most), step, sampled: how many tokens a centre is the mean of, how far apart, and their words.
+    The first programs make the centres. Then come programs over PER times R rows of a block, and programs over tiles,
+    which are `lag` blocks (at least 1) behind the programs over rows.
+
+    x, weights, centres, table, k8, pooled, k_out: tensors of words of 32 bits; x_b and x_l count words. words (one a
+    token) and centres must be zeros before the launch. num_blocks: how many blocks all batch items have; ALONE: there
+    is one batch item. A centre is the mean of `samples` tokens (at most S), which lie `step` rows apart; `sampled`
+    holds their words.
     """
     PARTS: tl.constexpr = (EDGE + R * PER - 1) // (R * PER)
-    steps = num_blocks - lag  # turns with rows and tiles; before them there are rows alone, behind them tiles alone
+    # In `steps` turns there are both rows and tiles. The turns before have rows alone, the turns behind have tiles
+    # alone.
+    steps = num_blocks - lag
     each = tl.cdiv(length, EDGE)
     front = H
     if not ALONE:
@@ -316,11 +326,15 @@ def norm_keys(
     keep: bool = False,
     config: KeysConfig | None = None,
 ) -> Keys:
-    """Keys of x (B, L, H * D) in blocks of block_k (64 or 128) tokens. pool: with block means; keep: with k itself."""
+    """The keys of x (B, L, H * D), bf16 or fp16, in blocks of block_k (64 or 128) tokens.
+
+    tables: those that `lay_out` made for x; a launch uses them up. pool: whether to make the blocks' means. keep:
+    whether to write k itself, (B, L, H, D). config: None is the default.
+    """
     batch, length, width = x.shape
     dim, n, dev = width // num_heads, triton.cdiv(length, block_k), x.device
     config = config or KEYS_CONFIGS[keep]
-    v = rows_of_16_bytes(x)
+    rows = rows_of_16_bytes(x)
     made = Keys(
         torch.empty((batch * num_heads, n, block_k, dim), dtype=torch.int8, device=dev),
         torch.empty((batch * num_heads, n), dtype=torch.float32, device=dev),
@@ -331,10 +345,10 @@ def norm_keys(
     programs = num_heads + triton.cdiv(block_k, taken["R"] * taken["PER"])
     lag = min(int(config.lag * card(dev).processors) // programs + 1, batch * n)
     _, n1, n2 = tables.counts
-    x_b, x_l = row_strides(v)
+    x_b, x_l = row_strides(rows)
     _keys[(batch * (num_heads + n * programs),)](
-        v.view(torch.int32), tables.words, tables.sampled, tables.weights, tables.centres, tables.units, tables.table,
-        tables.groups, made.k8.view(torch.int32), made.k_scale,
+        rows.view(torch.int32), tables.words, tables.sampled, tables.weights, tables.centres, tables.units,
+        tables.table, tables.groups, made.k8.view(torch.int32), made.k_scale,
         None if made.pooled is None else made.pooled.view(torch.int32),
         None if made.k is None else made.k.view(torch.int32), x_b // 2, x_l // 2, length, batch * n, lag,
         tables.sampled.shape[1], tables.step, 1 / n1, 1 / n2, n1, n2, tables.bits[2], tables.bits[1] + tables.bits[2],
@@ -360,9 +374,10 @@ def quantized_keys(
     *,
     linear: bool = False,
 ) -> Keys:
-    """Keys of x (B, L, H * D) as sage_forward reads them; `linear`: as sla_forward does, with block means and k.
+    """The keys of x (B, L, H * D), bf16 or fp16, for sage_forward, or, if `linear`, for sla_forward.
 
-    weight, eps, cos, sin, grid: as in qk_norm_rope.py.
+    sla_forward needs the blocks' means and k itself, too. weight, eps, cos, sin, grid: as in qk_norm_rope.py. Raises
+    ValueError for more tokens or places than the kernel counts (keys.py).
     """
     tables = lay_out(x, weight, eps, num_heads, cos, sin, grid)
     return norm_keys(x, eps, num_heads, tables, block_k, pool=linear, keep=linear)

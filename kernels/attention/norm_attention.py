@@ -3,13 +3,13 @@
     norm_sage_attention(q, x, v, ...) = sage_attention(q, qk_norm_rope(x, ...), v, ...)
     norm_sla_attention(q, x, v, ...)  = sla_attention(q, qk_norm_rope(x, ...), v, ...)
 
-to the bit, k rounded to x's dtype in between. x: (B, Lk, Hkv * D), any float dtype; weight, eps, cos, sin and grid as
-qk_norm_rope.py takes them, with per_head False, interleaved True and tables of at least one axis; q (B, Lq, H, D),
-v (B, Lk, Hkv, D) and the rest as sage_attention.py and sla_attention.py do, but that pv is "fp8" or "fp16" for both.
-Output: (B, Lq, H, D) contiguous, q's dtype.
+These equations define the references, to the bit; k is rounded to x's dtype in between. x: (B, Lk, Hkv * D), any float
+dtype. weight, eps, cos, sin and grid are those of qk_norm_rope.py, with per_head False, interleaved True and tables of
+at least one axis. q (B, Lq, H, D), v (B, Lk, Hkv, D) and all further arguments are those of sage_attention.py and
+sla_attention.py, except that pv is "fp8" or "fp16" for both. Output: (B, Lq, H, D), contiguous, q's dtype.
 
-On a GPU k goes from x to its INT8 blocks in one pass (keys_triton.py) where takes_sage and takes_sla say so. Elsewhere
-the two ops run one after the other.
+On a GPU one pass makes the INT8 blocks of k from x (keys_triton.py), for the operands that takes_sage and takes_sla
+accept. For all other operands the two ops run one after the other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from turbocompile.kernels.attention import sage_attention, sla_attention
 from turbocompile.kernels.attention.keys import takes_keys
 from turbocompile.kernels.rotary import qk_norm_rope, rope
 
-MADE = 5  # operands behind q, x and v from which k is made: weight, eps, cos, sin, grid
+MADE = 5  # how many operands behind q, x and v serve to make k from x: weight, eps, cos, sin, grid
 
 
 def _keys(
@@ -35,7 +35,7 @@ def _keys(
     sin: Sequence[torch.Tensor],
     grid: Sequence[int],
 ) -> tuple[Any, ...]:
-    """The arguments with which qk_norm_rope makes k."""
+    """The arguments of qk_norm_rope that make k of v's shape from x."""
     return x, weight, eps, False, v.shape[2], cos, sin, grid, True
 
 
@@ -72,7 +72,10 @@ def sage_reference(
     is_causal: bool,
     pv: str,
 ) -> torch.Tensor:
-    """(B, Lq, H, D) in q's dtype: the references of the two ops. ValueError where the operands do not fit."""
+    """The references of the two ops, one after the other: (B, Lq, H, D) in q's dtype.
+
+    Raises ValueError if the operands do not fit each other.
+    """
     _check_sage(q, x, v, weight, eps, cos, sin, grid, scale, is_causal, pv)
     k = qk_norm_rope.reference(*_keys(x, v, weight, eps, cos, sin, grid))
     return sage_attention.reference(q, k, v, scale, is_causal, pv)
@@ -113,23 +116,24 @@ def takes_sage(
     is_causal: bool,
     pv: str,
 ) -> bool:
-    """Whether the GPU kernels compute it: what those of sage_attention take, with k as takes_keys says."""
+    """Whether the GPU kernels compute the op of these operands.
+
+    The kernels of sage_attention must take q and v, and takes_keys must accept x.
+    """
     return scale >= 0 and sage_attention.has_kernel(q, v, v) and takes_keys(x, v, weight, cos, sin, grid)
 
 
 def sage_on_cuda(q: torch.Tensor, x: torch.Tensor, v: torch.Tensor, *operands: Any, config: Any = None) -> torch.Tensor:
-    """The kernels where they serve, elsewhere the two ops with the kernels that these have for the operands.
+    """The op on CUDA: one pass makes k for the operands that takes_sage accepts; for all others the two ops run.
 
-    config: an AttendConfig of attend_triton.py for the main kernel; None is its default.
+    config: an AttendConfig of attend_triton.py for the main kernel; None is the default.
     """
     _check_sage(q, x, v, *operands)
     keys, options = operands[:MADE], (*operands[MADE:], config)
     if not takes_sage(q, x, v, *operands):
         return sage_attention.on_cuda(q, qk_norm_rope.qk_norm_rope(*_keys(x, v, *keys)), v, *options)
-    from turbocompile.kernels.attention.attend_triton import (  # a machine without a GPU may lack Triton
-        SAGE_BLOCKS,
-        sage_forward,
-    )
+    # Imported here, because a machine without a GPU may lack Triton.
+    from turbocompile.kernels.attention.attend_triton import SAGE_BLOCKS, sage_forward
     from turbocompile.kernels.attention.keys_triton import quantized_keys
 
     q, x, v = (sage_attention.rows_of_channels(t) for t in (q, x, v))
@@ -169,7 +173,10 @@ def sla_reference(
     feature_map: str,
     pv: str,
 ) -> torch.Tensor:
-    """(B, L, H, D) in q's dtype: the references of the two ops. ValueError where the operands do not fit."""
+    """The references of the two ops, one after the other: (B, L, H, D) in q's dtype.
+
+    Raises ValueError if the operands do not fit each other.
+    """
     options = (topk, block_q, block_k, feature_map, pv)
     _check_sla(q, x, v, weight, eps, cos, sin, grid, proj_weight, proj_bias, *options)
     k = qk_norm_rope.reference(*_keys(x, v, weight, eps, cos, sin, grid))
@@ -220,13 +227,19 @@ def takes_sla(
     feature_map: str,
     pv: str,
 ) -> bool:
-    """Whether the GPU kernels compute it: what those of sla_attention take, with k as takes_keys says."""
+    """Whether the GPU kernels compute the op of these operands.
+
+    The kernels of sla_attention must take q and v, and takes_keys must accept x.
+    """
     together = q.device == proj_weight.device == proj_bias.device
     return together and sla_attention.serves(q, v, v, block_q, block_k, pv) and takes_keys(x, v, weight, cos, sin, grid)
 
 
 def sla_on_cuda(q: torch.Tensor, x: torch.Tensor, v: torch.Tensor, *operands: Any, config: Any = None) -> torch.Tensor:
-    """As sage_on_cuda."""
+    """The op on CUDA: one pass makes k for the operands that takes_sla accepts; for all others the two ops run.
+
+    config: an AttendConfig of attend_triton.py for the main kernel; None is the default.
+    """
     _check_sla(q, x, v, *operands)
     keys, options = operands[:MADE], (*operands[MADE:], config)
     if not takes_sla(q, x, v, *operands):
@@ -271,5 +284,5 @@ def _sla_decomposition(q: torch.Tensor, x: torch.Tensor, v: torch.Tensor, *opera
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
-    """The ops in aten: those of the two ops, one after the other."""
+    """The ops by aten operators alone: the decompositions of the two ops, one after the other."""
     return {norm_sage_attention: _sage_decomposition, norm_sla_attention: _sla_decomposition}

@@ -1,5 +1,5 @@
-"""Sparse-linear attention: exact softmax attention on the blocks that matter, linear attention on everything, their
-sum.
+"""Sparse-linear attention: the sum of softmax attention on the most important key blocks and linear attention on all
+keys.
 
     map   A_i = the topk * N (at least one) key blocks j with the largest mean(q block i) . mean(k block j)
     O_s   = softmax(q k^T D^-0.5 over the keys in A_i) v
@@ -7,20 +7,20 @@ sum.
     O     = O_s + O_l W^T + b
 
 q, k, v: (B, L, H, D), any float dtype. W = proj_weight (D, D), b = proj_bias (D,), shared by the heads, any float
-dtype. block_q, block_k: tokens a block, the last ones may be short; N = ceil(L / block_k). topk in (0, 1].
-feature_map phi: "softmax" over D, "elu" (elu(x) + 1) or "relu". Output (B, L, H, D) contiguous, q's dtype. Sums are
-float32 (float64 for float64 inputs). Means of blocks are those of their real tokens; no gradient flows through the
-map.
+dtype. block_q, block_k: tokens of a block of queries and of keys; the last block may be short; N = ceil(L / block_k).
+topk: a share in (0, 1]. feature_map: phi, which is "softmax" over D, "elu" (elu(x) + 1) or "relu". Output: (B, L, H,
+D), contiguous, q's dtype. Sums are float32 (float64 for float64 inputs). The mean of a short block is the mean of its
+real tokens. No gradient flows through the map.
 
-pv "none" is the float attention, which can be trained. pv "fp8" and "fp16" quantize the sparse branch as
-sage_attention.py does, with scales for blocks of block_q and block_k tokens; the linear branch stays as it is.
+pv "none" is attention in floating point, which can be trained. pv "fp8" and "fp16" quantize the sparse branch as
+sage_attention.py does, with scales for blocks of block_q and block_k tokens; the linear branch is not quantized.
 
-On a GPU the kernels (sla_triton.py, sla_train_triton.py) take blocks of 64 and 128 tokens (with pv "none" not both
-128) and operands as has_kernel says; their means of blocks are rounded to the operands' dtype before they are compared.
-The reference does the rest.
+On a GPU the kernels (sla_triton.py, sla_train_triton.py) take blocks of 64 and 128 tokens (with pv "none" not both 128)
+and the operands that has_kernel accepts. The kernels round the means of blocks to the operands' dtype before they
+compare them. The reference computes all other operands.
 
-O_l W^T is computed as (phi(q) (phi(k)^T v W^T)) / z: the projection costs D^3 a head instead of L D^2.
-Source: arXiv 2509.24006, the variant of TurboDiffusion's checkpoints (linear branch over all keys).
+O_l W^T is computed as (phi(q) (phi(k)^T v W^T)) / z, because the projection then costs D^3 a head instead of L D^2.
+Source: arXiv 2509.24006, in the variant of TurboDiffusion's checkpoints (the linear branch is over all keys).
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ from turbocompile.errors import UnsupportedError
 
 FEATURE_MAPS = ("softmax", "elu", "relu")
 KERNEL_BLOCKS = (64, 128)
-LINEAR_EPS = 1e-5  # in the denominator of the linear branch; the checkpoints were trained with it
+LINEAR_EPS = 1e-5  # a term of the linear branch's denominator; the checkpoints were trained with this value
 
 
 def count_blocks(tokens: int, block: int) -> int:
-    """Blocks of `block` tokens that cover `tokens`."""
+    """How many blocks of `block` tokens cover `tokens` tokens."""
     return -(-tokens // block)
 
 
 def kept_blocks(topk: float, key_blocks: int) -> int:
-    """How many of `key_blocks` a query block reads: the floor of their share, and at least one."""
+    """How many of `key_blocks` key blocks a query block reads: the floor of the share `topk`, and at least one."""
     return max(1, min(key_blocks, int(topk * key_blocks)))
 
 
 def _block_means(x: torch.Tensor, block: int) -> torch.Tensor:
-    """Means of blocks of tokens of x (B, L, H, D): (B, H, ceil(L / block), D), in the dtype of the sums."""
+    """The means of the blocks of `block` tokens of x (B, L, H, D): (B, H, ceil(L / block), D), in the sums' dtype."""
     batch, tokens, heads, dim = x.shape
     whole, wide = tokens // block, compute_dtype(x.dtype)
     means = [x[:, : whole * block].reshape(batch, whole, block, heads, dim).mean(2, dtype=wide)] if whole else []
@@ -72,29 +72,30 @@ def _block_means(x: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def block_map(q: torch.Tensor, k: torch.Tensor, topk: float, block_q: int, block_k: int) -> torch.Tensor:
-    """The blocks of keys that each block of queries reads: bool (B, H, ceil(L / block_q), ceil(L / block_k)).
+    """Which key blocks each query block reads: bool (B, H, ceil(L / block_q), ceil(L / block_k)).
 
-    q, k: (B, L, H, D). Each row has kept_blocks(topk, ceil(L / block_k)) entries.
+    q, k: (B, L, H, D). Each row has kept_blocks(topk, ceil(L / block_k)) true entries.
     """
     queries, keys = _block_means(q, block_q), _block_means(k, block_k)
-    # Taking a vector from all keys shifts a row of scores by a constant: the same ranking, told apart more finely.
+    # The mean is subtracted from all keys. That shifts a row of scores by a constant, so that the ranking stays the
+    # same, and smaller scores are rounded more finely.
     scores = queries @ (keys - keys.mean(-2, keepdim=True)).transpose(-1, -2)
     chosen = scores.topk(kept_blocks(topk, keys.shape[-2]), dim=-1, sorted=False).indices
     return torch.zeros_like(scores).scatter(-1, chosen, 1.0) > 0.5
 
 
 def features(x: torch.Tensor, feature_map: str) -> torch.Tensor:
-    """phi(x) over the last dim of x."""
+    """The feature map phi(x) over the last dimension of x; same shape and dtype as x."""
     if feature_map == "softmax":
         return torch.softmax(x, dim=-1)
     return F.elu(x) + 1 if feature_map == "elu" else torch.relu(x)
 
 
 class _Operands(NamedTuple):
-    """What the two products of the sparse branch take, quantized or not, and what their results are multiplied with.
+    """The operands of the sparse branch's two products, quantized or not, and the scales of the products' results.
 
     q, k, v (..., L, D); q_scale (..., L), including D^-0.5 log2(e); k_scale (..., L); v_scale (..., 1, D) or None.
-    Cut in blocks, L is (M, block_q) or (N, block_k) instead, and tokens beyond the last are zeros.
+    After _in_blocks, two axes (M, block_q) or (N, block_k) stand in the place of L, and tokens past the end are zeros.
     """
 
     q: torch.Tensor
@@ -106,7 +107,7 @@ class _Operands(NamedTuple):
 
 
 def _cut(x: torch.Tensor, block: int) -> torch.Tensor:
-    """x (G, L, ...) as (G, ceil(L / block), block, ...), padded with zeros."""
+    """x (G, L, ...), cut into blocks: (G, ceil(L / block), block, ...), padded with zeros."""
     blocks = count_blocks(x.shape[1], block)
     padded = F.pad(x, (0, 0) * (x.ndim - 2) + (0, blocks * block - x.shape[1]))
     return padded.reshape(x.shape[0], blocks, block, *x.shape[2:])
@@ -132,7 +133,7 @@ def _operands(
 
 
 def _in_blocks(x: _Operands, block_q: int, block_k: int) -> _Operands:
-    """The operands of some heads (G, L, D), cut in blocks."""
+    """The operands x of G heads, (G, L, D), cut into blocks."""
     v_scale = None if x.v_scale is None else x.v_scale[:, None]
     q, q_scale = (_cut(t, block_q) for t in (x.q, x.q_scale))
     k, k_scale, v = (_cut(t, block_k) for t in (x.k, x.k_scale, x.v))
@@ -140,21 +141,27 @@ def _in_blocks(x: _Operands, block_q: int, block_k: int) -> _Operands:
 
 
 def _gather(blocks: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """The blocks (G, N, block, ...) that each row of table (G, M, K) names, in a row: (G, M, K * block, ...)."""
+    """For each row of table (G, M, K), the K blocks of `blocks` (G, N, block, ...) that the row names, side by side.
+
+    Returns (G, M, K * block, ...).
+    """
     rows = torch.arange(blocks.shape[0], device=blocks.device)[:, None, None]
     return blocks[rows, table].flatten(2, 3)
 
 
 class _Chunk(NamedTuple):
-    """Some query blocks, `part` of the M, and the key blocks that they read: table (G, m, K)."""
+    """Some of the M query blocks, and the key blocks that they read."""
 
-    part: slice
-    table: torch.Tensor
-    scores: torch.Tensor  # (G, m, block_q, K * block_k), in bits, -inf where there is no key
+    part: slice  # which m of the M query blocks
+    table: torch.Tensor  # (G, m, K) int64, the key blocks that each query block reads
+    scores: torch.Tensor  # (G, m, block_q, K * block_k), base-2 logarithms, -inf where there is no key
 
 
 def _chunks(blocks: _Operands, chosen: torch.Tensor, tokens: int) -> Iterator[_Chunk]:
-    """The scores of the blocks chosen (G, M, N), a few query blocks at a time."""
+    """Yields the scores of the blocks in `chosen` (G, M, N), for a few query blocks at a time.
+
+    chosen: bool, which key blocks each query block reads. tokens: L, behind which the keys are masked.
+    """
     most = int(chosen.sum(-1).max())
     table = chosen.to(torch.uint8).topk(most, dim=-1).indices.sort(dim=-1).values
     present = chosen.gather(-1, table)
@@ -172,7 +179,7 @@ def _chunks(blocks: _Operands, chosen: torch.Tensor, tokens: int) -> Iterator[_C
 def _sparse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: torch.Tensor, block_q: int, block_k: int, pv: str
 ) -> torch.Tensor:
-    """O_s of q, k, v (G, L, D) and the map (G, M, N): (G, L, D)."""
+    """The sparse branch O_s (G, L, D) of q, k, v (G, L, D) and the map `chosen` (G, M, N)."""
     blocks = _in_blocks(_operands(q, k, v, block_q, block_k, pv), block_q, block_k)
     parts = [
         softmax_values(chunk.scores, _gather(blocks.v, chunk.table), blocks.v_scale, pv)
@@ -184,14 +191,14 @@ def _sparse(
 def _linear(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, feature_map: str
 ) -> torch.Tensor:
-    """O_l W^T + b of q, k, v (..., L, D)."""
+    """The linear branch O_l W^T + b (..., L, D) of q, k, v (..., L, D), weight (D, D) and bias (D,)."""
     phi_q, phi_k = features(q, feature_map), features(k, feature_map)
     z = LINEAR_EPS + phi_q @ phi_k.sum(-2, keepdim=True).transpose(-1, -2)
     return phi_q @ (phi_k.transpose(-1, -2) @ v @ weight.T) / z + bias
 
 
 def _head_groups(q: torch.Tensor, chosen: torch.Tensor, block_k: int) -> Iterator[tuple[int, slice]]:
-    """(batch item, heads), several heads where all their scores are at most SCORES: bounds the memory."""
+    """Yields (batch item, slice of heads), with at most SCORES scores a slice, or one head, to bound the memory."""
     heads = max(1, SCORES // (q.shape[1] * int(chosen.sum(-1).max()) * block_k))
     for batch in range(q.shape[0]):
         for head in range(0, q.shape[2], heads):
@@ -211,7 +218,11 @@ def reference(
     pv: str,
     chosen: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(B, L, H, D) in q's dtype. chosen: a map to use in place of block_map's, each row with at least one block."""
+    """The definition of the op: (B, L, H, D) in q's dtype.
+
+    chosen: bool (B, H, M, N), a map to use instead of block_map's; each row must have at least one true entry. Raises
+    ValueError if the operands do not fit each other.
+    """
     check_operands(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv)
     wide = compute_dtype(q.dtype)
     weight, bias = proj_weight.to(wide), proj_bias.to(wide)
@@ -234,13 +245,15 @@ def _sparse_backward(
     block_q: int,
     block_k: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of _sparse in q, k, v, all (G, L, D), from that of O_s; P is computed anew.
+    """The gradients of _sparse with respect to q, k, v, all (G, L, D), from `grad`, the gradient of O_s.
 
     dV = P^T dO, dP = dO V^T, dS = P (dP - rowsum(P dP)), dQ = D^-0.5 dS K, dK = D^-0.5 dS^T Q, over the chosen blocks.
+    P is computed again.
     """
     blocks = _in_blocks(_operands(q, k, v, block_q, block_k, "none"), block_q, block_k)
     grads, scale = _cut(grad, block_q), q.shape[-1] ** -0.5
-    dq, dk, dv = (t.new_zeros(t.shape) for t in (blocks.q, blocks.k, blocks.v))  # contiguous, whatever the blocks are
+    # new_zeros, because zeros_like would keep strides that are not contiguous.
+    dq, dk, dv = (t.new_zeros(t.shape) for t in (blocks.q, blocks.k, blocks.v))
     for part, table, scores in _chunks(blocks, chosen, q.shape[1]):
         p = torch.softmax(scores / LOG2E, dim=-1)
         dp = grads[:, part] @ _gather(blocks.v, table).transpose(-1, -2)
@@ -253,7 +266,7 @@ def _sparse_backward(
 
 
 def _add_blocks(total: torch.Tensor, table: torch.Tensor, parts: torch.Tensor) -> None:
-    """Adds parts (G, m, K * block, D) to the blocks of total (G, N, block, D) that table (G, m, K) names."""
+    """Adds `parts` (G, m, K * block, D) to the blocks of `total` (G, N, block, D) that `table` (G, m, K) names."""
     groups, blocks = total.shape[:2]
     row = torch.arange(groups, device=table.device)[:, None, None] * blocks + table
     total.view(groups * blocks, *total.shape[2:]).index_add_(0, row.flatten(), parts.reshape(-1, *total.shape[2:]))
@@ -262,7 +275,9 @@ def _add_blocks(total: torch.Tensor, table: torch.Tensor, parts: torch.Tensor) -
 def _linear_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor, feature_map: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of _linear in q, k, v (G, L, D), weight and bias, from that of its output."""
+    """The gradients of _linear with respect to q, k, v (G, L, D), weight and bias, from `grad`, its output's
+    gradient.
+    """
     phi_q, phi_k = features(q, feature_map), features(k, feature_map)
     sums, products = phi_k.sum(-2, keepdim=True), phi_k.transpose(-1, -2) @ v
     z = LINEAR_EPS + phi_q @ sums.transpose(-1, -2)
@@ -278,7 +293,9 @@ def _linear_backward(
 
 
 def _features_backward(grad: torch.Tensor, phi: torch.Tensor, feature_map: str) -> torch.Tensor:
-    """The gradient of phi(x) in x; phi is its value, from which all three derivatives follow."""
+    """The gradient with respect to x, from `grad`, the gradient of phi(x). The value phi gives all three
+    derivatives.
+    """
     if feature_map == "softmax":
         return phi * (grad - (phi * grad).sum(-1, keepdim=True))
     return grad * (phi.clamp(max=1.0) if feature_map == "elu" else phi > 0)
@@ -298,9 +315,10 @@ def reference_backward(
     feature_map: str,
     chosen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the op with pv "none" in q, k, v, proj_weight, proj_bias, in their dtypes.
+    """The gradients of the op with pv "none" with respect to q, k, v, proj_weight, proj_bias, in their dtypes.
 
-    grad, out: (B, L, H, D), the result's gradient, and the result, which the kernels need and this does without.
+    grad (B, L, H, D): the gradient of the op's result. out (B, L, H, D): the op's result, which the kernels need and
+    this reference ignores. chosen: as in `reference`.
     """
     wide = compute_dtype(q.dtype)
     weight = proj_weight.to(wide)
@@ -319,7 +337,11 @@ def reference_backward(
 
 
 def serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_q: int, block_k: int, pv: str) -> bool:
-    """Whether the GPU kernels compute it; the trainable ones at 128/128 would outgrow most GPUs' shared memory."""
+    """Whether the GPU kernels compute the op of these operands.
+
+    The trainable kernels (pv "none") do not take block_q = block_k = 128, which need more shared memory than most GPUs
+    have.
+    """
     fits = block_q in KERNEL_BLOCKS and block_k in KERNEL_BLOCKS
     return fits and (pv != "none" or min(block_q, block_k) == KERNEL_BLOCKS[0]) and has_kernel(q, k, v)
 
@@ -337,14 +359,14 @@ def on_cuda(
     pv: str,
     config: Any = None,
 ) -> torch.Tensor:
-    """The kernels where they serve, the reference elsewhere.
+    """The op on CUDA: the kernels compute the operands that `serves` accepts, and the reference all others.
 
-    config: an AttendConfig of attend_triton.py for the main kernel of inference; None is its default.
+    config: an AttendConfig of attend_triton.py for the main kernel of inference; None is the default.
     """
     check_operands(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv)
     if not serves(q, k, v, block_q, block_k, pv):
         return reference(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv)
-    # Imported here: a machine without a GPU may lack Triton.
+    # Imported here, because a machine without a GPU may lack Triton.
     from turbocompile.kernels.attention.sla_train_triton import Blocks, sla_train_forward
     from turbocompile.kernels.attention.sla_triton import sla_forward
 
@@ -369,7 +391,7 @@ def _backward_on_cuda(
     block_k: int,
     feature_map: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As on_cuda."""
+    """The backward op on CUDA: the kernels compute the operands that `serves` accepts, and the reference all others."""
     operands = (grad, out, q, k, v, proj_weight, proj_bias)
     if not serves(q, k, v, block_q, block_k, "none"):
         return reference_backward(*operands, topk, block_q, block_k, feature_map)
@@ -394,7 +416,9 @@ def check_operands(
     feature_map: str,
     pv: str,
 ) -> None:
-    """ValueError unless q, k, v are (B, L, H, D) alike, the projection (D, D) and (D), and the options possible."""
+    """Raises ValueError unless q, k, v have one shape (B, L, H, D), proj_weight is (D, D), proj_bias is (D,), and every
+    option has a possible value.
+    """
     choose("sla_attention: pv", pv, "none", "fp8", "fp16")
     choose("sla_attention: the feature map", feature_map, *FEATURE_MAPS)
     check(q.ndim == 4, f"sla_attention: q is (B, L, H, D), and has {q.ndim} dimensions")
@@ -481,7 +505,7 @@ def _decomposition(
     feature_map: str,
     pv: str,
 ) -> torch.Tensor:
-    """Dense attention under the map's mask, for backends without sparse attention; e4m3 by floating arithmetic."""
+    """The op in aten: dense attention under the map's mask, with e4m3 by floating-point arithmetic."""
     check_operands(q, k, v, proj_weight, proj_bias, topk, block_q, block_k, feature_map, pv)
     tokens, wide = q.shape[1], compute_dtype(q.dtype)
     chosen = block_map(q, k, topk, block_q, block_k)
@@ -497,5 +521,5 @@ def _decomposition(
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
-    """The op in aten, in one piece; its backward stays out: saved programs do not train."""
+    """The op by aten operators alone; the backward op has none, because saved programs are not trained."""
     return {sla_attention: _decomposition}

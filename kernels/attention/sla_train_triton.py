@@ -1,8 +1,8 @@
-"""SLA's trainable path in 16 bits, nothing quantized: forward and backward.
+"""SLA's trainable path in 16 bits, without quantization: forward and backward.
 
-Products are of the inputs' bf16 or fp16, sums float32 and each in one order: results are the same in every run.
-Backward, with ks = sum phi(k), G = phi(k)^T v W^T = ks folded, z = phi(q) . ks + 1e-5, i = 1 / z, y = dO G^T and
-a = (phi(q) . y) i = (linear output) . dO:
+Products take the inputs' bf16 or fp16. Sums are float32 and added in a fixed order, so that every run gives the same
+bits. The backward pass, with ks = sum phi(k), G = phi(k)^T v W^T = ks folded, z = phi(q) . ks + 1e-5, i = 1 / z,
+y = dO G^T and a = (phi(q) . y) i = (linear output) . dO:
 
     linear, q   dphi(q) = y i - a i ks;  X = (phi(q) i)^T dO;  d ks = -sum a i phi(q);  db = sum dO
     linear, k   dKV = X W;  dW = sum_heads X^T KV;  dphi(k) = v dKV^T + d ks;  dv += phi(k) dKV
@@ -10,8 +10,8 @@ a = (phi(q) . y) i = (linear output) . dO:
     sparse      delta = O_s . dO = (O - b) . dO - a;  P = 2^(s - lse);  dS = P (dO v^T - delta)
                 dq = scale dS (k - mean k);  dk = scale dS^T q;  dv = P^T dO
 
-No gradient runs through the block map. The backward pass computes the map and the linear branch's state anew, and lse
-with dq: between the passes only the operands and the result are kept.
+No gradient flows through the block map. Between the passes only the operands and the result are kept, because the
+backward pass computes the map, the linear branch's state and lse again (lse together with dq).
 """
 
 # mypy: allow-untyped-defs
@@ -28,6 +28,7 @@ from turbocompile.kernels._jit import LOG2E, exp2
 from turbocompile.kernels._registry import FUSED, card
 from turbocompile.kernels.attention.attend_triton import LARGE_SHARED
 from turbocompile.kernels.attention.prepare_triton import (
+    LINEAR_EPS,
     TINY,
     features,
     padded,
@@ -43,15 +44,16 @@ def _pool(
     k, mean, pooled, k_b, k_l, k_h, length, num_heads,
     HEAD: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Mean of each block of k - mean."""
+    """Writes the mean of k - mean over each block of BLOCK tokens: pooled (BH, N, D)."""
     block = tl.program_id(0)
     head = tl.program_id(1)
     b = (head // num_heads).to(tl.int64)
     h = (head % num_heads).to(tl.int64)
     d = tl.arange(0, D)
-    t = block * BLOCK + tl.arange(0, BLOCK)
-    valid = (t < length)[:, None] & (d < HEAD)[None, :]
-    x = tl.load(k + b * k_b + h * k_h + t.to(tl.int64)[:, None] * k_l + d[None, :], mask=valid, other=0.0)  # (BLOCK, D)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    valid = (token < length)[:, None] & (d < HEAD)[None, :]
+    # (BLOCK, D)
+    x = tl.load(k + b * k_b + h * k_h + token.to(tl.int64)[:, None] * k_l + d[None, :], mask=valid, other=0.0)
     x = tl.where(valid, x.to(tl.float32) - tl.load(mean + head * D + d)[None, :], 0.0)  # (BLOCK, D)
     rows = tl.minimum(length - block * BLOCK, BLOCK)
     tl.store(
@@ -68,7 +70,7 @@ def _forward(
     HEAD: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr,
     MAP: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries over its list of key blocks, and the linear branch."""
+    """Computes one query block over its list of key blocks, and adds the linear branch."""
     tile = tl.program_id(0)
     head = tl.program_id(1)
     b = (head // num_heads).to(tl.int64)
@@ -88,25 +90,26 @@ def _forward(
     c = scale * LOG2E
     for j in range(topk):
         index = tl.load(line + j)
-        t = index * BLOCK_K + col
-        valid = (t < length)[:, None] & (d < HEAD)[None, :]
-        kt = tl.load(k + t.to(tl.int64)[:, None] * k_l + d[None, :], mask=valid, other=0.0)  # (BLOCK_K, D)
-        s = tl.dot(x, kt.T)  # (BLOCK_Q, BLOCK_K)
+        token = index * BLOCK_K + col
+        valid = (token < length)[:, None] & (d < HEAD)[None, :]
+        k_tile = tl.load(k + token.to(tl.int64)[:, None] * k_l + d[None, :], mask=valid, other=0.0)  # (BLOCK_K, D)
+        s = tl.dot(x, k_tile.T)  # (BLOCK_Q, BLOCK_K)
         if RAGGED and index == num_k - 1:
-            s = tl.where((t < length)[None, :], s, float("-inf"))
+            s = tl.where((token < length)[None, :], s, float("-inf"))
         new = tl.maximum(high, tl.max(s, 1))
-        p = exp2((s - new[:, None]) * c, FTZ)  # the difference first: it is exact where scores are near, however large
+        # The difference comes before the factor c, because it is exact for neighbouring scores, however large they are.
+        p = exp2((s - new[:, None]) * c, FTZ)
         alpha = exp2((high - new) * c, FTZ)
         norm = norm * alpha + tl.sum(p, 1)
-        vt = tl.load(v + t.to(tl.int64)[:, None] * v_l + d[None, :], mask=valid, other=0.0)  # (BLOCK_K, D)
-        acc = tl.dot(p.to(vt.dtype), vt, acc * alpha[:, None])  # (BLOCK_Q, D)
+        v_tile = tl.load(v + token.to(tl.int64)[:, None] * v_l + d[None, :], mask=valid, other=0.0)  # (BLOCK_K, D)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None])  # (BLOCK_Q, D)
         high = new
     acc = acc * (1.0 / norm)[:, None]
     e, s = features(x.to(tl.float32), d < HEAD, HEAD, D, MAP, FTZ)
     e = e * tl.load(phi_sum + head * D + d)[None, :]  # (1, D)
-    z = tl.sum(e, 1) + 1e-5 * s
-    g = tl.load(folded + head.to(tl.int64) * D * D + d[:, None] * D + d[None, :])  # (D, D)
-    acc = tl.dot((e * (1.0 / z)[:, None]).to(g.dtype), g, acc)  # (BLOCK_Q, D)
+    z = tl.sum(e, 1) + LINEAR_EPS * s
+    state = tl.load(folded + head.to(tl.int64) * D * D + d[:, None] * D + d[None, :])  # (D, D)
+    acc = tl.dot((e * (1.0 / z)[:, None]).to(state.dtype), state, acc)  # (BLOCK_Q, D)
     acc += tl.load(bias + d, mask=d < HEAD, other=0.0).to(tl.float32)[None, :]  # (1, D)
     o_at = out + b * o_b + h * o_h + row.to(tl.int64)[:, None] * o_l + d[None, :]
     tl.store(o_at, acc.to(out.dtype.element_ty), mask=inside)
@@ -114,11 +117,11 @@ def _forward(
 
 @triton.jit
 def _through_map(x, phi, dphi, MAP: tl.constexpr):
-    """dx of phi(x) along rows."""
+    """dx, the gradient with respect to x, from x, phi = phi(x) and dphi, all (N, D)."""
     if MAP == "softmax":
         dx = phi * (dphi - tl.sum(phi * dphi, 1)[:, None])
     elif MAP == "elu":
-        dx = dphi * tl.minimum(phi, 1.0)  # elu + 1 is exp below zero, so it is its own slope there
+        dx = dphi * tl.minimum(phi, 1.0)  # below zero elu + 1 is exp, which is its own derivative
     else:
         dx = tl.where(x > 0, dphi, 0.0)
     return dx
@@ -131,45 +134,52 @@ def _linear_q(
     length, num_heads, rows_per_split,
     HEAD: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, MAP: tl.constexpr, FTZ: tl.constexpr,
 ):  # fmt: skip
-    """Partial ks X (BH, splits, D, D), columns (BH, splits, 2, D) = d ks, db; delta (BH, L); the linear branch's dq."""
+    """Writes the linear branch's dq (B, L, H, D), delta (BH, L), and partial sums of a range of tokens.
+
+    cross (BH, splits, D, D): ks X. columns (BH, splits, 2, D): d ks and db.
+    """
     split = tl.program_id(0)
     head = tl.program_id(1)
     b = (head // num_heads).to(tl.int64)
     h = (head % num_heads).to(tl.int64)
     d = tl.arange(0, D)
-    r = tl.arange(0, ROWS)
+    member = tl.arange(0, ROWS)
     ks = tl.load(phi_sum + head * D + d)  # (D,)
-    bv = tl.load(bias + d, mask=d < HEAD, other=0.0).to(tl.float32)  # (D,)
-    gt = tl.load(folded + head.to(tl.int64) * D * D + d[None, :] * D + d[:, None])  # (D, D)
+    bias_row = tl.load(bias + d, mask=d < HEAD, other=0.0).to(tl.float32)  # (D,)
+    folded_t = tl.load(folded + head.to(tl.int64) * D * D + d[None, :] * D + d[:, None])  # (D, D)
     total = tl.zeros([D, D], tl.float32)
     dsum = tl.zeros([16, D], tl.float32)
     dbias = tl.zeros([16, D], tl.float32)
     start = split * rows_per_split
     stop = tl.minimum(start + rows_per_split, length)
     for at in range(start, stop, ROWS):
-        row = at + r
+        row = at + member
         real = row < stop
         inside = real[:, None] & (d < HEAD)[None, :]
         row64 = row.to(tl.int64)[:, None]
         # (ROWS, D)
         x = tl.load(q + b * q_b + h * q_h + row64 * q_l + d[None, :], mask=inside, other=0.0).to(tl.float32)
         # (ROWS, D)
-        o = tl.load(out + b * o_b + h * o_h + row64 * o_l + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        result = tl.load(out + b * o_b + h * o_h + row64 * o_l + d[None, :], mask=inside, other=0.0).to(tl.float32)
         do = tl.load(grad + b * g_b + h * g_h + row64 * g_l + d[None, :], mask=inside, other=0.0)  # (ROWS, D)
         e, s = features(x, d < HEAD, HEAD, D, MAP, FTZ)
         phi = e * tl.where(real, 1.0 / s, 0.0)[:, None]
-        inv = 1.0 / (tl.sum(phi * ks[None, :], 1) + 1e-5)
-        y = tl.dot(do, gt) * ks[None, :]  # (ROWS, D)
-        dof = do.to(tl.float32)
+        inv = 1.0 / (tl.sum(phi * ks[None, :], 1) + LINEAR_EPS)
+        y = tl.dot(do, folded_t) * ks[None, :]  # (ROWS, D)
+        do_wide = do.to(tl.float32)
         inner = tl.sum(phi * y, 1) * inv  # linear output . dO
-        tl.store(delta + head.to(tl.int64) * length + row, tl.sum((o - bv[None, :]) * dof, 1) - inner, mask=real)
-        dl = tl.where(real, -inner * inv, 0.0)
-        dphi = y * inv[:, None] + dl[:, None] * ks[None, :]
+        tl.store(
+            delta + head.to(tl.int64) * length + row,
+            tl.sum((result - bias_row[None, :]) * do_wide, 1) - inner,
+            mask=real,
+        )
+        dz = tl.where(real, -inner * inv, 0.0)
+        dphi = y * inv[:, None] + dz[:, None] * ks[None, :]
         dx = _through_map(x, phi, dphi, MAP)
         tl.store(dq + b * dq_b + h * dq_h + row64 * dq_l + d[None, :], dx.to(dq.dtype.element_ty), mask=inside)
-        dsum += tl.sum(tl.reshape(dl[:, None] * phi, [ROWS // 16, 16, D]), 0)
-        dbias += tl.sum(tl.reshape(dof, [ROWS // 16, 16, D]), 0)
-        share = phi * ks[None, :] * inv[:, None]  # at most 1: fits 16 bits whatever the length
+        dsum += tl.sum(tl.reshape(dz[:, None] * phi, [ROWS // 16, 16, D]), 0)
+        dbias += tl.sum(tl.reshape(do_wide, [ROWS // 16, 16, D]), 0)
+        share = phi * ks[None, :] * inv[:, None]  # at most 1, so that it fits 16 bits whatever the length
         total = tl.dot(tl.trans(share.to(do.dtype)), do, total)  # (D, D)
     part = (head * tl.num_programs(0) + split).to(tl.int64)
     tl.store(cross + part * D * D + d[:, None] * D + d[None, :], total)
@@ -185,10 +195,11 @@ def _grad_q(
     HEAD: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr,
     FTZ: tl.constexpr,
 ):  # fmt: skip
-    """dq += scale dS (k - mean k) over the listed blocks, dS = P (dO v^T - delta); lse, the base-2 log of P's sums.
+    """Adds scale dS (k - mean k) over the listed blocks to dq, with dS = P (dO v^T - delta), and writes lse (BH, L).
 
-    P is normalized last, as in the forward pass: no pass of its own for lse, and nothing of it kept between the two.
-    Rows of dS sum to zero, but not once rounded: without the mean, that error times mean k would reach dq.
+    lse is the base-2 logarithm of the sums that normalize P. P is normalized last, as in the forward pass, so that lse
+    needs no pass of its own and need not be kept between the passes. The mean of k is subtracted because the rows of dS
+    sum to zero only before they are rounded: the rounding error times mean k would otherwise reach dq.
     """
     tile = tl.program_id(0)
     head = tl.program_id(1)
@@ -201,7 +212,7 @@ def _grad_q(
     inside = (row < length)[:, None] & (d < HEAD)[None, :]
     x = tl.load(q + b * q_b + h * q_h + row64 * q_l + d[None, :], mask=inside, other=0.0)  # (BLOCK_Q, D)
     do = tl.load(grad + b * g_b + h * g_h + row64 * g_l + d[None, :], mask=inside, other=0.0)  # (BLOCK_Q, D)
-    de = tl.load(delta + head.to(tl.int64) * length + row, mask=row < length, other=0.0)  # (BLOCK_Q,)
+    delta_rows = tl.load(delta + head.to(tl.int64) * length + row, mask=row < length, other=0.0)  # (BLOCK_Q,)
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
     high = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -212,20 +223,20 @@ def _grad_q(
     c = scale * LOG2E
     for j in range(topk):
         index = tl.load(line + j)
-        t = index * BLOCK_K + col
-        valid = (t < length)[:, None] & (d < HEAD)[None, :]
-        kt = tl.load(k + t.to(tl.int64)[:, None] * k_l + d[None, :], mask=valid, other=0.0)  # (BLOCK_K, D)
-        vt = tl.load(v + t.to(tl.int64)[:, None] * v_l + d[None, :], mask=valid, other=0.0)  # (BLOCK_K, D)
-        s = tl.dot(x, kt.T)  # (BLOCK_Q, BLOCK_K)
+        token = index * BLOCK_K + col
+        valid = (token < length)[:, None] & (d < HEAD)[None, :]
+        k_tile = tl.load(k + token.to(tl.int64)[:, None] * k_l + d[None, :], mask=valid, other=0.0)  # (BLOCK_K, D)
+        v_tile = tl.load(v + token.to(tl.int64)[:, None] * v_l + d[None, :], mask=valid, other=0.0)  # (BLOCK_K, D)
+        s = tl.dot(x, k_tile.T)  # (BLOCK_Q, BLOCK_K)
         if RAGGED and index == num_k - 1:
-            s = tl.where((t < length)[None, :], s, float("-inf"))
+            s = tl.where((token < length)[None, :], s, float("-inf"))
         new = tl.maximum(high, tl.max(s, 1))
         p = exp2((s - new[:, None]) * c, FTZ)
         alpha = exp2((high - new) * c, FTZ)
         norm = norm * alpha + tl.sum(p, 1)
-        ds = (p * (tl.dot(do, vt.T) - de[:, None])).to(kt.dtype)  # (BLOCK_Q, BLOCK_K)
+        ds = (p * (tl.dot(do, v_tile.T) - delta_rows[:, None])).to(k_tile.dtype)  # (BLOCK_Q, BLOCK_K)
         rest = rest * alpha + tl.sum(ds.to(tl.float32), 1)
-        acc = tl.dot(ds, kt, acc * alpha[:, None])  # (BLOCK_Q, D)
+        acc = tl.dot(ds, k_tile, acc * alpha[:, None])  # (BLOCK_Q, D)
         high = new
     tl.store(lse + head.to(tl.int64) * length + row, high * c + tl.log2(norm), mask=row < length)
     at = dq + b * dq_b + h * dq_h + row64 * dq_l + d[None, :]
@@ -242,18 +253,22 @@ def _grad_kv(
     HEAD: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MAP: tl.constexpr,
     FTZ: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv of one block of keys over the blocks of queries that listed it; then the linear branch's share."""
+    """Writes dk and dv of one key block: the sum over the query blocks that list it, and the linear branch's share.
+
+    back (BH, N, M), counts (BH, N): the query blocks that list each key block, and how many they are. dkv (BH, D, D):
+    dKV / unit, in 16 bits; unit (BH,), float32. dsum (BH, D): d ks.
+    """
     tile = tl.program_id(0)
     head = tl.program_id(1)
     b = (head // num_heads).to(tl.int64)
     h = (head % num_heads).to(tl.int64)
     d = tl.arange(0, D)
-    t = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    r = tl.arange(0, BLOCK_Q)
-    t64 = t.to(tl.int64)[:, None]
-    inside = (t < length)[:, None] & (d < HEAD)[None, :]
-    kt = tl.load(k + b * k_b + h * k_h + t64 * k_l + d[None, :], mask=inside, other=0.0)  # (BLOCK_K, D)
-    vt = tl.load(v + b * v_b + h * v_h + t64 * v_l + d[None, :], mask=inside, other=0.0)  # (BLOCK_K, D)
+    token = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    member = tl.arange(0, BLOCK_Q)
+    token64 = token.to(tl.int64)[:, None]
+    inside = (token < length)[:, None] & (d < HEAD)[None, :]
+    k_tile = tl.load(k + b * k_b + h * k_h + token64 * k_l + d[None, :], mask=inside, other=0.0)  # (BLOCK_K, D)
+    v_tile = tl.load(v + b * v_b + h * v_h + token64 * v_l + d[None, :], mask=inside, other=0.0)  # (BLOCK_K, D)
     q += b * q_b + h * q_h
     grad += b * g_b + h * g_h
     lse += head.to(tl.int64) * length
@@ -263,52 +278,57 @@ def _grad_kv(
     acc_v = tl.zeros([BLOCK_K, D], tl.float32)
     c = scale * LOG2E
     for j in range(tl.load(counts + place)):
-        row = tl.load(back + place * num_q + j) * BLOCK_Q + r  # (BLOCK_Q,)
+        row = tl.load(back + place * num_q + j) * BLOCK_Q + member  # (BLOCK_Q,)
         valid = (row < length)[:, None] & (d < HEAD)[None, :]
         x = tl.load(q + row.to(tl.int64)[:, None] * q_l + d[None, :], mask=valid, other=0.0)  # (BLOCK_Q, D)
         do = tl.load(grad + row.to(tl.int64)[:, None] * g_l + d[None, :], mask=valid, other=0.0)  # (BLOCK_Q, D)
-        ls = tl.load(lse + row, mask=row < length, other=float("inf"))  # (BLOCK_Q,)
-        de = tl.load(delta + row, mask=row < length, other=0.0)  # (BLOCK_Q,)
-        p = exp2(tl.minimum(tl.dot(kt, x.T) * c - ls[None, :], 0.0), FTZ)  # (BLOCK_K, BLOCK_Q)
+        lse_rows = tl.load(lse + row, mask=row < length, other=float("inf"))  # (BLOCK_Q,)
+        delta_rows = tl.load(delta + row, mask=row < length, other=0.0)  # (BLOCK_Q,)
+        p = exp2(tl.minimum(tl.dot(k_tile, x.T) * c - lse_rows[None, :], 0.0), FTZ)  # (BLOCK_K, BLOCK_Q)
         acc_v = tl.dot(p.to(do.dtype), do, acc_v)  # (BLOCK_K, D)
-        ds = p * (tl.dot(vt, do.T) - de[None, :])  # (BLOCK_K, BLOCK_Q)
+        ds = p * (tl.dot(v_tile, do.T) - delta_rows[None, :])  # (BLOCK_K, BLOCK_Q)
         acc_k = tl.dot(ds.to(x.dtype), x, acc_k)  # (BLOCK_K, D)
-    kf = kt.to(tl.float32)
-    e, s = features(kf, d < HEAD, HEAD, D, MAP, FTZ)
+    k_wide = k_tile.to(tl.float32)
+    e, s = features(k_wide, d < HEAD, HEAD, D, MAP, FTZ)
     phi = e * (1.0 / s)[:, None]
     state = tl.load(dkv + head.to(tl.int64) * D * D + d[:, None] * D + d[None, :])  # (D, D)
     size = tl.load(unit + head)
-    dphi = tl.dot(vt, state.T) * size + tl.load(dsum + head * D + d)[None, :]  # (BLOCK_K, D)
-    acc_k = acc_k * scale + _through_map(kf, phi, dphi, MAP)
+    dphi = tl.dot(v_tile, state.T) * size + tl.load(dsum + head * D + d)[None, :]  # (BLOCK_K, D)
+    acc_k = acc_k * scale + _through_map(k_wide, phi, dphi, MAP)
     acc_v += tl.dot(phi.to(state.dtype), state) * size  # (BLOCK_K, D)
-    tl.store(dk + b * dk_b + h * dk_h + t64 * dk_l + d[None, :], acc_k.to(dk.dtype.element_ty), mask=inside)
-    tl.store(dv + b * dv_b + h * dv_h + t64 * dv_l + d[None, :], acc_v.to(dv.dtype.element_ty), mask=inside)
+    tl.store(dk + b * dk_b + h * dk_h + token64 * dk_l + d[None, :], acc_k.to(dk.dtype.element_ty), mask=inside)
+    tl.store(dv + b * dv_b + h * dv_h + token64 * dv_l + d[None, :], acc_v.to(dv.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_q", "num_k"])
 def _invert(keep, back, counts, num_q, num_k, WIDTH: tl.constexpr):
-    """Blocks of queries that listed one block of keys, ascending."""
-    n = tl.program_id(0)
+    """Writes the query blocks that list one key block, ascending, and how many they are.
+
+    keep (BH, M, N) int8: whether a query block lists a key block.
+    """
+    key_block = tl.program_id(0)
     head = tl.program_id(1)
-    m = tl.arange(0, WIDTH)
+    query_block = tl.arange(0, WIDTH)
     # (WIDTH,)
-    kept = tl.load(keep + head.to(tl.int64) * num_q * num_k + m * num_k + n, mask=m < num_q, other=0).to(tl.int32)
-    place = (head * num_k + n).to(tl.int64)
-    tl.store(back + place * num_q + tl.cumsum(kept, 0) - 1, m, mask=kept != 0)
+    kept = tl.load(
+        keep + head.to(tl.int64) * num_q * num_k + query_block * num_k + key_block, mask=query_block < num_q, other=0
+    ).to(tl.int32)
+    place = (head * num_k + key_block).to(tl.int64)
+    tl.store(back + place * num_q + tl.cumsum(kept, 0) - 1, query_block, mask=kept != 0)
     tl.store(counts + place, tl.sum(kept, 0))
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Warps and stages of the kernels that loop over lists."""
+    """(warps, stages) of each kernel that loops over lists."""
 
     forward: tuple[int, int] = (4, 2)
     grad_q: tuple[int, int] = (4, 2)
-    grad_kv: tuple[int, int] = (4, 2)  # 8 warps took 1.8 times as long
-    wide: tuple[int, int] = (8, 2)  # all three where block_q or block_k is 128
+    grad_kv: tuple[int, int] = (4, 2)  # with 8 warps the kernel took 1.8 times as long
+    wide: tuple[int, int] = (8, 2)  # of all three kernels if block_q or block_k is 128
 
 
-# The declared set; a GPU with under 160 KiB of shared memory takes the last.
+# The declared set; a GPU with less than 160 KiB of shared memory takes the last configuration.
 TRAIN_CONFIGS = (
     TrainConfig(),
     TrainConfig(forward=(4, 3)),
@@ -318,7 +338,7 @@ TRAIN_CONFIGS = (
 
 @dataclass(frozen=True)
 class _State:
-    """Tensors that the forward and the backward pass both compute from the operands."""
+    """The tensors that the forward pass and the backward pass each compute from the operands."""
 
     lut: torch.Tensor  # (BH, M, count) int32
     folded: torch.Tensor  # (BH, d, d) phi(k)^T v W^T / phi_sum, dtype of q
@@ -332,10 +352,10 @@ class _State:
 class Blocks:
     """The sizes of blocks, how many key blocks a query block reads, and the feature map."""
 
-    count: int  # key blocks a query block reads
-    block_q: int
-    block_k: int
-    feature_map: str
+    count: int  # how many key blocks a query block reads
+    block_q: int  # tokens of a query block
+    block_k: int  # tokens of a key block
+    feature_map: str  # "softmax", "elu" or "relu"
 
 
 def train_configs(device: torch.device) -> tuple[TrainConfig, ...]:
@@ -344,7 +364,7 @@ def train_configs(device: torch.device) -> tuple[TrainConfig, ...]:
 
 
 def default_train_config(device: torch.device) -> TrainConfig:
-    """The configuration for a device."""
+    """The default configuration for a device."""
     return train_configs(device)[0]
 
 
@@ -388,7 +408,10 @@ def sla_train_forward(
     config: TrainConfig | None = None,
     lut: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q, k, v (B, L, H, D) bf16 or fp16 -> (result (B, L, H, D), lut (BH, M, count) int32). A lut given is used."""
+    """SLA in 16 bits: q, k, v (B, L, H, D), bf16 or fp16 -> (result (B, L, H, D), lut (BH, M, count) int32).
+
+    config: None is the default. lut: the lists of key blocks to use; None makes them.
+    """
     config = config or default_train_config(q.device)
     batch, length, heads, head_dim = q.shape
     state = _state(q, k, v, proj_weight, blocks, lut)
@@ -416,9 +439,10 @@ def sla_train_backward(
     config: TrainConfig | None = None,
     lut: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v (B, L, H, D), of proj_weight (D, D) and proj_bias (D,), the last two float32.
+    """The gradients of q, k, v (B, L, H, D), in their dtype, and of proj_weight (D, D) and proj_bias (D,), float32.
 
-    grad, out: the result's gradient and the result. A lut given must be the forward's.
+    grad, out (B, L, H, D): the gradient of the result, and the result. config: None is the default. lut: the lists of
+    the forward pass; None makes them again.
     """
     config = config or default_train_config(q.device)
     state = _state(q, k, v, proj_weight, blocks, lut)
@@ -433,7 +457,7 @@ def sla_train_backward(
 def _linear_backward(
     grad: torch.Tensor, out: torch.Tensor, q: torch.Tensor, proj_bias: torch.Tensor, state: _State, feature_map: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The linear branch's dq (B, L, H, D), delta (BH, L), X (BH, d, d), and d ks, db (BH, 2, d)."""
+    """The linear branch's dq (B, L, H, D), delta (BH, L), X (BH, d, d), and a tensor (BH, 2, d) of d ks and db."""
     batch, length, heads, head_dim = q.shape
     d, bh, rows, dev = state.folded.shape[-1], batch * heads, 32, q.device
     splits, per = splits_of(length, bh, dev, rows)
@@ -460,7 +484,9 @@ def _sparse_grad_q(
     config: TrainConfig,
     dq: torch.Tensor,
 ) -> torch.Tensor:
-    """Adds the sparse branch's share to dq; the base-2 logarithms of the softmax's sums, (BH, L) float32."""
+    """Adds the sparse branch's share to dq, in place; returns lse (BH, L) float32, base-2 logarithms of softmax
+    sums.
+    """
     batch, length, heads, head_dim = q.shape
     lse = torch.empty_like(delta)
     wide = max(blocks.block_q, blocks.block_k) > 64
@@ -486,7 +512,7 @@ def _grads_of_keys(
     dproducts: torch.Tensor,
     dsum: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dk and dv of both branches; dproducts (BH, d, d) = dKV, dsum (BH, d) = d ks, float32."""
+    """dk and dv (B, L, H, D) of both branches together; dproducts (BH, d, d) = dKV, dsum (BH, d) = d ks, float32."""
     batch, length, heads, head_dim = q.shape
     bh, dev = batch * heads, q.device
     m, n = triton.cdiv(length, blocks.block_q), triton.cdiv(length, blocks.block_k)
@@ -494,7 +520,8 @@ def _grads_of_keys(
     back = torch.empty((bh, n, m), dtype=torch.int32, device=dev)
     counts = torch.empty((bh, n), dtype=torch.int32, device=dev)
     _invert[(n, bh)](keep, back, counts, m, n, WIDTH=max(64, triton.next_power_of_2(m)), **FUSED, num_warps=4)
-    unit = dproducts.abs().amax((1, 2)).clamp(min=TINY.value)  # dKV shrinks with the length: fp16 would lose it
+    # dKV is divided by its largest magnitude, because it shrinks with the length until fp16 rounds it to zero.
+    unit = dproducts.abs().amax((1, 2)).clamp(min=TINY.value)
     dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=dev) for _ in range(2))
     wide = max(blocks.block_q, blocks.block_k) > 64
     _grad_kv[(n, bh)](

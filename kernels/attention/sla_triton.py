@@ -1,10 +1,11 @@
 """Block-sparse attention with a linear branch (SLA), quantized: the block map's kernels and the whole call.
 
-    score_ij = mean_i(q) . mean_j(k - mean k)       the count largest j of each query block i, ascending, are its list
+    score_ij = mean_i(q) . mean_j(k - mean k)       the list of query block i holds the `count` largest j, ascending
 
-Six launches: two passes over K and V with a small sum between them (prepare_triton.py), scores of pooled blocks, their
-choice, and the dense attention's main kernel over the lists, with the linear branch as its epilogue
-(attend_triton.py). Beside K and V in 8 bits nothing larger than the scores (B H, M, N) is written.
+A call launches six kernels: two passes over K and V with a small sum between them (prepare_triton.py), the scores of
+pooled blocks, the choice of the largest scores, and the main kernel of the dense attention over the lists, which adds
+the linear branch last (attend_triton.py). Beside K and V in 8 bits, the largest tensor that a call writes is the scores
+(B * H, M, N).
 """
 
 # mypy: allow-untyped-defs
@@ -28,51 +29,58 @@ def _scores(
     HEAD: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Means of ROWS blocks of q, and their products with the pooled keys: scores (B*H, M, N) float32."""
+    """Writes the products of the means of ROWS query blocks with the pooled keys: scores (B * H, M, N), float32.
+
+    q's tokens are loaded STEP at a time, pooled keys CHUNK at a time.
+    """
     first = tl.program_id(0) * ROWS
     head = tl.program_id(1)
     b = (head // num_heads).to(tl.int64)
     h = (head % num_heads).to(tl.int64)
-    r = tl.arange(0, ROWS)
+    member = tl.arange(0, ROWS)
     d = tl.arange(0, D)
     base = q + b * q_b + h * q_h
     total = tl.zeros([ROWS, D], tl.float32)
     for step in range(0, BLOCK_Q, STEP):
-        token = (first + r)[:, None] * BLOCK_Q + step + tl.arange(0, STEP)[None, :]
+        token = (first + member)[:, None] * BLOCK_Q + step + tl.arange(0, STEP)[None, :]
         valid = (token < length)[:, :, None] & (d < HEAD)[None, None, :]
         # (ROWS, STEP, D)
         x = tl.load(base + token.to(tl.int64)[:, :, None] * q_l + d[None, None, :], mask=valid, other=0.0)
         total += tl.sum(x.to(tl.float32), 1)
-    rows = tl.minimum(tl.maximum(length - (first + r) * BLOCK_Q, 1), BLOCK_Q)
-    qp = (total / rows[:, None]).to(pooled.dtype.element_ty)
-    line = scores + (head * num_q + first + r).to(tl.int64)[:, None] * num_k
-    live = (first + r < num_q)[:, None]
+    rows = tl.minimum(tl.maximum(length - (first + member) * BLOCK_Q, 1), BLOCK_Q)
+    q_mean = (total / rows[:, None]).to(pooled.dtype.element_ty)
+    line = scores + (head * num_q + first + member).to(tl.int64)[:, None] * num_k
+    live = (first + member < num_q)[:, None]
     for start in range(0, num_k, CHUNK):
-        n = start + tl.arange(0, CHUNK)
+        key_block = start + tl.arange(0, CHUNK)
         # (D, CHUNK)
-        kp = tl.load(
-            pooled + (head * num_k + n).to(tl.int64)[None, :] * D + d[:, None], mask=(n < num_k)[None, :], other=0.0
+        k_mean = tl.load(
+            pooled + (head * num_k + key_block).to(tl.int64)[None, :] * D + d[:, None],
+            mask=(key_block < num_k)[None, :],
+            other=0.0,
         )
-        tl.store(line + n[None, :], tl.dot(qp, kp), mask=live & (n < num_k)[None, :])  # scores (ROWS, CHUNK)
+        # scores (ROWS, CHUNK)
+        tl.store(line + key_block[None, :], tl.dot(q_mean, k_mean), mask=live & (key_block < num_k)[None, :])
 
 
 @triton.jit(do_not_specialize=["lines", "num_k", "topk"])
 def _choose(scores, lut, lines, num_k, topk, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """The topk largest of each line of scores, as ascending indices; of equal ones the lower index.
+    """Writes the indices of the topk largest scores of each line, ascending; of equal scores the first are taken.
 
-    The k-th largest is found bit by bit, by counts over registers: 32 at most, but some 20 bits tell it from the next.
-    One warp holds whole lines, so a count needs no barrier.
+    The kernel finds the topk-th largest score bit by bit, by counting the scores that are at least a trial value. It
+    takes at most 32 counts; some 20 bits usually tell this score from the next. One warp holds whole lines, so that a
+    count needs no barrier.
     """
-    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    n = tl.arange(0, WIDTH)
-    live = (r < lines)[:, None]
-    inside = live & (n < num_k)[None, :]
+    line = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    index = tl.arange(0, WIDTH)
+    live = (line < lines)[:, None]
+    inside = live & (index < num_k)[None, :]
     # (ROWS, WIDTH)
-    bits = tl.load(scores + r[:, None] * num_k + n[None, :], mask=inside, other=0.0).to(tl.uint32, bitcast=True)
-    key = tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)  # unsigned order = order of the floats
-    key = tl.where((n < num_k)[None, :], key, 0)
+    bits = tl.load(scores + line[:, None] * num_k + index[None, :], mask=inside, other=0.0).to(tl.uint32, bitcast=True)
+    key = tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)  # integers without sign, in the order of the scores
+    key = tl.where((index < num_k)[None, :], key, 0)
     bound = tl.zeros([ROWS], tl.uint32)
-    count = tl.full([ROWS], WIDTH, tl.int32)  # of keys that are at least the bound
+    count = tl.full([ROWS], WIDTH, tl.int32)  # how many keys are at least the bound
     bit = tl.full([ROWS], 0x80000000, tl.uint32)
     turns = 0
     while turns < 32 and tl.max((count != topk).to(tl.int32), 0) != 0:
@@ -87,13 +95,15 @@ def _choose(scores, lut, lines, num_k, topk, ROWS: tl.constexpr, WIDTH: tl.const
     need = topk - tl.sum(above, 1)
     chosen = above | (equal & (tl.cumsum(equal, 1) <= need[:, None]).to(tl.int32))
     place = tl.cumsum(chosen, 1) - 1
-    tl.store(lut + r[:, None] * topk + place, tl.broadcast_to(n[None, :], [ROWS, WIDTH]), mask=(chosen != 0) & live)
+    tl.store(
+        lut + line[:, None] * topk + place, tl.broadcast_to(index[None, :], [ROWS, WIDTH]), mask=(chosen != 0) & live
+    )
 
 
 def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Of each line of scores (lines, N) float32 the places of the count largest, ascending: (lines, count) int32.
+    """The indices of the `count` largest scores of each line of scores (lines, N) float32, ascending.
 
-    Of equal scores the first are taken.
+    Of equal scores the first are taken. Returns (lines, count) int32.
     """
     lines, n = scores.shape
     found = torch.empty((lines, count), dtype=torch.int32, device=scores.device)
@@ -107,7 +117,10 @@ def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def select_blocks(q: torch.Tensor, pooled: torch.Tensor, count: int, block_q: int) -> torch.Tensor:
-    """q (B, L, H, D), pooled keys (B H, N, d) -> lut (B H, ceil(L / block_q), count) int32, ascending."""
+    """The lists of key blocks, ascending: q (B, L, H, D), pooled keys (B * H, N, d) -> lut (B * H, M, count) int32.
+
+    M = ceil(L / block_q) is how many query blocks a head has.
+    """
     batch, length, heads, head_dim = q.shape
     bh, m, n, d = batch * heads, triton.cdiv(length, block_q), pooled.shape[1], pooled.shape[2]
     scores = torch.empty((bh, m, n), dtype=torch.float32, device=q.device)
@@ -132,9 +145,11 @@ def sla_forward(
     config: AttendConfig | None = None,
     lut: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantized SLA: q, k, v (B, L, H, D) bf16 or fp16, blocks of 64 or 128 -> (result (B, L, H, D), lut).
+    """Quantized SLA: q, k, v (B, L, H, D), bf16 or fp16 -> (result (B, L, H, D) in q's dtype, lut).
 
-    count: key blocks a query block reads. A lut given is used as it is. k may come quantized, with its block means.
+    k may be Keys with block means, which are quantized already. count: how many key blocks a query block reads.
+    block_q, block_k: 64 or 128 tokens. config: None is the default. lut (B * H, M, count) int32: the lists to use; None
+    makes them.
     """
     pv = product_format(q.device, pv)
     config = usable_config(config, q.device, pv, block_k, block_q)
@@ -143,7 +158,7 @@ def sla_forward(
         feature_map=feature_map,
     )  # fmt: skip
     if lut is None:
-        assert kv.pooled is not None  # `pool` asked for them
+        assert kv.pooled is not None  # because of `pool`
         lut = select_blocks(q, kv.pooled, count, block_q)
     out = attend(
         q, kv, q.shape[1], q.shape[-1] ** -0.5, config, kv_heads=q.shape[2], lut=lut, block_q=block_q, bias=proj_bias,

@@ -1,10 +1,10 @@
-"""Which kernel computes a linear of 8-bit data fastest: measured on the card, one shape at a time.
+"""Measures on the card which kernel computes a linear of 8-bit data fastest, one shape at a time.
 
-`measure` lets the candidates of linear_triton.py compete, Triton's configurations and cuBLAS, on operands of a shape.
-They run in CUDA graphs, so that a launch from Python is not in their times; in turns, so that the card's drift meets
-all of them alike; and after some milliseconds of the same work, so that the card's clock is that of a long run. Nothing
-is kept here: an engine keeps its choices (`key` -> the fields of a configuration), and each launch is given its
-configuration.
+`measure` runs the candidates of linear_triton.py, which are Triton's configurations and cuBLAS, on operands of a shape.
+The candidates run in CUDA graphs, so that their times do not contain launches from Python. They run in turns, so that a
+drift of the card affects all of them alike. Each runs for some milliseconds before it is timed, so that the card has
+the clock of a long run. This module stores no results: an engine keeps its choices (`key` -> the fields of a
+configuration), and passes each launch its configuration.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from turbocompile.kernels._registry import check
 from turbocompile.kernels.linear.linear_triton import CONFIGS, LIBRARY, LinearConfig, candidates, launch_linear
 from turbocompile.kernels.quantize.quantize import BLOCK, FORMATS, blocks
 
-TURNS, CALLS = 3, 10  # turns over the candidates; calls of a candidate in its graph
-HOPELESS = 1.25  # a candidate whose first turn takes so many times the best one's runs in no further turn
-SETTLE, SPAN = 20.0, 10.0  # milliseconds that a turn runs a candidate: before it is timed, and timed
+TURNS, CALLS = 3, 10  # how many turns there are over the candidates; how many calls a candidate's graph holds
+HOPELESS = 1.25  # a candidate whose first time is more than HOPELESS times the best first time gets no further turn
+SETTLE, SPAN = 20.0, 10.0  # milliseconds that a candidate runs in a turn before it is timed, and while it is timed
 
 
 def key(format: str, rows: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> str:
-    """The name of a choice: the card, the format, rows x K to N, the result's dtype."""
+    """The key under which an engine keeps a choice: the card's name, the format, rows x K to N, the result's dtype."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{card}: {format} {rows}x{k} to {n}, {str(dtype).removeprefix('torch.')}"
 
@@ -34,10 +34,10 @@ def key(format: str, rows: int, n: int, k: int, dtype: torch.dtype, device: torc
 def measure(
     format: str, rows: int, n: int, k: int, dtype: torch.dtype, device: torch.device, promote: bool = False
 ) -> dict[LinearConfig, float]:
-    """Measures the candidates for a linear of (rows, k) to (rows, n): milliseconds by configuration, the fastest first.
+    """Measures the candidates for a linear from (rows, k) to (rows, n), in dtype.
 
-    promote: only the configurations whose sums of e4m3 products are not cut short. Raises ValueError where no kernel
-    computes the linear.
+    Returns milliseconds by configuration, the fastest first. promote: measures only configurations whose sums of e4m3
+    products are not cut short. Raises ValueError if no kernel computes the linear.
     """
     found = candidates(format, n, k, dtype, device)
     configs = [c for c in found if c.promote or not promote]
@@ -52,9 +52,9 @@ def measure(
 
 
 def declared(name: str, fields: Mapping[str, Any]) -> LinearConfig:
-    """The declared configuration with these fields, which a choice under the key `name` holds.
+    """The declared configuration that has these fields; name: the key of the saved choice.
 
-    Raises ValueError where none is declared for the key's format.
+    Raises ValueError if no configuration declared for the key's format has these fields.
     """
     format = name.rpartition(": ")[2].partition(" ")[0]
     matches = [c for c in (*CONFIGS.get(format, ()), *LIBRARY.get(format, ())) if asdict(c) == dict(fields)]
@@ -63,7 +63,9 @@ def declared(name: str, fields: Mapping[str, Any]) -> LinearConfig:
 
 
 def _operands(format: str, rows: int, n: int, k: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """data, scale, weight, weight_scale of random codes, because the values cost power and hence time."""
+    """data, scale, weight, weight_scale of random codes, because the card's power, and hence its speed, depends on the
+    values.
+    """
     random = torch.Generator(device).manual_seed(0)
 
     def codes(m: int) -> torch.Tensor:
@@ -80,7 +82,7 @@ def _operands(format: str, rows: int, n: int, k: int, device: torch.device) -> t
 
 
 def _milliseconds(calls: list[Callable[[], object]], device: torch.device) -> list[float]:
-    """The median milliseconds of each call on the device; of a hopeless one those of its first turn."""
+    """The median milliseconds of each call on the device; for a hopeless candidate the time of its first turn."""
     times: list[list[float]] = [[] for _ in calls]
     with torch.cuda.device(device):
         graphs = [_graph(call) for call in calls]
@@ -96,8 +98,8 @@ def _milliseconds(calls: list[Callable[[], object]], device: torch.device) -> li
 
 
 def _graph(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A graph of CALLS calls."""
-    call()  # compiles the kernel before the recording
+    """A CUDA graph of CALLS calls."""
+    call()  # so that the kernel is compiled before the recording
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -107,7 +109,7 @@ def _graph(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def _between(graph: torch.cuda.CUDAGraph, replays: int) -> float:
-    """Milliseconds of one replay, the mean of `replays`."""
+    """The milliseconds of one replay of the graph, as the mean of `replays` replays."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(replays):

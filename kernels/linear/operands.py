@@ -1,4 +1,4 @@
-"""The operands of an 8-bit linear fit each other: asked by the op's reference and by its kernel."""
+"""The check that the operands of an 8-bit linear fit each other, for the op's reference and for its kernel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ def check_operands(
     bias: torch.Tensor | None,
     format: str,
 ) -> None:
-    """ValueError unless the operands of w8a8_linear fit each other and the format; shapes as in w8a8_linear.py."""
+    """Raises ValueError unless the operands of w8a8_linear fit each other and the format; shapes as in
+    w8a8_linear.py.
+    """
     check_format(format)
     check(
         data.dtype == weight.dtype == FORMATS[format],

@@ -4,12 +4,17 @@
     int8_block   acc = sum over kb of float(I_kb) * (scale[mb, kb] * weight_scale[nb, kb])
                  y = round(round(acc) + bias)
 
-data (..., K), weight (N, K), both int8 or both float8_e4m3fn. int8, fp8: one float32 scale a row of data (..., 1) and
-of weight (N, 1); the sum is exact (int8) or float32 (fp8). int8_block, TurboDiffusion's: float32 scales of 128 x 128
-tiles, where data is seen as (M, K) and a tile may span batch items; I_kb, the int32 sum over 128 of K, is exact; the
-two scales are multiplied first; kb runs upwards; the bias is added in `dtype`, a second rounding. K is a multiple of
-128 there, and N of 8, as in every layer of Wan. bias (N,) or None. y (..., N) in `dtype`, contiguous. For dtype
-float64 all that is float32 above is float64.
+data (..., K), weight (N, K), both int8 or both float8_e4m3fn. bias (N,) or None. y (..., N) in `dtype`, contiguous.
+
+int8, fp8: each row of data has a float32 scale, (..., 1), and each row of weight, (N, 1). The sum over K is exact
+(int8) or float32 (fp8).
+
+int8_block is TurboDiffusion's format: each tile of 128 x 128 has a float32 scale, scale (ceil(M / 128), K / 128) and
+weight_scale (ceil(N / 128), K / 128). data is read as (M, K), so that a tile may span batch items. I_kb, the int32 sum
+over the 128 columns of tile kb, is exact. The two scales are multiplied first, kb runs upwards, and the bias is added
+in `dtype`, which rounds a second time. K must be a multiple of 128 and N a multiple of 8, as in every layer of Wan.
+
+For dtype float64, every float32 above is float64.
 """
 
 from __future__ import annotations
@@ -22,9 +27,14 @@ from turbocompile.kernels._registry import compute_dtype, register, register_ker
 from turbocompile.kernels.linear.operands import check_operands
 from turbocompile.kernels.quantize.quantize import BLOCK, FORMATS, blocks, spread
 
-# |a b| <= 2^14 for int8: sums of 1,024 products fit the 24 bits of a float32, so a float32 matmul that deep is exact.
+# A product of two int8 numbers is at most 2^14, and a sum of 1,024 of them fits the 24 bits of a float32, so that a
+# float32 matmul over EXACT_DEPTH columns is exact.
 EXACT_DEPTH = 1024
-ROWS = 1024  # of data at a time, to bound the reference's memory; a multiple of BLOCK
+# The reference computes ROWS rows of data with COLUMNS rows of weight at a time, which bounds its memory. The values
+# cast to float are then so few that they stay in the cache of a CPU until the product reads them. Both are multiples of
+# BLOCK.
+ROWS = 1024
+COLUMNS = 1024
 
 
 def reference(
@@ -36,28 +46,35 @@ def reference(
     format: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """(..., N) in dtype. ValueError where shapes, dtypes and format do not fit each other."""
+    """The definition of the op: (..., N) in dtype. Raises ValueError if shapes, dtypes and format do not fit each
+    other.
+    """
     check_operands(data, scale, weight, weight_scale, bias, format)
     compute = compute_dtype(dtype)
     tiled = format == "int8_block"
     rows, scales = data.reshape(-1, data.shape[-1]), scale if tiled else scale.reshape(-1, 1)
-    values = weight.to(torch.float32 if weight.dtype == torch.int8 else compute)
     y = torch.empty(rows.shape[0], weight.shape[0], dtype=dtype, device=data.device)
-    for start in range(0, rows.shape[0], ROWS):
-        part = rows[start : start + ROWS].to(values.dtype)
-        if tiled:
-            total = _tiled(part, scales[start // BLOCK :], values, weight_scale, compute).to(dtype)
-            total = total if bias is None else total + bias.to(dtype)
-        else:
-            total = _product(part, values, exact=format == "int8").to(compute)
-            total = total * scales[start : start + ROWS].to(compute) * weight_scale.T.to(compute)
-            total = total if bias is None else total + bias.to(compute)
-        y[start : start + ROWS] = total.to(dtype)
+    for n in range(0, weight.shape[0], COLUMNS):
+        columns = slice(n, n + COLUMNS)
+        values = weight[columns].to(torch.float32 if weight.dtype == torch.int8 else compute)  # (COLUMNS, K)
+        value_scale = weight_scale[n // BLOCK :] if tiled else weight_scale[columns]
+        added = None if bias is None else bias[columns].to(dtype if tiled else compute)
+        for m in range(0, rows.shape[0], ROWS):
+            part = rows[m : m + ROWS].to(values.dtype)  # (ROWS, K)
+            if tiled:
+                total = _tiled(part, scales[m // BLOCK :], values, value_scale, compute).to(dtype)
+            else:
+                total = _product(part, values, exact=format == "int8").to(compute)
+                total = total * scales[m : m + ROWS].to(compute) * value_scale.T.to(compute)
+            y[m : m + ROWS, columns] = total if added is None else total + added
     return y.reshape(*data.shape[:-1], weight.shape[0])
 
 
 def _product(rows: torch.Tensor, weight: torch.Tensor, exact: bool) -> torch.Tensor:
-    """rows (M, K) times weight (N, K) transposed; `exact`: of integers, as float64 where float32 is too short."""
+    """rows (M, K) times weight^T, weight (N, K): (M, N).
+
+    exact: the operands are integers, so the result must be exact; it is float64 if float32 has too few bits.
+    """
     k = rows.shape[1]
     if not exact or k <= EXACT_DEPTH:
         return rows @ weight.T
@@ -70,7 +87,9 @@ def _product(rows: torch.Tensor, weight: torch.Tensor, exact: bool) -> torch.Ten
 def _tiled(
     rows: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, compute: torch.dtype
 ) -> torch.Tensor:
-    """The int8_block sum (M, N) of rows (M, K) and the scales of their tiles, in the dtype `compute`."""
+    """The sum `acc` (M, N) of format int8_block, in the dtype `compute`, from rows (M, K), weight (N, K) and tile
+    scales.
+    """
     m, n = rows.shape[0], weight.shape[0]
     total = torch.zeros(m, n, dtype=compute, device=rows.device)
     for kb in range(blocks(rows.shape[1])):
@@ -111,16 +130,16 @@ def has_kernel(
     format: str,
     dtype: torch.dtype,
 ) -> bool:
-    """Whether the GPU kernels compute these operands: the dtypes and K of linear_triton.py, on a card of the format.
+    """Whether the GPU kernels compute operands of these dtypes and this K, on a card that has the format's arithmetic.
 
-    What does not fit each other is for the reference, or the kernel's launch, to refuse.
+    Whether the operands fit each other is checked later, by the reference or by the kernel's launch.
     """
     if format not in FORMATS or weight.ndim != 2:
         return False
     others = [t for t in (scale, weight, weight_scale, bias) if t is not None]
     if not (all(t.device == data.device for t in others) and runs_triton(data.device)):
         return False
-    from turbocompile.kernels.linear import linear_triton  # here: a machine without a GPU may lack Triton
+    from turbocompile.kernels.linear import linear_triton  # here, because a machine without a GPU may lack Triton
 
     return linear_triton.takes(format, dtype, weight.shape[1], data.device)
 
@@ -137,7 +156,11 @@ def _decomposition(
     format: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """One matmul: of the 8-bit values, or for int8_block of the dequantized ones: the same sum in another order."""
+    """The op in aten, by one matmul.
+
+    It multiplies the 8-bit values, or, for int8_block, the dequantized values, which gives the same sum in another
+    order.
+    """
     compute = compute_dtype(dtype)
     if format == "int8_block":
         rows = data.reshape(-1, data.shape[-1])
@@ -150,5 +173,5 @@ def _decomposition(
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
-    """The op in aten, as one floating matmul."""
+    """The op by aten operators alone, with one floating-point matmul."""
     return {w8a8_linear: _decomposition}

@@ -1,1 +1,1 @@
-"""Device memory itself, by address."""
+"""Kernels that write device memory by address."""

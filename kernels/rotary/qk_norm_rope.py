@@ -1,9 +1,13 @@
-"""What stands between the projection of q (or k) and attention: RMSNorm, heads, rotary, layout.
+"""The steps between the projection of q (or k) and attention: RMSNorm, split into heads, rotary, attention's layout.
 
-x (B, L, H * D) -> x / sqrt(mean(x^2) + eps) * weight, the mean over all channels (per_head False, weight (H * D)) or
-over each head's (per_head True, weight (D)), weight or None; then heads (B, L, H, D); then rotary (rope.py) unless
-cos is empty, as for the keys of a cross-attention. Everything in float32 (float64 for float64 inputs), rounded once
-to x's dtype; the result is contiguous (B, L, H, D), attention's layout.
+    n = x / sqrt(mean(x^2) + eps) * weight      over all H * D channels, or, with per_head, over the D channels of a
+    head y = n, split into heads, rotated            rope.py; not rotated if cos is empty
+
+x: (B, L, H * D), any float dtype. weight: (H * D,), or (D,) with per_head, or None, which leaves the factor out. cos,
+sin, grid, interleaved: as in rope.py; empty cos and sin leave the rotation out, as for the keys of a cross-attention.
+The op computes in float32 (float64 for float64 inputs) and rounds once to x's dtype. y: (B, L, H, D), contiguous.
+
+Source: RMSNorm, arXiv 1910.07467; RoPE, arXiv 2104.09864; the order of the steps is that of Wan's attention.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from turbocompile.kernels._registry import check, compute_dtype, register, regis
 from turbocompile.kernels.norms.norm_quantize import normalize
 from turbocompile.kernels.rotary import rope
 
-AXES = 3  # by whose tables the kernel turns
+AXES = 3  # the most axes by whose tables the kernel turns
 
 
 def reference(
@@ -30,7 +34,7 @@ def reference(
     grid: Sequence[int],
     interleaved: bool,
 ) -> torch.Tensor:
-    """(B, L, H, D) in x's dtype."""
+    """The definition of the op: (B, L, H, D) in x's dtype. Raises ValueError if the operands do not fit each other."""
     check_operands(x, weight, per_head, num_heads, cos, sin, grid)
     y = x.to(compute_dtype(x.dtype))
     if per_head:
@@ -51,6 +55,7 @@ def check_operands(
     sin: Sequence[torch.Tensor],
     grid: Sequence[int],
 ) -> None:
+    """Raises ValueError unless x, the weight, the tables and the grid fit each other; shapes as in the module."""
     check(x.ndim == 3, f"qk_norm_rope: x is (B, L, H * D), and has {x.ndim} dimensions")
     channels = x.shape[2]
     check(num_heads > 0 and channels % num_heads == 0, f"qk_norm_rope: {channels} channels, {num_heads} heads")
@@ -86,7 +91,7 @@ qk_norm_rope = register(
 
 
 def has_kernel(x: torch.Tensor, weight: torch.Tensor | None, *others: Any) -> bool:
-    """Whether the GPU kernel computes these operands: rows as takes_rows says, turned by at most three axes."""
+    """Whether the GPU kernel computes these operands: takes_rows accepts them, and at most AXES axes turn the pairs."""
     _, _, _, cos, sin, *_ = others
     return len(cos) <= AXES and takes_rows(x, weight, cos, sin)
 
@@ -95,5 +100,5 @@ register_kernel(qk_norm_rope, reference, has_kernel, "rotary.rotary_triton.launc
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
-    """The op in aten: the reference has no branches on data."""
+    """The op by aten operators alone, which is the reference, because it does not branch on data."""
     return {qk_norm_rope: reference}

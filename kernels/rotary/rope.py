@@ -3,12 +3,14 @@
     y1 = x1 cos - x2 sin
     y2 = x2 cos + x1 sin
 
-x: (B, L, H, D), any float dtype, last dim contiguous. The tokens run row-major over `grid` (frames, height, width).
-Axis i has tables cos[i], sin[i]: (grid[i], d_i) with sum d_i = D/2 and prod(grid) = L: for Wan's 32,760 tokens they
-take 17 KB instead of 17 MB. Pair p of a head turns by column p of the tables laid side by side. interleaved True:
-pairs (x[2p], x[2p+1]), the complex form of Wan and Flux; False: pairs (x[p], x[p+D/2]), rotate-half.
+x: (B, L, H, D), any float dtype, last axis contiguous. The tokens run row-major over `grid`, for a video (frames,
+height, width). Axis i has tables cos[i], sin[i] of shape (grid[i], d_i), with sum d_i = D/2 and prod(grid) = L. For
+Wan's 32,760 tokens these tables take 17 KB, where one table over all tokens would take 17 MB. Pair p of a head turns by
+column p of the tables laid side by side. interleaved True: the pairs are (x[2p], x[2p+1]), the complex form of Wan and
+Flux. False: the pairs are (x[p], x[p+D/2]), called rotate-half.
 
-Computed in float32 (float64 for float64) and rounded once. Source: arXiv 2104.09864; the split in axes is Wan's.
+The op computes in float32 (float64 for float64 inputs) and rounds once to x's dtype. Source: arXiv 2104.09864; the
+split of D into axes is Wan's.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from turbocompile.kernels._registry import check, compute_dtype, register
 
 
 def angles(tables: Sequence[torch.Tensor], grid: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """The tables of all axes as one (L, 1, D/2) table in `dtype`, to broadcast over (B, L, H, D/2)."""
+    """One table over all tokens, (L, 1, D/2) in `dtype`, from the tables of all axes; it broadcasts to (B, L, H,
+    D/2).
+    """
     wide = []
     for axis, table in enumerate(tables):
         shape = [1] * len(grid) + [table.shape[1]]
@@ -32,7 +36,7 @@ def angles(tables: Sequence[torch.Tensor], grid: Sequence[int], dtype: torch.dty
 
 
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """x (..., D) with its pairs turned by tables that broadcast against (..., D/2); same dtype."""
+    """x (..., D) with its pairs turned by the tables cos and sin, which broadcast to (..., D/2); x's dtype."""
     half = x.shape[-1] // 2
     if interleaved:
         x1, x2 = x.reshape(*x.shape[:-1], half, 2).unbind(-1)
@@ -44,7 +48,7 @@ def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: boo
 def check_tables(
     tokens: int, head_dim: int, cos: Sequence[torch.Tensor], sin: Sequence[torch.Tensor], grid: Sequence[int]
 ) -> None:
-    """ValueError unless the tables are those of `grid` and cover `tokens` tokens and heads of `head_dim` channels."""
+    """Raises ValueError unless the tables fit `grid`, and cover `tokens` tokens and heads of `head_dim` channels."""
     check(len(cos) == len(sin) == len(grid), f"rope: {len(cos)} cos and {len(sin)} sin tables for {len(grid)} axes")
     for axis, (c, s, n) in enumerate(zip(cos, sin, grid, strict=True)):
         shapes = f"{tuple(c.shape)} and {tuple(s.shape)}"
@@ -63,7 +67,10 @@ def reference(
     grid: Sequence[int],
     interleaved: bool,
 ) -> torch.Tensor:
-    """x (B, L, H, D) rotated; (B, L, H, D) contiguous, x's dtype. ValueError where tables and x do not fit."""
+    """The definition of the op: x (B, L, H, D) rotated, contiguous, x's dtype.
+
+    Raises ValueError if the tables do not fit x.
+    """
     check_tables(x.shape[1], x.shape[3], cos, sin, grid)
     wide = compute_dtype(x.dtype)
     return turn(x.to(wide), angles(cos, grid, wide), angles(sin, grid, wide), interleaved).to(x.dtype)
@@ -83,5 +90,5 @@ rope = register(
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
-    """The op in aten: the reference has no strided writes and no branches on data."""
+    """The op by aten operators alone, which is the reference, because it does not write to views or branch on data."""
     return {rope: reference}

@@ -1,19 +1,19 @@
-"""RMSNorm of q or k, heads and rotation in Triton: one pass over the projection's result.
+"""RMSNorm of q or k, split into heads, and rotation in Triton, in one pass over the projection's result.
 
     n = x / sqrt(mean(x^2) + eps) * weight          over all channels of a token, or over each head's
     y1 = n1 cos - n2 sin,  y2 = n2 cos + n1 sin     for the pairs of each head, unless there are no tables
 
-This is the op of qk_norm_rope.py, whose reference defines it: x (B, L, H * D), bf16, fp16 or float32, strides free (a
-last axis that is not contiguous costs a copy) -> (B, L, H, D), contiguous, rounded once. Tables as in rope.py, for at
-most three axes.
+The kernel computes the op of qk_norm_rope.py, whose reference defines the op: x (B, L, H * D), bf16, fp16 or float32,
+strides free (a last axis that is not contiguous costs a copy) -> (B, L, H, D), contiguous, rounded once. Tables as in
+rope.py, for at most three axes.
 
-A program takes some tokens, one behind the other, and loads the next before it computes one. A token's pairs are held
-as tiles (heads, D/2) of first and second elements. Interleaved pairs are neighbours in a thread's load, halves are two
-loads. The heads are two tiles, 12 = 8 + 4, 40 = 32 + 8 (quantize_triton.py). A row of the tables is read for all heads
-at once.
+A program computes some tokens, one behind the other, and loads the next token before it computes the present one. It
+holds a token's pairs as tiles (heads, D/2) of first and of second elements. One load brings interleaved pairs, whose
+elements are neighbours in a thread; the two halves of rotate-half take two loads. The heads are held as two tiles whose
+sizes are powers of two, 12 = 8 + 4, 40 = 32 + 8 (_rows.py). A row of the tables is loaded once for all heads.
 
-Bytes an element, 16-bit x: 2 read + 2 written = 4 (the tables are some kilobytes). At the 3.0 TB/s of a copy:
-32,760 x 1536 in 0.067 ms, 75,600 x 5120 in 0.516 ms.
+For 16-bit x the kernel reads 2 bytes an element and writes 2; the tables are some kilobytes. At the 3.0 TB/s of a copy
+that takes 0.067 ms for 32,760 x 1536 and 0.516 ms for 75,600 x 5120.
 """
 
 # mypy: allow-untyped-defs
@@ -36,8 +36,10 @@ from turbocompile.errors import UnsupportedError
 
 @triton.jit
 def _pairs(at, h, real, p, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, POLICY: tl.constexpr):
-    """First and second elements of the pairs p of the heads h that are real, both (heads, pairs), as stored at `at`.
-    In an odd D, which has halves alone, the last pair has no second.
+    """Loads the first and the second elements of pairs p of heads h, both (heads, pairs), from the token at `at`.
+
+    real: the mask of the heads that exist. If D is odd, which needs rotate-half, the last pair has no second element,
+    and gets 0.
     """
     if INTERLEAVED:
         d = tl.arange(0, 2 * p.shape[0])
@@ -55,7 +57,7 @@ def _pairs(at, h, real, p, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.
 
 @triton.jit
 def _store_pairs(at, y1, y2, h, real, p, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The inverse of _pairs."""
+    """Stores the elements that _pairs loads, rounded to at's dtype."""
     y1 = y1.to(at.dtype.element_ty)
     y2 = y2.to(at.dtype.element_ty)
     if INTERLEAVED:
@@ -70,7 +72,7 @@ def _store_pairs(at, y1, y2, h, real, p, D: tl.constexpr, HALF: tl.constexpr, IN
 
 @triton.jit
 def _table(t0, t1, t2, i0, i1, i2, p, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    """The tables' rows i0, i1, i2 side by side, float32."""
+    """The rows i0, i1, i2 of the tables t0, t1, t2, side by side, (P,) float32."""
     row = tl.zeros([p.shape[0]], tl.float32)
     if D0 > 0:
         row += tl.load(t0 + i0 * D0 + p, mask=p < D0, other=0.0)  # (P,)
@@ -86,7 +88,7 @@ def _scaled(
     x1, x2, root, weight, h, real, p,
     D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, PER_HEAD: tl.constexpr,
 ):  # fmt: skip
-    """The pairs times their root and weight."""
+    """The pairs (heads, P), times the root of their norm and their weight, float32."""
     x1 = x1 * root
     x2 = x2 * root
     if weight is not None:
@@ -107,28 +109,36 @@ def _rotate_rows(
     D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     PER_HEAD: tl.constexpr, TURN: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """`per` tokens of one batch item, H heads of D channels in tiles of H0 and H1 heads (H1 0: one tile)."""
+    """Computes `per` tokens of one batch item, with H heads of D channels in tiles of H0 and H1 heads.
+
+    H1 may be 0, for one tile. HALF: pairs of a head; P: HALF rounded up to a power of two. D0, D1, D2: columns of the
+    axes' tables; n1, n2: how many positions axes 1 and 2 have. TURN: the pairs are rotated.
+    """
     first = tl.program_id(0) * per
     stop = tl.minimum(first + per, length)
     b = tl.program_id(1).to(tl.int64)
     at = x + b * x_b + first.to(tl.int64) * x_l
     to = out + (b * length + first) * (H * D)
     p = tl.arange(0, P)
-    ha = tl.arange(0, H0)
-    ma = inside(ha, H, H0)
-    a1, a2 = _pairs(at, ha, ma, p, D, HALF, INTERLEAVED, "evict_first")
+    head_a = tl.arange(0, H0)
+    real_a = inside(head_a, H, H0)
+    a1, a2 = _pairs(at, head_a, real_a, p, D, HALF, INTERLEAVED, "evict_first")  # (H0, P)
     if H1 > 0:
-        hb = H0 + tl.arange(0, H1)
-        mb = inside(hb, H, H0 + H1)
-        b1, b2 = _pairs(at, hb, mb, p, D, HALF, INTERLEAVED, "evict_first")
+        head_b = H0 + tl.arange(0, H1)
+        real_b = inside(head_b, H, H0 + H1)
+        b1, b2 = _pairs(at, head_b, real_b, p, D, HALF, INTERLEAVED, "evict_first")  # (H1, P)
     for row in range(first, stop):
         at += x_l
-        next_a1, next_a2 = _pairs(at, ha, only_before(ma, row + 1, stop), p, D, HALF, INTERLEAVED, "evict_first")
+        next_a1, next_a2 = _pairs(
+            at, head_a, only_before(real_a, row + 1, stop), p, D, HALF, INTERLEAVED, "evict_first"
+        )
         a1 = a1.to(tl.float32)
         a2 = a2.to(tl.float32)
         square = tl.sum(a1 * a1 + a2 * a2, 1)
         if H1 > 0:
-            next_b1, next_b2 = _pairs(at, hb, only_before(mb, row + 1, stop), p, D, HALF, INTERLEAVED, "evict_first")
+            next_b1, next_b2 = _pairs(
+                at, head_b, only_before(real_b, row + 1, stop), p, D, HALF, INTERLEAVED, "evict_first"
+            )
             b1 = b1.to(tl.float32)
             b2 = b2.to(tl.float32)
             square_b = tl.sum(b1 * b1 + b2 * b2, 1)
@@ -142,30 +152,30 @@ def _rotate_rows(
                 total += tl.sum(square_b, 0)
             root = tl.rsqrt(tl.div_rn(total, H * D * 1.0) + eps)
             root_b = root
-        y1, y2 = _scaled(a1, a2, root, weight, ha, ma, p, D, HALF, INTERLEAVED, PER_HEAD)
+        y1, y2 = _scaled(a1, a2, root, weight, head_a, real_a, p, D, HALF, INTERLEAVED, PER_HEAD)
         if TURN:
             i2 = row % n2
             i1 = row // n2 % n1
             i0 = row // n2 // n1
-            c = _table(cos0, cos1, cos2, i0, i1, i2, p, D0, D1, D2)[None, :]
-            s = _table(sin0, sin1, sin2, i0, i1, i2, p, D0, D1, D2)[None, :]
-            z1 = y1 * c - y2 * s
-            z2 = y2 * c + y1 * s
+            cosine = _table(cos0, cos1, cos2, i0, i1, i2, p, D0, D1, D2)[None, :]
+            sine = _table(sin0, sin1, sin2, i0, i1, i2, p, D0, D1, D2)[None, :]
+            z1 = y1 * cosine - y2 * sine
+            z2 = y2 * cosine + y1 * sine
         else:
             z1 = y1
             z2 = y2
-        _store_pairs(to, z1, z2, ha, ma, p, D, HALF, INTERLEAVED)
+        _store_pairs(to, z1, z2, head_a, real_a, p, D, HALF, INTERLEAVED)
         a1 = next_a1
         a2 = next_a2
         if H1 > 0:
-            y1, y2 = _scaled(b1, b2, root_b, weight, hb, mb, p, D, HALF, INTERLEAVED, PER_HEAD)
+            y1, y2 = _scaled(b1, b2, root_b, weight, head_b, real_b, p, D, HALF, INTERLEAVED, PER_HEAD)
             if TURN:
-                z1 = y1 * c - y2 * s
-                z2 = y2 * c + y1 * s
+                z1 = y1 * cosine - y2 * sine
+                z2 = y2 * cosine + y1 * sine
             else:
                 z1 = y1
                 z2 = y2
-            _store_pairs(to, z1, z2, hb, mb, p, D, HALF, INTERLEAVED)
+            _store_pairs(to, z1, z2, head_b, real_b, p, D, HALF, INTERLEAVED)
             b1 = next_b1
             b2 = next_b2
         to += H * D
@@ -183,7 +193,11 @@ def launch_qk_norm_rope(
     interleaved: bool,
     config: RowConfig | None = None,
 ) -> torch.Tensor:
-    """qk_norm_rope.py's op: (B, L, H, D). UnsupportedError for more than three axes."""
+    """The op of qk_norm_rope.py: (B, L, H, D), contiguous, x's dtype. config: None is the default.
+
+    Raises ValueError if the operands do not fit each other, and UnsupportedError for more than three axes, or for a
+    dtype or a number of channels that the kernel does not take.
+    """
     check_operands(x, weight, per_head, num_heads, cos, sin, grid)
     check_input(x, x.shape[2])
     if len(cos) > AXES:
@@ -191,18 +205,19 @@ def launch_qk_norm_rope(
     dim = x.shape[2] // num_heads
     half = triton.cdiv(dim, 2)
     out = x.new_empty((x.shape[0], x.shape[1], num_heads, dim))
-    v = view3(x, x.shape)
-    missing = AXES - len(cos)  # axes in front, of one position and no columns
+    rows = view3(x, x.shape)
+    # the kernel always has AXES axes; missing axes come first, with one position and no columns
+    missing = AXES - len(cos)
     counts = [1] * missing + list(grid) if cos else [1] * AXES
     columns = [0] * missing + [c.shape[1] for c in cos]
     tables = [[None] * missing + [t.float().contiguous() for t in axes] for axes in (cos, sin)]
     h0, h1 = pieces(num_heads, 4)
-    p = triton.next_power_of_2(half)
-    config = config or row_config(min(WIDEST, (h0 + h1) * 2 * p), x.shape[0] * x.shape[1], x.device)
-    _rotate_rows[(triton.cdiv(v.shape[1], config.rows), v.shape[0])](
-        v, None if weight is None else weight.contiguous(), out, *tables[0], *tables[1],
-        *row_strides(v), v.shape[1], config.rows, counts[1], counts[2], eps,
-        H=num_heads, D=dim, HALF=half, H0=h0, H1=h1, P=p, D0=columns[0], D1=columns[1], D2=columns[2],
+    pairs = triton.next_power_of_2(half)
+    config = config or row_config(min(WIDEST, (h0 + h1) * 2 * pairs), x.shape[0] * x.shape[1], x.device)
+    _rotate_rows[(triton.cdiv(rows.shape[1], config.rows), rows.shape[0])](
+        rows, None if weight is None else weight.contiguous(), out, *tables[0], *tables[1],
+        *row_strides(rows), rows.shape[1], config.rows, counts[1], counts[2], eps,
+        H=num_heads, D=dim, HALF=half, H0=h0, H1=h1, P=pairs, D0=columns[0], D1=columns[1], D2=columns[2],
         PER_HEAD=per_head, TURN=bool(cos), INTERLEAVED=interleaved and bool(cos),
         **FUSED, num_warps=config.warps, num_stages=1,
     )  # fmt: skip

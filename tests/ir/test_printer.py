@@ -13,11 +13,13 @@ from turbocompile.errors import TurbocompileError
 from turbocompile.ir.printer import _expression, expression, print_program
 from turbocompile.ir.program import call
 from turbocompile.ir.weights import (
+    AddDiff,
     AddLora,
     Cast,
     Cat,
     Constant,
     Dequantize,
+    Dora,
     Load,
     Mul,
     Permute,
@@ -265,6 +267,8 @@ A, B = Load(".a", (4, 6), torch.bfloat16), Load("b", (2, 6), torch.bfloat16)
         (Zeros((2, 3), torch.float32), "zeros([2, 3])"),
         (Constant("rope.cos", (2,), torch.float32), "constant('rope.cos')"),
         (AddLora(A, B, B, 0.5), ".a + 0.5 * b @ b"),
+        (AddDiff(A, B, 0.5), ".a + 0.5 * b"),
+        (Dora(A, B, B, A, 0.5), "dora(.a + 0.5 * b @ b, .a)"),
         (Quantize(Cat((A, B), 0), "int8", "scale"), "quantize(cat([.a, b], 0), 'int8').scale"),
         (Dequantize(A, B, "int8_block", torch.bfloat16), "dequantize(.a, b, 'int8_block')"),
     ],

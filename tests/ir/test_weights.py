@@ -9,13 +9,16 @@ from turbocompile.kernels.quantize.quantize import dequantize, quantize
 from turbocompile.errors import EngineError
 from turbocompile.ir.deserialize_weights import expr_from_json
 from turbocompile.ir.evaluate import Evaluator
+from turbocompile.ir.reading import Unreadable
 from turbocompile.ir.serialize import expr_json
 from turbocompile.ir.weights import (
+    AddDiff,
     AddLora,
     Cast,
     Cat,
     Constant,
     Dequantize,
+    Dora,
     Load,
     Mul,
     Permute,
@@ -91,6 +94,41 @@ def test_every_expression_has_the_shape_dtype_and_value_it_says(table):
         assert torch.equal(found, value)
         assert nbytes(expr) == value.nbytes
         assert expr_from_json(expr_json(expr)) == expr
+
+
+def test_a_difference_and_a_magnitude_are_added_as_in_float64(table):
+    q, a, b = (table.tensors[n].double() for n in "qab")
+    rows, columns = torch.rand(6, 1) + 0.5, torch.rand(1, 8) + 0.5
+    table.tensors |= {"rows": rows, "columns": columns, "nothing": torch.zeros(6, 8)}
+    x, low_rank, v = load("q", 6, 8), (load("a", 2, 8), load("b", 6, 2)), q + 0.5 * b @ a
+    evaluate = Evaluator(table, {})
+    for expr, truth in [
+        (AddDiff(x, load("q", 6, 8), -0.3), 0.7 * q),
+        (AddDiff(Cast(x, torch.bfloat16), load("q", 6, 8), 0.3), q.bfloat16().double() + 0.3 * q),
+        (Dora(x, *low_rank, load("rows", 6, 1), 0.5), rows.double() * v / v.norm(dim=1, keepdim=True)),
+        (Dora(x, *low_rank, load("columns", 1, 8), 0.5), columns.double() * v / v.norm(dim=0, keepdim=True)),
+        (Dora(load("nothing", 6, 8), *low_rank, load("rows", 6, 1), 0.0), 0 * q),  # rows without a direction
+    ]:
+        found = evaluate(expr)
+        assert (found.shape, found.dtype) == (expr.shape, expr.dtype)
+        eps = 2.0**-8 if expr.dtype == torch.bfloat16 else 2.0**-22  # rounded once; a few roundings of 2^-24
+        assert (found.double() - truth).abs().max() <= eps * truth.abs().max()
+        assert expr_from_json(expr_json(expr)) == expr
+
+
+MISFITS = {
+    "ranks": AddLora(load("q", 6, 8), load("a", 2, 8), load("b", 6, 3), 1.0),
+    "columns": AddLora(load("q", 6, 8), load("a", 2, 7), load("b", 6, 2), 1.0),
+    "rows": Dora(load("q", 6, 8), load("a", 2, 8), load("b", 5, 2), load("m", 6, 1), 1.0),
+    "a vector": Dora(load("q", 6, 8), load("a", 2, 8), load("b", 6, 2), load("m", 6), 1.0),
+    "a difference": AddDiff(load("q", 6, 8), load("d", 8, 6), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_an_adapter_that_does_not_fit_its_weight_is_unreadable(name):
+    with pytest.raises(Unreadable, match="parts that do not fit"):
+        expr_from_json(expr_json(MISFITS[name]))
 
 
 @pytest.mark.parametrize("format", ["int8", "int8_block", "fp8"])

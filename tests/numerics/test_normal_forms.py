@@ -15,6 +15,7 @@ from turbocompile.numerics.errors import compare
 from turbocompile.numerics.inputs import random_inputs
 from turbocompile.numerics.interpreter import Interpreter
 from turbocompile.numerics.normal_forms import wrong_forms
+from turbocompile.numerics.program_values import Weights
 from turbocompile.numerics.verifier import Verifier
 from turbocompile.rewrite.normalize import normalize
 
@@ -28,7 +29,7 @@ def case():
 
 def wrong(model, raw, program, verifier):
     """The graphs whose normal form is wrong."""
-    return wrong_forms(raw, program, Evaluator(ModuleTensors(model), program.constants), verifier.inputs)
+    return wrong_forms(raw, program, Weights(Evaluator(ModuleTensors(model), program.constants)), verifier.inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -56,7 +57,7 @@ def test_a_wrong_value_that_the_shell_hands_to_a_block_is_found():
     program = capture(model, (torch.randn(2, 12, 64),))
     raw = program.copy()
     normalize(program)
-    verifier = Verifier(program, Evaluator(ModuleTensors(model), program.constants))
+    verifier = Verifier(program, Weights(Evaluator(ModuleTensors(model), program.constants)))
     next(n for n in raw.shell.graph.nodes if is_op(n, aten.tanh)).target = aten.sin.default
     assert list(wrong(model, raw, program, verifier)) == ["shell"]
 
@@ -85,7 +86,7 @@ def test_what_a_16_bit_model_rounds_itself_is_no_wrong_normal_form(cosine):
     program = capture(model, inputs)
     raw = program.copy()
     normalize(program)
-    verifier = Verifier(program, Evaluator(ModuleTensors(model), program.constants))
+    verifier = Verifier(program, Weights(Evaluator(ModuleTensors(model), program.constants)))
     truth = verifier.outputs["shell"][0]
     assert compare(run_raw(raw, verifier), truth).rel_l1 > 0.05  # the model's own rounding
     if cosine:
@@ -114,4 +115,5 @@ def test_an_eps_that_is_not_named_is_that_of_the_models_type():
         (norm,) = (n for n in program.shell.graph.nodes if is_op(n, aten.rms_norm))
         assert norm.args[3] == torch.finfo(torch.float32).eps
         inputs = random_inputs(program)
-        assert wrong_forms(raw, program, Evaluator(ModuleTensors(Norm()), program.constants), inputs) == {}
+        weights = Weights(Evaluator(ModuleTensors(Norm()), program.constants))
+        assert wrong_forms(raw, program, weights, inputs) == {}

@@ -19,8 +19,8 @@ class Adapted(nn.Module):
 
     def __init__(self, form: str) -> None:
         super().__init__()
-        self.form, self.base = form, nn.Linear(C, C)
-        self.down, self.up = nn.Linear(C, RANK, bias=False), nn.Linear(RANK, C, bias=form == "bias")
+        self.form, self.base = form, nn.Linear(C, C, bias=form != "bias alone")
+        self.down, self.up = nn.Linear(C, RANK, bias=False), nn.Linear(RANK, C, bias="bias" in form)
         self.down2, self.up2 = nn.Linear(C, 2, bias=False), nn.Linear(2, C, bias=False)
         self.gain = nn.Parameter(torch.tensor(0.5))
 
@@ -30,9 +30,12 @@ class Adapted(nn.Module):
             "scaled": lambda: y + adapter * 0.5,
             "first": lambda: -2 * adapter + y,
             "plain": lambda: y + adapter,
+            "minus": lambda: y - adapter,
+            "minus inside": lambda: y + self.up(-self.down(x)),
             "inside": lambda: y + self.up(self.down(x) * 0.5),
             "two": lambda: y + adapter * 0.5 + self.up2(self.down2(x)) * 2.0,
             "bias": lambda: y + adapter * 0.5,
+            "bias alone": lambda: adapter * 0.5 + y,
             "learned": lambda: y + adapter * self.gain,
             "another input": lambda: y + self.up(self.down(x + 1)),
             "bent": lambda: y + self.up(self.down(x).relu()),
@@ -47,7 +50,20 @@ def stack(form, dtype=torch.float32):
     return model, (torch.randn(2, 6, C, dtype=dtype),)
 
 
-@pytest.mark.parametrize(("form", "count"), {"scaled": 1, "first": 1, "plain": 1, "inside": 1, "two": 2}.items())
+@pytest.mark.parametrize(
+    ("form", "count"),
+    {
+        "scaled": 1,
+        "first": 1,
+        "plain": 1,
+        "minus": 1,
+        "minus inside": 1,
+        "inside": 1,
+        "two": 2,
+        "bias": 1,
+        "bias alone": 1,
+    }.items(),
+)
 def test_adapters_join_the_weight(form, count, rewrite, assert_same):
     model, args = stack(form)
     done = rewrite(model, args)
@@ -57,7 +73,6 @@ def test_adapters_join_the_weight(form, count, rewrite, assert_same):
 
 
 STAYS = {
-    "bias": "it is no linear(x) + scale * b(a(x)) without a bias of its own",
     "learned": "its scale is computed in the graph",
     "another input": "it is no linear(x)",
     "of its output": "it is no linear(x)",
@@ -87,6 +102,49 @@ def test_a_weight_of_16_bits_is_rounded_once_and_is_as_near_to_the_truth_as_the_
     assert found <= 1.1 * eager  # of 384 values, whose mean error varies by 1 / sqrt(384) = 5%, twice
 
 
+DORAS = {
+    "alone": [(4, True, 1.0)],
+    "of another scale": [(4, True, 0.3)],
+    "subtracted": [(4, True, -1.0)],
+    "before a LoRA": [(4, True, 0.5), (2, False, -1.0)],
+    "after a LoRA": [(2, False, 1.0), (4, True, 0.5)],
+    "two": [(4, True, 1.0), (3, True, 1.0)],
+}
+NOT_FOLDED = {"after a LoRA": 1, "two": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("case", DORAS)
+def test_dora_joins_the_weight_where_no_other_adapter_stands_before_it(case, bias, dtype, rewrite):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(C, 2 * C, bias=bias), nn.Tanh(), nn.Linear(2 * C, 300, bias=bias))
+    names = []
+    for i, (rank, dora, scale) in enumerate(DORAS[case]):
+        config = peft.LoraConfig(
+            r=rank, lora_alpha=scale * rank, use_dora=dora, target_modules=["0", "2"], init_lora_weights=False
+        )
+        peft.inject_adapter_in_model(config, model, f"a{i}")
+        names.append(f"a{i}")
+    for i in (0, 2):
+        model[i].set_adapter(names)
+        for magnitude in model[i].lora_magnitude_vector.values():
+            magnitude.weight.data *= 1 + 0.2 * torch.randn_like(magnitude.weight)
+    model.requires_grad_(False).eval().to(dtype)
+    args = (torch.randn(2, 6, C, dtype=dtype),)
+    done = rewrite(model, args)
+    left = NOT_FOLDED.get(case, 0)
+    assert done.results["lora"].rewritten == 2 * (len(names) - left)
+    assert len(done.reasons("lora")) == 2 * left
+    if not left:
+        assert done.ops().count("linear") == 2
+    eager = model(*args).double()
+    truth = model.double()(*(a.double() for a in args))
+    size = truth.norm()
+    assert (done.run(*args).double() - truth).norm() <= 1.1 * (eager - truth).norm() + 2e-6 * size
+
+
 def test_the_recipe_keeps_adapters_apart(rewrite, assert_same):
     model, args = stack("scaled")
     done = rewrite(model, args, options={"lora": {"enabled": False}})
@@ -105,13 +163,15 @@ def sites():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_wan_with_adapters_of_peft_has_the_sites_of_one_without(dtype, wan, wan_call, sites, tmp_path):
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_wan_with_adapters_of_peft_has_the_sites_of_one_without(dtype, dora, wan, wan_call, sites, tmp_path):
     peft = pytest.importorskip("peft")
     call, recipe = {**wan_call(dtype=dtype), "return_dict": False}, {"passes": {"w8a8": {"format": "off"}}}
     plain = turbocompile.optimize(wan().to(dtype), kwargs=call, recipe=recipe)
     model = wan()
     for name, rank, targets in (("a", 4, TARGETS), ("b", 2, ["to_q", "to_v"])):
-        model.add_adapter(peft.LoraConfig(r=rank, lora_alpha=8, target_modules=targets), adapter_name=name)
+        config = peft.LoraConfig(r=rank, lora_alpha=8, target_modules=targets, use_dora=dora and name == "a")
+        model.add_adapter(config, adapter_name=name)
     model.set_adapters(["a", "b"], [0.7, -0.3])
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

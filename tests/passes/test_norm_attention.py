@@ -15,6 +15,7 @@ from turbocompile.capture.module_weights import ModuleTensors
 from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.node_cost import node_cost
 from turbocompile.ir.program import is_op
+from turbocompile.numerics.program_values import Weights
 from turbocompile.numerics.verifier import Verifier
 from turbocompile.recipe.options import resolve
 from turbocompile.recipe.schema import Settings
@@ -207,7 +208,7 @@ def verified(model, kind, dtype, extra=()):
     program = capture(model, (x,), {})
     normalize(program)
     resolved = resolve(Settings.from_dict({"target": "sm90", "passes": options}))
-    verifier = Verifier(program, Evaluator(ModuleTensors(model), program.constants), resolved)
+    verifier = Verifier(program, Weights(Evaluator(ModuleTensors(model), program.constants)), resolved)
     return {r.name: r for r in run_passes(program, resolved, verifier, passes=[*story(), *extra])}
 
 

@@ -268,3 +268,48 @@ def test_tokens_count_the_patches():
     # 1 + 80 / 4 latent frames of 480 / 16 by 832 / 16 patches
     assert Shape(480, 832, 81).tokens == 21 * 30 * 52
     assert Shape(480, 832, 81).latent == (21, 60, 104)
+
+
+LORAS = {
+    "a.safetensors:0.8": ("a.safetensors", 0.8),
+    "a.safetensors:-1e-1": ("a.safetensors", -0.1),
+    "a.safetensors": ("a.safetensors", 1.0),
+    r"C:\loras\a.safetensors": (r"C:\loras\a.safetensors", 1.0),
+    r"C:\loras\a.safetensors:2": (r"C:\loras\a.safetensors", 2.0),
+    "a:b": ("a:b", 1.0),
+    "there:2": ("there:2", 1.0),  # a file of that name exists
+}
+
+
+@pytest.mark.parametrize("text", LORAS)
+def test_a_lora_is_a_path_and_a_weight_after_a_colon(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there:2").touch()
+    path, weight = LORAS[text]
+    model = {"model": {"preset": "wan-tiny"}, "target": "cpu"}
+    for given in (text, [text], {"path": path, "weight": weight}, [{"path": path, "weight": weight}]):
+        recipe = Recipe.from_dict({**model, "lora": given})
+        assert [(x.path, x.weight, x.expert) for x in recipe.lora] == [(path, weight, "both")]
+        assert Recipe.from_dict(recipe.to_dict()) == recipe
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: {preset: wan-tiny}\ntarget: cpu\nlora: {path: b.safetensors, expert: transformer_2}\n")
+    found = load_recipe(file, loras=[text]).lora
+    assert [(Path(x.path).name, x.weight, x.expert) for x in found] == [
+        ("b.safetensors", 1.0, "low"), (Path(path).name, weight, "both"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ("a:nan", "lora.0.weight must be a finite number"),
+        ("", "lora.0.path is empty"),
+        ([{"weight": 1.0}], "lora.0.path is missing"),
+        ([{"path": "a", "expert": "medium"}], "lora.0.expert must be one of both, high, low"),
+        ([{"path": "a", "wieght": 1.0}], "unknown field lora.0.wieght; did you mean weight"),
+        ([{"path": "a", "weight": "much"}], "lora.0.weight must be a number"),
+    ],
+)
+def test_a_lora_that_means_nothing_is_refused(lora, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_dict({"model": {"preset": "wan-tiny"}, "target": "cpu", "lora": lora})

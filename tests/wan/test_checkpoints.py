@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from turbocompile.capture.module_weights import DATA, SCALE
 from turbocompile.errors import EngineError, RecipeError
 from turbocompile.recipe.schema import Recipe
 from turbocompile.wan.checkpoints import CheckpointTensors, diffusers_name, infer_config, strip_prefix
@@ -115,14 +116,14 @@ def test_quantized_linears_are_read_either_way():
     del state[f"{name}.weight"]
     state |= {f"{name}.int8_weight": data, f"{name}.scale": scale}
     tensors = CheckpointTensors(Tensors(state), "x.pth")
-    assert tensors.quantized
-    weight = tensors.get("blocks.1.ffn.net.0.proj.weight")
-    assert weight.dtype == torch.bfloat16
+    name = "blocks.1.ffn.net.0.proj.weight"
+    assert {n: s.format for n, s in tensors.stored.items()} == {name: "int8_block"}
+    weight = tensors.get(name)
+    assert weight.dtype == torch.float32
     for row, column in ((0, 0), (127, 128), (383, 255)):
-        expected = (data[row, column].float() * scale[row // 128, column // 128]).bfloat16()
-        assert weight[row, column] == expected
-    assert torch.equal(tensors.get("blocks.1.ffn.net.0.proj.int8_weight"), data)
-    assert torch.equal(tensors.get("blocks.1.ffn.net.0.proj.scale"), scale)
+        assert weight[row, column] == data[row, column].float() * scale[row // 128, column // 128]
+    assert torch.equal(tensors.get(name + DATA), data)
+    assert torch.equal(tensors.get(name + SCALE), scale)
     assert infer_config(tensors, "x")["ffn_dim"] == FFN
 
 
@@ -134,8 +135,12 @@ def test_broken_checkpoints_are_refused_in_one_sentence():
         CheckpointTensors(Tensors({**state, "blocks.0.extra.weight": torch.ones(1)}), "x.pth")
     with pytest.raises(EngineError, match="twice, under different prefixes"):
         CheckpointTensors(Tensors({**state, "net.head.modulation": torch.ones(1, 2, C)}), "x.pth")
-    with pytest.raises(EngineError, match="has no scale beside it"):
-        CheckpointTensors(Tensors({**state, "blocks.0.ffn.0.int8_weight": torch.ones(1, 1, dtype=torch.int8)}), "x.pth")
+    data = torch.ones(FFN, C, dtype=torch.int8)
+    with pytest.raises(EngineError, match=r"ffn\.0\.weight as a weight and as int8_weight"):
+        CheckpointTensors(Tensors({**state, "blocks.0.ffn.0.int8_weight": data}), "x.pth")
+    del state["blocks.0.ffn.0.weight"]
+    with pytest.raises(EngineError, match=r"ffn\.0\.int8_weight is stored as int8 and has no scale beside it"):
+        CheckpointTensors(Tensors({**state, "blocks.0.ffn.0.int8_weight": data}), "x.pth")
 
 
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model."])

@@ -68,13 +68,28 @@ def test_the_only_variant_is_the_model(example, tmp_path, variant, shards):
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae"])
-def test_several_variants_are_named_and_a_plain_file_wins(folder, part):
+def test_of_several_variants_that_of_the_recipes_dtype_is_taken_and_a_plain_file_wins(folder, part):
     weights = folder / part / SINGLE
-    for variant in ("fp16", "bf16"):
-        shutil.copy(weights, folder / part / f"diffusion_pytorch_model.{variant}.safetensors")
-    opened(folder).components.sizes()
+    state = load_file(weights)
+    for times, variant in enumerate(("fp16", "bf16"), 2):
+        path = folder / part / f"diffusion_pytorch_model.{variant}.safetensors"
+        save_file({k: v * times for k, v in state.items()}, path, {"format": "pt"})
+    key = min(state)
+
+    def factor(dtype: str) -> float:
+        source = opened(folder, dtype=dtype)
+        held = source.transformers[part].load() if part == "transformer" else source.components.load()[part]
+        return round(float((held.state_dict()[key].float() / state[key]).mean()))
+
+    assert factor("float32") == 1
     weights.unlink()
-    with pytest.raises(EngineError, match=r"variants bf16, fp16 and not as diffusion_pytorch_model\.safetensors"):
+    assert [factor(dtype) for dtype in ("float32", "bfloat16")] == [3, 3]
+    if part == "transformer":
+        assert factor("float16") == 2
+    for variant in ("fp16", "bf16"):
+        path = folder / part / f"diffusion_pytorch_model.{variant}.safetensors"
+        path.rename(path.with_name(path.name.replace(variant, f"{variant}_ema")))
+    with pytest.raises(EngineError, match=r"variants bf16_ema, fp16_ema and not as diffusion_pytorch_model\.safet"):
         opened(folder).components.sizes()
 
 
@@ -113,7 +128,7 @@ def test_what_loaders_put_before_names_is_stripped(folder, tmp_path, prefix):
 
 
 @pytest.mark.parametrize("place", ["file", "disguised", "folder", "transformer", "text_encoder", "low"])
-def test_gguf_is_named_wherever_it_is(folder, tmp_path, place):
+def test_a_damaged_gguf_is_named_wherever_it_is(folder, tmp_path, place):
     gguf, more = b"GGUF" + bytes(60), {}
     path = tmp_path / ("model.bin" if place == "disguised" else "model-Q4_K_M.gguf")
     if place in ("file", "disguised"):
@@ -133,7 +148,10 @@ def test_gguf_is_named_wherever_it_is(folder, tmp_path, place):
         (folder / place / "model.gguf").write_bytes(gguf)
         path = folder
     recipe = Recipe.from_dict({"model": {"path": str(path)}, **CPU, **more})
-    with pytest.raises(UnsupportedError, match=r"this is a GGUF file.*give the safetensors version") as caught:
+    error, said = (EngineError, r"model.*: this is no whole GGUF file \(.*download it again")
+    if place == "text_encoder":
+        error, said = (UnsupportedError, r"this is a GGUF file.*as a transformer alone; give the safetensors version")
+    with pytest.raises(error, match=said) as caught:
         open_source(recipe).components.sizes()
     assert "\n" not in str(caught.value)
 

@@ -62,14 +62,14 @@ def test_a_tensor_that_nothing_reads_is_named(folder, name, what, place):
     with pytest.raises((EngineError, UnsupportedError)) as caught:
         build(path, **more)
     message = str(caught.value)
-    assert f"the tensor {name} (and 1 more) {what}" in message
+    assert f"the tensor {name} (and 1 more: zzz) {what}" in message
     assert "\n" not in message
     assert "; " in message.partition(what)[2]  # the mend
 
 
 def test_a_lora_alone_is_a_lora(tmp_path):
     save_file({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 2)}, tmp_path / "l.safetensors")
-    with pytest.raises(UnsupportedError, match=r"belongs to a LoRA.*fuse_lora"):
+    with pytest.raises(UnsupportedError, match=r"belongs to a LoRA.*in the recipe \(or --lora\)"):
         build(tmp_path / "l.safetensors", components="none")
 
 
@@ -163,4 +163,5 @@ def test_a_training_states_other_networks_are_let_be_beside_its_average(folder):
 
 
 def test_the_most_telling_name_is_the_one_that_is_told():
-    assert "the tensor a.lora_A (and 2 more) belongs to a LoRA" in str(refusal("x", ["a.b", "a.lora_A", "vace_x"]))
+    said = str(refusal("x", ["a.b", "a.lora_A", "vace_x"]))
+    assert "the tensor a.lora_A (and 2 more: a.b, vace_x) belongs to a LoRA" in said

@@ -74,7 +74,9 @@ def write(folder, example, file, shards=1):
     return folder
 
 
-@pytest.mark.parametrize("name", ["weight_scale", "scale_weight", "scale", "weight_scale_inv"])
+@pytest.mark.parametrize(
+    "name", ["weight_scale", "scale_weight", "scale", "weight_scale_inv", "weight_quantizer._scale"]
+)
 @pytest.mark.parametrize("kind", ["tensor", "row", "column", "block"])
 @pytest.mark.parametrize("dtype", LIMITS, ids=["e4m3", "e5m2", "int8"])
 def test_a_weight_is_what_it_stands_for_under_every_name_and_grid(name, kind, dtype):
@@ -190,6 +192,9 @@ def test_what_says_no_number_is_refused_in_a_sentence(change, sentence):
     [
         ({"format": "float8_e4m3fn"}, None),
         ({"format": "float8_e4m3fn", "full_precision_matrix_mult": True}, None),
+        ({"format": "float8_e4m3fn_rowwise", "orig_dtype": "torch.bfloat16"}, None),
+        ({"format": "float8_e4m3fn_blockwise", "group_size": 128}, None),
+        ({"format": "int8_tensorwise", "convrot": False}, None),
         ({"format": "nvfp4"}, "stored as nvfp4, which"),
         ({"format": "int8_tensorwise", "convrot": True}, "stored as int8_tensorwise with convrot"),
     ],
@@ -206,6 +211,20 @@ def test_descriptions_of_weights_are_followed_or_refused(description, words):
         return
     with pytest.raises(UnsupportedError, match=words):
         ScaledTensors(Tensors(file), "x")
+
+
+def test_bytes_that_are_described_as_float8_are_float8():
+    weight, scale = torch.randn(4, 8), torch.rand(4, 1)
+    data = weight.to(torch.float8_e4m3fn)
+    text = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    file = {"a.weight": data.view(torch.uint8), "a.weight_scale": scale, "a.comfy_quant": text}
+    tensors = ScaledTensors(Tensors(file), "x")
+    assert torch.equal(tensors.get("a.weight"), data.float() * scale)
+    assert tensors.data("a.weight").dtype == data.dtype
+    assert tensors.stored["a.weight"].format == "fp8"
+    del file["a.comfy_quant"]
+    with pytest.raises(EngineError, match=r"a.weight is stored as uint8 and has no scale beside it"):
+        ScaledTensors(Tensors({"a.weight": file["a.weight"]}), "x")
 
 
 def saved(tmp_path, model, change):

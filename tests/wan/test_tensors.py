@@ -7,7 +7,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from turbocompile.kernels.quantize.quantize import FORMATS, dequantize
 
+from turbocompile.capture.module_weights import DATA, SCALE
 from turbocompile.errors import EngineError
 from turbocompile.wan.tensors import INDEX, SINGLE, SyntheticTensors, checkpoint_file, safetensors_folder, synthetic
 
@@ -37,17 +39,18 @@ def test_synthetic_norms_are_near_one_and_not_one():
     assert abs(weight.std().item() - 0.1) < 0.01
 
 
-def test_synthetic_quantized_linears_agree_with_their_weight():
+@pytest.mark.parametrize(("format", "scale"), [("int8_block", (2, 3)), ("int8", (256, 1)), ("fp8", (256, 1))])
+def test_synthetic_quantized_linears_agree_with_their_weight(format, scale):
     specs = {
         "a.weight": ((256, 384), torch.bfloat16),
-        "a.int8_weight": ((256, 384), torch.int8),
-        "a.scale": ((2, 3), torch.float32),
+        f"a.weight{DATA}": ((256, 384), FORMATS[format]),
+        f"a.weight{SCALE}": (scale, torch.float32),
     }
     tensors = SyntheticTensors(specs, 0, "transformer")
-    data, weight = tensors.get("a.int8_weight"), tensors.get("a.weight")
-    assert data.dtype == torch.int8
-    expected = (data.float() * tensors.get("a.scale")[0, 0]).bfloat16()  # all tiles have one scale
-    assert torch.equal(weight, expected)
+    parts = tensors.get(f"a.weight{DATA}"), tensors.get(f"a.weight{SCALE}")
+    assert [(tuple(p.shape), p.dtype) for p in parts] == list(specs.values())[1:]
+    weight = tensors.get("a.weight")
+    assert torch.equal(weight, dequantize(*parts, format, torch.bfloat16))
     assert abs(weight.float().std().item() * 384**0.5 - 1.0) < 0.02
 
 

@@ -13,7 +13,7 @@ from turbocompile.build.inputs import calibration_inputs, measuring
 from turbocompile.build.rounds import Rewritten, rewrite_all
 from turbocompile.build.stages import Stages, warnings_collected
 from turbocompile.errors import EngineError, VerificationError
-from turbocompile.ir.emit import Emission, weight_plan
+from turbocompile.ir.emit import Emission, factor_plan, weight_plan
 from turbocompile.ir.evaluate import Evaluator, TensorSource, WithVectors
 from turbocompile.ir.graph_view import GraphView
 from turbocompile.ir.printer import print_program
@@ -22,6 +22,7 @@ from turbocompile.numerics.calibrate import calibrate
 from turbocompile.numerics.inputs import Inputs
 from turbocompile.numerics.normal_forms import wrong_forms
 from turbocompile.numerics.plan import Plan
+from turbocompile.numerics.program_values import Weights
 from turbocompile.numerics.recording import Recorded
 from turbocompile.numerics.shapes import wrong_shapes
 from turbocompile.recipe.options import CompileOptions
@@ -87,20 +88,22 @@ def compile_programs(
         return _as_captured(name, programs, source)
     captured = Captured(programs, twin, stages)
     inputs, calibrated, warned = None, Plan(""), []
+    weights: Weights | None = None
     if captured.twin is not None:
         inputs = calibration_inputs(captured.measured[0], source, recorded, example)
-        _check_forms(name, captured, source, inputs, stages)
+        weights = _check_forms(name, captured, source, inputs, stages)
         if options.w8a8.is_calibrated:
             calibrated = _calibrated(name, captured, source, options, inputs, stages)
             options = options.with_calibration(calibrated.keep, calibrated.smoothed, calibrated.unsmoothed)
-            source = WithVectors(source, calibrated.vectors)
+            source, weights = WithVectors(source, calibrated.vectors), None
             if options.w8a8.alpha_named and not inputs.recorded:
                 alpha = options.w8a8.alphas[0]
                 warned.append(f"smooth: {alpha:g} needs recorded inputs (calibration), so that nothing was smoothed")
-    done = rewrite_all(name, captured, source, options, inputs, stages)
+    done = rewrite_all(name, captured, source, options, inputs, stages, weights)
     if options.verify == "shapes":
         _check_shapes(name, done.programs, captured, stages)
-    plan, constants = weight_plan(done.programs), merged_constants(done.programs)
+    plan = dict(sorted({**factor_plan(done.programs), **weight_plan(done.programs)}.items()))
+    constants = merged_constants(done.programs)
     results = _with_verdicts(done, calibrated)
     made = Compiled(name, done.programs, results, done.printed, done.views, plan, constants, source)
     return made.warned(*warned, *captured.warnings(), *done.warned)
@@ -118,12 +121,14 @@ def _as_captured(name: str, programs: Mapping[str, Program], source: TensorSourc
     return Compiled(name, kept, [], printed, views, weight_plan(kept), merged_constants(kept), source)
 
 
-def _check_forms(name: str, captured: Captured, source: TensorSource, inputs: Inputs, stages: Stages) -> None:
-    """Has the graphs whose normal form gives other numbers stay as captured."""
+def _check_forms(name: str, captured: Captured, source: TensorSource, inputs: Inputs, stages: Stages) -> Weights:
+    """Has the graphs whose normal form gives other numbers stay as captured. Returns the weights' values."""
     raw, twin = captured.measured
     with stages("verify"), measuring(name, inputs):
         constants = {**raw.constants, **twin.constants}  # the normal form renames some
-        captured.leave(wrong_forms(raw, twin, Evaluator(source, constants), inputs.calls[0]))
+        weights = Weights(Evaluator(source, constants))
+        captured.leave(wrong_forms(raw, twin, weights, inputs.calls[0]))
+    return weights
 
 
 def _calibrated(

@@ -30,6 +30,7 @@ from turbocompile.recipe.schema import Recipe, Shape
 from turbocompile.report.report import Report
 from turbocompile.runtime.folder import new_folder
 from turbocompile.runtime.tuning import merge
+from turbocompile.wan.as_stored import second_errors
 from turbocompile.wan.source import Source, open_source
 from turbocompile.wan.transformer import BlocksFrom, TransformerSource
 
@@ -146,7 +147,8 @@ class _TransformerBuild:
     def compiled(self) -> Compiled:
         """Captures each shape once, compares blocks with the model itself, rewrites."""
         recipe, stages = self.recipe, self.stages
-        programs = {shape.name: self._captured(self.transformer, shape) for shape in recipe.shapes}
+        captured = {shape.name: self._captured(self.transformer, shape) for shape in recipe.shapes}
+        programs = {shape: self.transformer.as_stored(program) for shape, program in captured.items()}
         options = self._options()
         compared, small = NOT_COMPARED, None
         if recipe.verify == "numeric":
@@ -162,7 +164,18 @@ class _TransformerBuild:
         if compared.calls and small is not None:
             with stages("compare"):
                 words = f"{self._compared_further(small)} of {self.layers} blocks: {words}"
-        return replace(item, compared=words).warned(*compared.warnings, *self.transformer.notes)
+        return replace(item, compared=words).warned(
+            *compared.warnings, *self.transformer.notes, *self._rounded_twice(item)
+        )
+
+    def _rounded_twice(self, item: Compiled) -> list[str]:
+        """What is said of weights that the checkpoint stores in another format than the engine."""
+        stored = self.transformer.stored
+        if self.dry_run or not stored:
+            return []
+        evaluate = Evaluator(item.source, item.constants)
+        said = second_errors(next(iter(item.programs.values())), stored, evaluate)
+        return [f"{self.transformer.where}: {said}"] if said is not None else []
 
     def _options(self) -> CompileOptions:
         options = resolve(self.recipe, self.tensors.keys())
@@ -184,11 +197,12 @@ class _TransformerBuild:
         if small is None:
             return None
         shape = self._smallest()
-        if not options.w8a8.is_calibrated or self.layers <= 2:
-            return Twin(small)
+        mixed = len(next(iter(programs.values())).graphs) > len(small.graphs)  # layers stored in different formats
+        if (not options.w8a8.is_calibrated and not mixed) or self.layers <= 2:
+            return Twin(self.transformer.as_stored(small))
         if shape.name in programs:
             return Twin(programs[shape.name], shape.name)
-        return Twin(self._captured(self.transformer, shape))
+        return Twin(self.transformer.as_stored(self._captured(self.transformer, shape)))
 
     def _captured(self, transformer: TransformerSource, shape: Shape) -> Program:
         """The Program of a transformer. Of many layers three are captured, and the middle one is repeated, because all

@@ -11,6 +11,7 @@ from turbocompile.errors import RecipeError, VerificationError
 from turbocompile.ir.evaluate import Evaluator, TensorSource
 from turbocompile.ir.program import SHELL, Program, is_op
 from turbocompile.numerics.inputs import Inputs, random_inputs
+from turbocompile.numerics.program_values import Weights
 from turbocompile.numerics.recording import MAX_TOKENS, Recorded
 from turbocompile.numerics.verifier import Verifier
 
@@ -55,7 +56,7 @@ def calibration_inputs(
 def _computes(program: Program, source: TensorSource, tensors: Sequence[torch.Tensor]) -> bool:
     """Whether the captured Program gives numbers for these tensors. Raises torch.OutOfMemoryError."""
     try:
-        verifier = Verifier(program, Evaluator(source, program.constants), inputs=list(tensors))
+        verifier = Verifier(program, Weights(Evaluator(source, program.constants)), inputs=list(tensors))
     except torch.OutOfMemoryError:
         raise
     except (IndexError, RuntimeError):  # torch raises both for an index out of range, on a CPU and elsewhere

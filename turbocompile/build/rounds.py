@@ -19,6 +19,7 @@ from turbocompile.ir.graph_view import GraphView
 from turbocompile.ir.printer import print_program
 from turbocompile.ir.program import Program
 from turbocompile.numerics.inputs import Inputs
+from turbocompile.numerics.program_values import Weights
 from turbocompile.numerics.verifier import Verifier
 from turbocompile.recipe.options import CompileOptions
 from turbocompile.report.attentions import chosen
@@ -67,8 +68,13 @@ def rewrite_all(
     options: CompileOptions,
     inputs: Inputs | None,
     stages: Stages,
+    weights: Weights | None = None,
 ) -> Rewritten:
-    """Runs the passes until all Programs agree. inputs: what the twin is measured on; None where there is no twin."""
+    """Runs the passes until all Programs agree.
+
+    inputs: what the twin is measured on; None where there is no twin. weights: values of `source` that are known
+    already.
+    """
     vetoes: Vetoes = {}
     small_options = options
     if captured.twin is not None and not captured.twin_shape:
@@ -77,7 +83,8 @@ def rewrite_all(
     while True:
         done, everyone = Rewritten(), []
         if captured.twin is not None and inputs is not None:
-            everyone.append(_judged(name, captured, source, small_options, inputs, vetoes, done, stages))
+            known = weights or Weights(Evaluator(source, captured.measured[1].constants))
+            everyone.append(_judged(name, captured, known, small_options, inputs, vetoes, done, stages))
         given = _joined(vetoes, done.judged)
         for shape, start in captured.programs.items():
             if shape in done.programs:  # it is the twin's, which the passes have been through
@@ -93,7 +100,7 @@ def rewrite_all(
 def _judged(
     name: str,
     captured: Captured,
-    source: TensorSource,
+    weights: Weights,
     options: CompileOptions,
     inputs: Inputs,
     vetoes: Vetoes,
@@ -106,7 +113,7 @@ def _judged(
     first = bool(shape) and shape == next(iter(captured.programs))
     with stages("verify"):
         with measuring(name, inputs):
-            verifier = Verifier(small, Evaluator(source, small.constants), options, list(inputs.calls[0]))
+            verifier = Verifier(small, weights, options, list(inputs.calls[0]))
         if first:
             done.printed["normalize"] = print_program(small)
         with warnings_collected() as said:

@@ -22,9 +22,9 @@ EXPRESSIONS = {
     c.__name__: c
     for c in (
         weights.Load, weights.Constant, weights.Zeros, weights.Reshape, weights.Cast, weights.Permute, weights.Slice,
-        weights.Cat, weights.Mul, weights.AddLora, weights.Dequantize, weights.Quantize,
+        weights.Cat, weights.Mul, *weights.ADAPTERS, weights.Dequantize, weights.Quantize,
     )
-}  # fmt: skip  # fmt: skip
+}  # fmt: skip
 _FIELDS: dict[type, dict[str, Any]] = {
     cls: {f.name: typing.get_type_hints(cls)[f.name] for f in fields(cls)}  # type: ignore[arg-type]
     for cls in EXPRESSIONS.values()
@@ -80,7 +80,11 @@ def _check_expr(expr: weights.Expr) -> None:
         case weights.Cat(of, dim):
             good = bool(of) and 0 <= dim < len(of[0].shape) and all(_alike(e, of[0], dim) for e in of)
         case weights.AddLora(of, a, b):
-            good = all(len(e.shape) == 2 for e in (of, a, b))
+            good = _multiply(of, a, b)
+        case weights.AddDiff(of, diff):
+            good = of.shape == diff.shape
+        case weights.Dora(of, a, b, magnitude):
+            good = _multiply(of, a, b) and magnitude.shape in ((of.shape[0], 1), (1, of.shape[1]))
         case weights.Dequantize(data, _, form):
             good = len(data.shape) == 2 and form in FORMATS
         case weights.Quantize(of, form, part):
@@ -90,6 +94,13 @@ def _check_expr(expr: weights.Expr) -> None:
     if not good:
         raise Unreadable(f"a weight is a {kind} of parts that do not fit")
     check_size(read_shape(list(expr.shape)), expr.dtype, f"a weight ({kind})")
+
+
+def _multiply(of: weights.Expr, a: weights.Expr, b: weights.Expr) -> bool:
+    """Whether `of + b @ a` has a meaning."""
+    if not all(len(e.shape) == 2 for e in (of, a, b)):
+        return False
+    return b.shape[1] == a.shape[0] and (b.shape[0], a.shape[1]) == of.shape
 
 
 def _alike(expr: weights.Expr, first: weights.Expr, dim: int) -> bool:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from turbocompile.errors import EngineError
+from turbocompile.ir.inverse import factors
 from turbocompile.ir.program import Program
 from turbocompile.ir.stored_names import stored_weights
-from turbocompile.ir.weights import Expr, absolute
+from turbocompile.ir.weights import Expr, Load, absolute, leaves
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,20 @@ class Emission:
 
     expr: Expr
     prefix: str
+
+
+def factor_plan(programs: Mapping[str, Program]) -> dict[str, Emission]:
+    """The checkpoint's vectors that weights were multiplied by, by their full names.
+
+    No graph reads them. An engine stores them, because they say what a scaled weight was before (adapters that are
+    added to an engine's weights need it).
+    """
+    plan: dict[str, Emission] = {}
+    for program in programs.values():
+        for weight in stored_weights(program):
+            for factor in factors(absolute(weight.expr, weight.prefix)):
+                plan |= {leaf.name: Emission(leaf, "") for leaf in leaves(factor) if isinstance(leaf, Load)}
+    return plan
 
 
 def weight_plan(programs: Mapping[str, Program]) -> dict[str, Emission]:

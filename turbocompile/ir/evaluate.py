@@ -10,11 +10,13 @@ import torch
 
 from turbocompile.errors import EngineError
 from turbocompile.ir.weights import (
+    AddDiff,
     AddLora,
     Cast,
     Cat,
     Constant,
     Dequantize,
+    Dora,
     Expr,
     Load,
     Mul,
@@ -106,9 +108,16 @@ class Evaluator:
                 by = of(expr.by).float() if isinstance(expr.by, Expr) else expr.by
                 return (value.float() * by).to(value.dtype)
             case AddLora():
+                return _sum(of(expr.of), of(expr.a), of(expr.b), expr.scale).to(expr.dtype)
+            case AddDiff():
                 value = of(expr.of)
                 wide = torch.promote_types(value.dtype, torch.float32)
-                return (value.to(wide) + expr.scale * (of(expr.b).to(wide) @ of(expr.a).to(wide))).to(value.dtype)
+                return torch.add(value.to(wide), of(expr.diff).to(wide), alpha=expr.scale).to(value.dtype)
+            case Dora():
+                v = _sum(of(expr.of), of(expr.a), of(expr.b), expr.scale)
+                length = torch.linalg.vector_norm(v, dim=1 if expr.magnitude.shape[1] == 1 else 0, keepdim=True)
+                factor = torch.where(length > 0, of(expr.magnitude).to(v.dtype) / length, 0.0)
+                return (v * factor).to(expr.dtype)
             case Dequantize():
                 return dequantize(of(expr.data), of(expr.scale), expr.format, expr.dtype)
             case Quantize():
@@ -134,3 +143,9 @@ class Evaluator:
             data, scale = quantize(self._value(expr.of, prefix), expr.format)
             self._last = (key, data, scale)
         return self._last[1] if expr.part == "data" else self._last[2]
+
+
+def _sum(value: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """value + scale * b @ a, in float32; of float64 in float64."""
+    wide = torch.promote_types(value.dtype, torch.float32)
+    return value.to(wide) + scale * (b.to(wide) @ a.to(wide))

@@ -7,7 +7,7 @@ constants alone (RoPE tables) are computed once for a device, because they are t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,12 @@ class Runner:
         }
         calls = {c.node.name: self.blocks[c.graph].bound(c.prefix, weights, around(c)) for c in program.calls()}
         self.shell = _Compiled(program.shell, SHELL, device, weights, launcher, calls).bound("", weights)
+        self.bindings = [*calls.values(), self.shell]
+
+    def refresh(self, weights: Mapping[str, torch.Tensor], names: Collection[str]) -> None:
+        """Computes anew, in place, what was folded from weights that were written to. names: their stored names."""
+        for bound in self.bindings:
+            bound.refresh(weights, names)
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with torch.no_grad(), _supported():
@@ -69,16 +75,20 @@ class _Bound(nn.Module):
     """The generated code of a graph, with the weights of one call."""
 
     code: fx.GraphModule
+    graph: _Compiled
 
     def __init__(
         self,
-        code: fx.GraphModule,
+        graph: _Compiled,
+        prefix: str,
         operands: Sequence[torch.Tensor],
         single: bool,
         around: tuple[Callable[[], None], Callable[[], None]] | None = None,
     ) -> None:
         super().__init__()
-        object.__setattr__(self, "code", code)  # shared by all calls, so it is not a child of each
+        self.prefix = prefix
+        object.__setattr__(self, "graph", graph)  # shared by all calls, so it is not a child of each
+        object.__setattr__(self, "code", graph.code)
         self.operands = list(operands)
         self.single = single
         self.around = around
@@ -96,6 +106,15 @@ class _Bound(nn.Module):
             after()
         return out[0] if self.single else out
 
+    def refresh(self, weights: Mapping[str, torch.Tensor], names: Collection[str]) -> None:
+        """As `Runner.refresh`."""
+        if not self.graph.folds(names):
+            return
+        folded = self.operands[len(self.graph.locals) :]
+        for kept, value in zip(folded, self.graph.folded_values(self.prefix, weights, anew=True), strict=True):
+            if isinstance(kept, torch.Tensor) and value.data_ptr() != kept.data_ptr():  # a view follows the weight
+                kept.copy_(value)
+
 
 class _Compiled:
     """One graph as generated code. Its arguments are the weights, the folded constants, then the activations."""
@@ -112,7 +131,7 @@ class _Compiled:
         self.sub, self.name = sub, name
         self.single = len(sub.outputs()) == 1
         self.device = device
-        folded = foldable(sub)
+        folded = self.folded = foldable(sub)
         self.of_layer = foldable_in_layer(sub, folded)
         gone = folded | self.of_layer
         self.values = _evaluate(sub, folded, _read_outside(folded), device, lambda n: self._weight(n, "", weights))
@@ -120,6 +139,7 @@ class _Compiled:
             [n for n in sub.graph.nodes if n in some and any(u not in gone for u in n.users)]
             for some in ({n for n in sub.graph.nodes if n.op == "get_attr"}, folded, self.of_layer)
         )
+        self.kept = kept
         self.constants = [self.values[n] for n in kept]
         root, graph = nn.Module(), fx.Graph()
         env: dict[fx.Node, fx.Node] = {}
@@ -152,12 +172,25 @@ class _Compiled:
         weights: Mapping[str, torch.Tensor],
         around: tuple[Callable[[], None], Callable[[], None]] | None = None,
     ) -> _Bound:
+        own = [self._weight(n, prefix, weights) for n in self.locals]
+        return _Bound(self, prefix, [*own, *self.folded_values(prefix, weights)], self.single, around)
+
+    def folded_values(self, prefix: str, weights: Mapping[str, torch.Tensor], anew: bool = False) -> list[Any]:
+        """The folded constants of one call. anew: also those that all calls share, because weights were written to."""
+
         def weight(node: fx.Node) -> torch.Tensor:
             return self._weight(node, prefix, weights)
 
-        own = _evaluate(self.sub, self.of_layer, self.kept_of_layer, self.device, weight, self.values)
-        operands = [*map(weight, self.locals), *self.constants, *(own[n] for n in self.kept_of_layer)]
-        return _Bound(self.code, operands, self.single, around)
+        values = self.values
+        if anew:
+            values = _evaluate(self.sub, self.folded, _read_outside(self.folded), self.device, weight)
+        own = _evaluate(self.sub, self.of_layer, self.kept_of_layer, self.device, weight, values)
+        return [*(values[n] for n in self.kept), *(own[n] for n in self.kept_of_layer)]
+
+    def folds(self, names: Collection[str]) -> bool:
+        """Whether a constant was folded from one of these stored weights."""
+        read = {str(n.target) for node in self.folded for n in node.all_input_nodes if n.op == "get_attr"}
+        return any(stored_name(self.name, n, self.sub.weights[n], "") in names for n in read)
 
 
 def with_device(node: fx.Node, kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -20,11 +20,13 @@ from turbocompile.ir.node_text import SHORT, tensor_text
 from turbocompile.ir.op_schema import schema_name
 from turbocompile.ir.program import SHELL, Program, Subgraph, call, module_path
 from turbocompile.ir.weights import (
+    AddDiff,
     AddLora,
     Cast,
     Cat,
     Constant,
     Dequantize,
+    Dora,
     Expr,
     Load,
     Mul,
@@ -117,6 +119,10 @@ def expression(expr: Expr) -> str:
             return f"{of(expr.of)} * {of(expr.by) if isinstance(expr.by, Expr) else expr.by}"
         case AddLora():
             return f"{of(expr.of)} + {expr.scale} * {of(expr.b)} @ {of(expr.a)}"
+        case AddDiff():
+            return f"{of(expr.of)} + {expr.scale} * {of(expr.diff)}"
+        case Dora():
+            return f"dora({of(expr.of)} + {expr.scale} * {of(expr.b)} @ {of(expr.a)}, {of(expr.magnitude)})"
         case Dequantize():
             return f"dequantize({of(expr.data)}, {of(expr.scale)}, {expr.format!r})"
         case Quantize():

@@ -187,6 +187,55 @@ class AddLora(Expr):
 
 
 @dataclass(frozen=True)
+class AddDiff(Expr):
+    """`of + scale * diff`, of one shape; computed in float32, of float64 in float64, in the dtype of `of`."""
+
+    of: Expr
+    diff: Expr
+    scale: float
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.of.shape
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.of.dtype
+
+    def parts(self) -> tuple[Expr, ...]:
+        return (self.of, self.diff)
+
+
+@dataclass(frozen=True)
+class Dora(Expr):
+    """`magnitude * v / |v|` with `v = of + scale * b @ a`: of (out, in), a (rank, in), b (out, rank).
+
+    magnitude: (out, 1), and |v| is the length of each row; or (1, in), and |v| is that of each column. Computed in
+    float32, of float64 in float64, in the dtype of `of`.
+    """
+
+    of: Expr
+    a: Expr
+    b: Expr
+    magnitude: Expr
+    scale: float
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.of.shape
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.of.dtype
+
+    def parts(self) -> tuple[Expr, ...]:
+        return (self.of, self.a, self.b, self.magnitude)
+
+
+ADAPTERS = (AddLora, AddDiff, Dora)  # what adds adapters to the weight `of`
+
+
+@dataclass(frozen=True)
 class Dequantize(Expr):
     """The floating-point weight that the quantized data and scale of a checkpoint encode."""
 
@@ -240,7 +289,7 @@ def stacked(expr: Expr) -> list[Load]:
     match expr:
         case Load():
             return [expr]
-        case Cast() | AddLora() | Quantize():
+        case Cast() | AddLora() | AddDiff() | Dora() | Quantize():
             return stacked(expr.of)
         case Mul():  # a product with a vector holds rows of another linear function
             return stacked(expr.of) if not isinstance(expr.by, Expr) else []
@@ -254,7 +303,7 @@ def stacked(expr: Expr) -> list[Load]:
 
 def is_adapted(expr: Expr) -> bool:
     """Whether adapters were added to a weight, or to a part of it."""
-    return isinstance(expr, AddLora) or any(map(is_adapted, expr.parts()))
+    return isinstance(expr, ADAPTERS) or any(map(is_adapted, expr.parts()))
 
 
 def full_name(name: str, prefix: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -12,9 +13,18 @@ from turbocompile.errors import TurbocompileError, brief
 from turbocompile.ir.program import Program, Subgraph
 from turbocompile.numerics.errors import Error, compare, differs, rounds_more, worst
 from turbocompile.numerics.interpreter import Interpreter, Uncomputed, Values, needed_for
-from turbocompile.numerics.program_values import Weights, as_engine, first_and_last, results_of, widened
+from turbocompile.numerics.program_values import (
+    Weights,
+    as_engine,
+    first_and_last,
+    given_to,
+    results_of,
+    told_apart,
+    widened,
+)
 
 Pairs = Sequence[tuple[str, str]]  # (old node, new node that gives the same value), by their names
+Results = list[Any]  # the values that a graph gives, in the order of `results_of`
 
 
 @dataclass
@@ -22,13 +32,15 @@ class _Site:
     """New nodes that are judged together, on true values of the old nodes that they read.
 
     read: those old nodes. aside: further old nodes that the old ones of `pairs` are computed from; they are given, too,
-    when the rounding of both is compared, because they lie beside the site and no new node stands for them.
+    because they lie beside the site and no new node stands for them. true: the old nodes' values in the widest dtype,
+    in the first call.
     """
 
     pairs: list[tuple[str, str]]
     read: set[str]
     aside: set[str]
     errors: list[Error] = field(default_factory=list)
+    true: Values = field(default_factory=dict)
     another: str = ""  # why the new nodes are another function than the old ones
     rounding: str = ""  # why they round too much
 
@@ -38,8 +50,8 @@ class _Site:
 
 
 class RewrittenGraph:
-    """A graph before and after an exact pass. Each site is given the values of the old graph, so that it is judged by
-    itself; the values of the old graph are computed from `given`, in the widest dtype there is.
+    """A graph before and after an exact pass. Each site is given the true values of the nodes that it reads, so that it
+    is judged by itself, and no more nodes are run than those of the site.
     """
 
     def __init__(
@@ -48,45 +60,51 @@ class RewrittenGraph:
         after: Subgraph,
         graph: str,
         replaced: Mapping[str, str],
-        given: Values,
+        truth: Values,
         weights: Weights,
         wide: torch.dtype | None,
     ) -> None:
         """before: the Program before the pass. after: its graph `graph` with the new nodes, not yet cleaned up.
 
-        replaced: old node -> new node, by name. given: the values that the graph is given, in the engine's dtypes.
-        wide: the widest dtype in which the Program can be computed; None for its own dtypes.
+        replaced: old node -> new node, by name. truth: the values of the old graph's nodes in `wide`, the widest dtype
+        in which the Program can be computed; None for its own dtypes.
         """
         self.old, self.after, self.weights, self.wide = before.graphs[graph], after, weights, wide
         self.prefixes = first_and_last(before, graph)
         self.nodes = {n.name: n for n in self.old.graph.nodes}
         self.results = [n.name for n in results_of(before, graph)]
-        self.given = given
+        self.truth = truth
+        exact = {n.name: as_engine(truth[n.name], n) for n in given_to(before, graph)}
+        self.given = told_apart(before, graph, exact)
+        self.apart = any(self.given[name] is not exact[name] for name in exact)
         self.known, self.changed = self._same(replaced)
-        self.true_results: Values = {}
 
     def judge(self, sites: Sequence[Pairs]) -> list[tuple[Error | None, str]]:
         """For each site the worst error of its new nodes in the widest dtype, and why it is wrong; empty where right.
 
-        The last one is of the nodes that the pass changed in place. The old graph is run with the weights of the first
-        call and of the last; its values are freed after their last reader, but for those that the sites read. A new
-        node that a later rewrite of the pass removed is judged with the node that this rewrite made.
+        The last one is of the nodes that the pass changed in place. Both graphs are run with the weights of the first
+        call and of the last, on the true values of the first. A new node that a later rewrite of the pass removed is
+        judged with the node that this rewrite made.
         """
         judged = [self._site(pairs) for pairs in [*sites, [(name, name) for name in self.changed]]]
-        given = widened(self.given, self.wide)
+        true = self._values_apart(judged) if self.apart else self.truth
         for prefix in self.prefixes:
-            first = prefix == self.prefixes[0]
-            keep = {name for s in judged for name in (*s.read, *(old for old, _ in s.pairs))}
-            if first:
-                keep |= {name for s in judged for name in s.aside}.union(self.results)
-            true = self._interpreter(self.old, prefix, self.wide)(given, lambda node, args: given[node.name], keep)
             for site in judged:
                 site.another = site.another or self._differ(site, true, prefix)
-                if first and not site.another:
-                    site.rounding = self._round_more(site, true)
-            if first:
-                self.true_results = {name: true[name] for name in self.results}
+        for site in judged:
+            if not site.another:
+                site.rounding = self._round_more(site, true)
         return [(worst(site.errors), site.wrong) for site in judged]
+
+    def _values_apart(self, sites: Sequence[_Site]) -> Values:
+        """The old graph's values that the sites read, where the calls of a block have results of their own.
+
+        The true values do not serve there, because every call has the results of the first one (see `told_apart`).
+        """
+        given = widened(self.given, self.wide)
+        keep = {name for s in sites for name in s.read | s.aside}
+        run = self._interpreter(self.old, self.prefixes[0], self.wide)
+        return run(given, lambda node, args: given[node.name], keep)
 
     def _interpreter(self, sub: Subgraph, prefix: str, wide: torch.dtype | None) -> Interpreter:
         return Interpreter(sub, self.weights(sub, prefix, wide, keep=prefix == self.prefixes[0]), wide)
@@ -149,16 +167,19 @@ class RewrittenGraph:
 
     def _differ(self, site: _Site, true: Values, prefix: str) -> str:
         """Adds the errors of a site in the widest dtype; returns why the site is another function, if it is."""
-        given = {name: true[name] for name in site.read}
+        given = {name: true[name] for name in site.read | site.aside}
+        old_nodes = self._interpreter(self.old, prefix, self.wide).reach([old for old, _ in site.pairs], given)
         new_nodes = self._reach(prefix, self.wide, site, given)
         if isinstance(new_nodes, str):
             return new_nodes
-        errors = [compare(new_nodes[new], true[old]) for old, new in site.pairs]
+        errors = [compare(new_nodes[new], old_nodes[old]) for old, new in site.pairs]
         for (old, _), error in zip(site.pairs, errors, strict=True):
             reason = differs(error, self.nodes[old].meta["val"].dtype, self.wide)
             if reason:
                 return f"changes the numbers: {reason}"
         site.errors += errors
+        if prefix == self.prefixes[0]:
+            site.true = {old: old_nodes[old] for old, _ in site.pairs}
         return ""
 
     def _round_more(self, site: _Site, true: Values) -> str:
@@ -170,7 +191,7 @@ class RewrittenGraph:
         if isinstance(new_nodes, str):
             return new_nodes
         for old, new in site.pairs:
-            after, before = (compare(value, true[old]) for value in (new_nodes[new], old_nodes[old]))
+            after, before = (compare(value, site.true[old]) for value in (new_nodes[new], old_nodes[old]))
             reason = rounds_more(after, [before], new_nodes[new].dtype)
             if reason:
                 return f"rounds more than what it replaces: {reason}"
@@ -185,23 +206,30 @@ class RewrittenGraph:
         except TurbocompileError as error:
             return f"the rewritten site cannot be computed ({brief(error)})"
 
-    def whole(self, program: Program, graph: str) -> str:
-        """How far the cleaned-up graph is another function than the graph before; empty where it is the same.
+    def whole(self, program: Program, graph: str, before: Results | None) -> tuple[str, Results]:
+        """How far the cleaned-up graph is another function than the graph before, empty where it is the same; and its
+        results, which are `before` for the next pass.
 
-        program: the Program after the pass. Call `judge` first, because it computes the results of the graph before.
+        program: the Program after the pass. before: the results of the graph before the pass on the given values, in
+        the widest dtype; None where nobody has computed them yet.
         """
-        given = widened(self.given, self.wide)
-        results = [n.name for n in results_of(program, graph)]
-        interpreter = self._interpreter(program.graphs[graph], self.prefixes[0], self.wide)
+        if before is None:
+            before = self._results(self.old, self.results)
         try:
-            values = interpreter(given, lambda node, args: given[node.name], set(results))
+            after = self._results(program.graphs[graph], [n.name for n in results_of(program, graph)])
         except Uncomputed as failed:
-            return f"it cannot be computed ({failed.reason})"
+            return f"it cannot be computed ({failed.reason})", []
         except TurbocompileError as raised:
-            return f"it cannot be computed ({brief(raised)})"
-        for old, new in zip(self.results, results, strict=True):
-            error = compare(values[new], self.true_results[old])
-            reason = differs(error, self.nodes[old].meta["val"].dtype, self.wide)
+            return f"it cannot be computed ({brief(raised)})", []
+        for old, true, value in zip(self.results, before, after, strict=True):
+            reason = differs(compare(value, true), self.nodes[old].meta["val"].dtype, self.wide)
             if reason:
-                return f"changes the numbers: {reason}"
-        return ""
+                return f"changes the numbers: {reason}", []
+        return "", after
+
+    def _results(self, sub: Subgraph, names: Sequence[str]) -> Results:
+        """The values of the named nodes of a graph that is run as a whole on the given values, in the widest dtype."""
+        given = widened(self.given, self.wide)
+        run = self._interpreter(sub, self.prefixes[0], self.wide)
+        values = run(given, lambda node, args: given[node.name], set(names))
+        return [values[name] for name in names]

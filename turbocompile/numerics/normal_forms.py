@@ -10,7 +10,6 @@ import torch
 from torch import fx
 
 from turbocompile.errors import TurbocompileError, VerificationError, brief
-from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import Program
 from turbocompile.numerics.errors import compare, differs, rounds_more
 from turbocompile.numerics.interpreter import Interpreter, Uncomputed
@@ -30,7 +29,7 @@ Names = tuple[str, str]  # of one value: in the graph as captured, and in its no
 
 
 def wrong_forms(
-    captured: Program, normal: Program, evaluate: Evaluator, inputs: Sequence[torch.Tensor], seed: int = 0
+    captured: Program, normal: Program, weights: Weights, inputs: Sequence[torch.Tensor], seed: int = 0
 ) -> dict[str, str]:
     """The graphs whose normal form is another function than the captured graph, or rounds more -> by how much.
 
@@ -39,7 +38,6 @@ def wrong_forms(
     captured graph is finite in its own dtype and not in float64, because nothing can be measured then;
     Uncomputed where a captured graph cannot be computed; torch.OutOfMemoryError.
     """
-    weights = Weights(evaluate)
     keep = {graph: {n.name for n in given_to(captured, graph)} for graph in captured.graphs}
     truth, wide = run_widest(captured, weights, inputs, keep)
     found = {}

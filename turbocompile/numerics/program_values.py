@@ -10,7 +10,20 @@ from torch import fx
 
 from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import SHELL, Program, Subgraph
-from turbocompile.ir.weights import AddLora, Cast, Cat, Expr, Mul, Permute, Reshape, Slice, is_relative
+from turbocompile.ir.weights import (
+    ADAPTERS,
+    AddDiff,
+    AddLora,
+    Cast,
+    Cat,
+    Dora,
+    Expr,
+    Mul,
+    Permute,
+    Reshape,
+    Slice,
+    is_relative,
+)
 from turbocompile.numerics.interpreter import Interpreter, Uncomputed, Values, is_wide_float
 
 
@@ -48,6 +61,13 @@ class Weights:
             case AddLora():
                 of, a, b = (self._unrounded(part, prefix) for part in (expr.of, expr.a, expr.b))
                 return of + expr.scale * (b @ a)
+            case AddDiff():
+                return self._unrounded(expr.of, prefix) + expr.scale * self._unrounded(expr.diff, prefix)
+            case Dora():
+                of, a, b, m = (self._unrounded(part, prefix) for part in (expr.of, expr.a, expr.b, expr.magnitude))
+                v = of + expr.scale * (b @ a)
+                length = torch.linalg.vector_norm(v, dim=1 if m.shape[1] == 1 else 0, keepdim=True)
+                return v * torch.where(length > 0, m / length, 0.0)
             case Cast() if _scaled(expr):
                 return self._unrounded(expr.of, prefix)
             case Mul():
@@ -66,7 +86,7 @@ class Weights:
 
 def _scaled(expr: Expr) -> bool:
     """Whether an expression multiplies or adds to a weight, and then only casts the result or lays it out anew."""
-    if isinstance(expr, (AddLora, Mul)):
+    if isinstance(expr, (*ADAPTERS, Mul)):
         return True
     return isinstance(expr, (Reshape, Permute, Slice, Cat, Cast)) and any(_scaled(part) for part in expr.parts())
 

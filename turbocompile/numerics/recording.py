@@ -22,14 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from turbocompile.defaults import CALIBRATION_CALLS, MAX_CALIBRATION_CALLS
 from turbocompile.errors import RecipeError
 from turbocompile.files import check_file, replacing
 from turbocompile.ir.program import Signature
 from turbocompile.ir.signature import Spelling, describe
 
-CALLS = 8
 MAX_TOKENS = 4096  # of a call that a build measures on: its truth is computed in float64, on a CPU mostly
-MAX_CALLS = 64  # all of them are in memory while a layer is measured
 THIN = 3  # odd, so that of the two forwards of a guided step both kinds are kept
 _NAME = re.compile(r"(0|[1-9]\d{0,5})\.(.+)", re.S)
 
@@ -42,9 +41,9 @@ class Recording:
     How many calls come is not known, so that each is kept at first; whenever there are too many, two of three go.
     """
 
-    def __init__(self, calls: int = CALLS) -> None:
-        if not 1 <= calls <= MAX_CALLS:
-            raise RecipeError(f"calls must be 1 to {MAX_CALLS}, not {calls}")
+    def __init__(self, calls: int = CALIBRATION_CALLS) -> None:
+        if not 1 <= calls <= MAX_CALIBRATION_CALLS:
+            raise RecipeError(f"calls must be 1 to {MAX_CALIBRATION_CALLS}, not {calls}")
         self.calls, self.seen, self.stride = calls, 0, 1
         self.kept: list[Call] = []
 
@@ -81,7 +80,7 @@ class Recording:
 
 
 @contextlib.contextmanager
-def record(module: nn.Module, path: str | Path, calls: int = CALLS) -> Iterator[Recording]:
+def record(module: nn.Module, path: str | Path, calls: int = CALIBRATION_CALLS) -> Iterator[Recording]:
     """Records what `module` is called with inside the `with`, and writes it to `path` where that ends well.
 
     module: the eager model, as in `pipe.transformer`. calls: how many are kept, spread over all that are made.
@@ -222,10 +221,10 @@ def _arguments(call: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _checked(recorded: Recorded) -> Recorded:
     if not recorded.calls:
         raise RecipeError(f"{recorded.where}: there is no call in it; record one at least")
-    if len(recorded.calls) > MAX_CALLS:
+    if len(recorded.calls) > MAX_CALIBRATION_CALLS:
         raise RecipeError(
-            f"{recorded.where}: there are {len(recorded.calls)} calls, more than {MAX_CALLS}; keep some of them, "
-            "spread over the steps"
+            f"{recorded.where}: there are {len(recorded.calls)} calls, more than {MAX_CALIBRATION_CALLS}; keep some of "
+            "them, spread over the steps"
         )
     first = recorded.calls[0]
     for number, call in enumerate(recorded.calls):

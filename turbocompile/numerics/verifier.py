@@ -25,11 +25,10 @@ from torch import fx
 
 from turbocompile.errors import TurbocompileError, brief
 from turbocompile.ir.attention_ops import SAGE, SLA
-from turbocompile.ir.evaluate import Evaluator
 from turbocompile.ir.program import Program, Subgraph, is_op
 from turbocompile.kernels import ops
 from turbocompile.numerics.errors import NATIVE, Error, compare, worst
-from turbocompile.numerics.exact_sites import RewrittenGraph
+from turbocompile.numerics.exact_sites import Results, RewrittenGraph
 from turbocompile.numerics.inputs import random_inputs
 from turbocompile.numerics.interpreter import Interpreter, Uncomputed, Values
 from turbocompile.numerics.program_values import (
@@ -38,7 +37,6 @@ from turbocompile.numerics.program_values import (
     first_and_last,
     given_to,
     run_widest,
-    told_apart,
 )
 from turbocompile.recipe.options import CompileOptions, PassOptions
 from turbocompile.rewrite.results import Judgement, PassResult, Verdict
@@ -54,7 +52,7 @@ def refused(sites: list[str], reason: str) -> Judgement:
 class Verifier:
     """Judges the passes that rewrite a Program, which may be a twin of the built one at a small shape.
 
-    evaluate: gives the weights' values. options: for the budgets of passes. inputs: the tensors of a call in the
+    weights: gives the weights' values. options: for the budgets of passes. inputs: the tensors of a call in the
     Program's dtypes; random by default. The shell and the first call of each kind of block are run, and the block is
     given the shell's own values. `truth` has the float64 value of each node of the present graphs, so that each new
     site is judged on exact inputs. Raises Uncomputed where the Program cannot be computed on the inputs.
@@ -63,15 +61,17 @@ class Verifier:
     def __init__(
         self,
         program: Program,
-        evaluate: Evaluator,
+        weights: Weights,
         options: CompileOptions | None = None,
         inputs: list[torch.Tensor] | None = None,
         seed: int = 0,
     ) -> None:
         self.options = options
         self.inputs = inputs or random_inputs(program, seed)
-        self.weights = Weights(evaluate)
+        self.weights = weights
         self.learned: dict[str, Values] = {}
+        self.results: dict[str, Results] = {}  # of the present graphs as wholes, where an exact pass computed them
+        self.after_pass: dict[str, Results] = {}
         self._rebase(program)
 
     def after(self, program: Program, before: Program, result: PassResult) -> Judgement:
@@ -86,7 +86,7 @@ class Verifier:
             except (Uncomputed, TurbocompileError) as error:
                 return refused(everything, f"the rewritten graph cannot be computed ({_reason(error)})")
             return Judgement(Verdict(error_reason="another function by intent; later passes are measured against it"))
-        self.learned = {}
+        self.learned, self.after_pass = {}, {}
         if result.kind == "exact":
             errors, bad = self._exact(program, before, result)
             site_errors: dict[str, tuple[Error, float]] = {}
@@ -98,6 +98,7 @@ class Verifier:
             output = self._output_error(program, result)
         except (Uncomputed, TurbocompileError) as raised:
             return refused(everything, f"the rewritten graph cannot be computed ({_reason(raised)})")
+        self.results = self.results | self.after_pass if result.kind == "exact" else {}
         self._adopt(program)
         largest = worst(errors)
         figures = None if largest is None else largest.to_dict()
@@ -117,6 +118,7 @@ class Verifier:
 
     def _rebase(self, program: Program) -> None:
         """Takes the Program's float64 values as the truth."""
+        self.results = {}
         self.truth, self.wide = run_widest(program, self.weights, self.inputs)
         self.outputs = {g: [self.truth[g][n.name] for n in program.graphs[g].outputs()] for g in self.truth}
 
@@ -143,13 +145,14 @@ class Verifier:
             if graph not in self.truth:
                 continue
             replaced = {old: new for r in rewrites for old, new in r.replaced}
-            given = told_apart(before, graph, self._true_inputs(before, graph))
-            rewritten = RewrittenGraph(before, sub, graph, replaced, given, self.weights, self.wide)
+            rewritten = RewrittenGraph(before, sub, graph, replaced, self.truth[graph], self.weights, self.wide)
             *sites, (_, changed_in_place) = rewritten.judge([r.replaced for r in rewrites])
             errors += [error for error, _ in sites if error is not None]
             wrong = {r.site: reason for r, (_, reason) in zip(rewrites, sites, strict=True) if reason}
             if not wrong:
-                reason = changed_in_place or rewritten.whole(program, graph)
+                reason = changed_in_place
+                if not reason:
+                    reason, self.after_pass[graph] = rewritten.whole(program, graph, self.results.get(graph))
                 wrong = {r.site: f"the graph as a whole: {reason}" for r in rewrites} if reason else {}
             bad |= wrong
             for node in sub.graph.nodes:

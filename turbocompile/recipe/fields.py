@@ -51,6 +51,11 @@ class Section:
     def check(self) -> None:
         """Checks that concern several fields."""
 
+    @classmethod
+    def of_text(cls, text: str) -> Mapping[str, str]:
+        """The fields that a scalar in the section's place stands for: the first one."""
+        return {dataclasses.fields(cls)[0].name: text}  # type: ignore[arg-type]
+
     def _resolve(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 

@@ -25,6 +25,9 @@ def _reference(cls: type, prefix: str) -> Iterator[str]:
             yield f"- `{name}`: {f.metadata['help']}"
             yield from _reference(kind, f"{name}[]." if item else f"{name}.")
             continue
+        if f.default is f.default_factory:  # MISSING: it has to be given
+            yield f"- `{name}`: {f.metadata['help']}."
+            continue
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
         choices = f.metadata.get("choices")
         values = f" One of {', '.join(map(str, choices))}." if choices else ""

@@ -82,6 +82,17 @@ def from_plain(value: Any, where: str) -> Value:
     return Value(value, str(value), where, None)
 
 
+def append(tree: Value, name: str, given: str, where: str) -> None:
+    """Adds the text `given` to the list of the field `name`, as the option `where` of a command line does."""
+    made = Value(given, given, where, Path.cwd())
+    known = tree.data.get(name)
+    if known is None or known.data is None:
+        tree.data[name] = Value([made], "", where, None)
+    else:
+        before = known.data if isinstance(known.data, list) else [known]
+        tree.data[name] = dataclasses.replace(known, data=[*before, made])
+
+
 def override(tree: Value, root: type, given: str) -> None:
     """Puts `a.b.c=value` into the tree; a scalar on the way becomes the section that it is short for."""
     where = f"--set {given}"
@@ -127,7 +138,7 @@ def _build(cls: type[_T], value: Value, name: str, root: Value) -> _T:
     elif not isinstance(data, dict):
         if isinstance(data, list):
             raise RecipeError(f"{value.where}: {name} must be a mapping of fields, not a list")
-        data = {_first_key(cls, value): value}
+        data = _short(cls, value)
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
     for key, item in data.items():
@@ -185,6 +196,16 @@ def _first_key(cls: type, value: Value) -> str:
     return first.name
 
 
+def _short(cls: type, value: Value) -> dict[str, Value]:
+    """The fields that a scalar in a section's place stands for."""
+    if not isinstance(value.data, str):
+        return {_first_key(cls, value): value}
+    given = typing.cast("type[Section]", cls).of_text(value.data)
+    if list(given.values()) == [value.data]:
+        return dict.fromkeys(given, value)
+    return {name: dataclasses.replace(value, data=text, raw=text) for name, text in given.items()}
+
+
 def _convert(hint: Any, metadata: Mapping[str, Any], value: Value, name: str, root: Value) -> Any:
     """The value as the field's type. Raises RecipeError."""
     if isinstance(hint, types.UnionType):
@@ -195,9 +216,11 @@ def _convert(hint: Any, metadata: Mapping[str, Any], value: Value, name: str, ro
     if section is not None and not many:
         return _build(section, value, name, root)
     if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        if section is not None and metadata.get("one") and value.data is not None and not isinstance(value.data, list):
+            value = dataclasses.replace(value, data=[value])
         if not isinstance(value.data, list):
             raise RecipeError(f"{value.where}: {name} must be a list, not {kind_of(value.data)}")
-        item = typing.get_args(hint)[0]
         return tuple(_convert(item, metadata, v, f"{name}.{i}", root) for i, v in enumerate(value.data))
     if typing.get_origin(hint) is Mapping:
         if not isinstance(value.data, dict):
@@ -233,7 +256,7 @@ def _scalar(hint: type, metadata: Mapping[str, Any], value: Value, name: str) ->
 
 def _located(text: str, metadata: Mapping[str, Any], value: Value) -> str:
     """A path made absolute, relative to where it was written; hub ids (owner/name) and words stay as they are."""
-    if not metadata.get("path") or text in metadata.get("words", ()):
+    if not metadata.get("path") or not text or text in metadata.get("words", ()):
         return text
     path = Path(text).expanduser()
     if path.is_absolute() or value.base is None:

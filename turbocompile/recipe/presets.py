@@ -145,9 +145,14 @@ def vae_strides(vae: Mapping[str, Any]) -> tuple[int, int]:
     return patch * 2**steps, 2**encoder
 
 
+def latent_channels(vae: Mapping[str, Any]) -> int:
+    """The channels of a VAE's latents, from its configuration; a configuration without z_dim has those of Wan2.1."""
+    return vae.get("z_dim", len(LATENTS_MEAN))
+
+
 def wrong_latents(vae: Mapping[str, Any]) -> str | None:
     """What is wrong with the statistics of a VAE's latents, as a sentence; None where all is right."""
-    channels = vae.get("z_dim", 16)
+    channels = latent_channels(vae)
     for name, default in (("latents_mean", LATENTS_MEAN), ("latents_std", LATENTS_STD)):
         values = vae.get(name, default)
         if not isinstance(values, (list, tuple)) or len(values) != channels:
@@ -236,7 +241,7 @@ def _transformer(heads: int, head_dim: int, ffn_dim: int, layers: int, **more: A
     return MappingProxyType(config | more)
 
 
-def _vae(base_dim: int, channels: int = 16) -> Mapping[str, Any]:
+def _vae(base_dim: int, channels: int = len(LATENTS_MEAN)) -> Mapping[str, Any]:
     """A VAE of stride 8, of the size of Wan2.1's for a base_dim of 96. channels: of its latents."""
     known = channels == len(LATENTS_MEAN)
     return MappingProxyType(

@@ -23,7 +23,7 @@ import torch
 from turbocompile.errors import RecipeError, UnsupportedError
 from turbocompile.hardware import TARGETS, host_target
 from turbocompile.recipe.fields import FieldError, Section, described, kind_of, nearest, plain
-from turbocompile.recipe.parse import from_plain, make, override, parse
+from turbocompile.recipe.parse import append, from_plain, make, override, parse
 from turbocompile.recipe.presets import PRESETS, TRANSFORMER_FIELDS, Geometry, wrong_field
 
 FP8_TARGETS = ("cpu", "sm89", "sm90", "sm120")  # Ampere has no FP8 arithmetic; on a CPU the references emulate it
@@ -37,7 +37,7 @@ class ModelSpec(Section):
 
     path: str | None = described(
         None,
-        "a diffusers folder, a checkpoint file (Wan, rCM or TurboDiffusion; .safetensors or .pth) or a hub id",
+        "a folder (diffusers' or Wan's own), a checkpoint file (.safetensors, .pth or .gguf) or a hub id",
         path=True,
     )
     preset: str | None = described(None, "a configuration by name, instead of path", choices=tuple(PRESETS))
@@ -190,6 +190,39 @@ class SamplerSpec(Section):
         sigma_max = (200.0 if task == "i2v" else 80.0) if self.sigma_max is None else self.sigma_max
         mid = RCM_MID_STEPS if self.mid_steps is None else self.mid_steps
         return dataclasses.replace(self, sigma_max=sigma_max, mid_steps=mid)
+
+
+@dataclass(frozen=True)
+class LoraSpec(Section):
+    """An adapter (LoRA) that is added to the weights before anything else is done to them."""
+
+    path: str = field(
+        metadata={"help": "a LoRA's file (.safetensors, .pth), or its folder (PEFT's, diffusers')", "path": True}
+    )
+    weight: float = described(1.0, "how much of it is added; 0 adds nothing")
+    expert: str = described(
+        "both",
+        "of two experts the one that gets it: high (transformer), low (transformer_2); both: each, and of a file that "
+        "holds a LoRA for each, its own",
+        choices=("both", "high", "low", "transformer", "transformer_2"),
+    )
+
+    def check(self) -> None:
+        if not self.path:
+            raise FieldError("path", "is empty; name the LoRA's file or folder")
+        self._resolve("expert", {"transformer": "high", "transformer_2": "low"}.get(self.expert, self.expert))
+
+    @classmethod
+    def of_text(cls, text: str) -> dict[str, str]:
+        """`PATH[:WEIGHT]`: what follows the last colon is the weight where it is a number and no file has that name."""
+        path, colon, weight = text.rpartition(":")
+        try:
+            float(weight)
+        except ValueError:
+            return {"path": text}
+        if not colon or not path or Path(text).expanduser().exists():
+            return {"path": text}
+        return {"path": path, "weight": weight}
 
 
 @dataclass(frozen=True)
@@ -385,10 +418,14 @@ class Recipe(Settings):
     """Everything that decides what an engine is."""
 
     ORDER: ClassVar = (
-        "model", "components", "shapes", "dtype", "target", "sampler", "passes", "calibration", "verify", "backend",
+        "model", "lora", "components", "shapes", "dtype", "target", "sampler", "passes", "calibration", "verify",
+        "backend",
     )  # fmt: skip
 
     model: ModelSpec = field(kw_only=True, metadata={"help": "the model"})
+    lora: tuple[LoraSpec, ...] = described(
+        (), "adapters, which add up; a text is short for one: path[:weight]", one=True
+    )
     components: ComponentsSpec = described(ComponentsSpec(), "text encoder, tokenizer, VAE, scheduler")
     shapes: tuple[Shape, ...] = described((Shape(),), "the sizes that the engine can make; they share the weights")
     sampler: SamplerSpec = described(SamplerSpec(), "the sampler")
@@ -418,11 +455,12 @@ class Recipe(Settings):
                 raise FieldError(f"shapes.{i}.{wrong[0]}", wrong[1])
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), loras: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file.
 
-    overrides: `a.b.c=value` each, as given to `--set`; the value is YAML. Relative paths in the file are relative to
-    the file, in overrides to the working directory. Raises RecipeError.
+    overrides: `a.b.c=value` each, as given to `--set`; the value is YAML. loras: `path[:weight]` each, as given to
+    `--lora`; they are added to the recipe's. Relative paths in the file are relative to the file, in overrides and
+    loras to the working directory. Raises RecipeError.
     """
     path = Path(path)
     try:
@@ -436,4 +474,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: a recipe is a mapping of fields, not {kind_of(tree.data)}")
     for given in overrides:
         override(tree, Recipe, given)
+    for given in loras:
+        append(tree, "lora", given, f"--lora {given}")
     return make(Recipe, tree)

@@ -26,7 +26,7 @@ def refuse(name: str, engine: Any) -> NoReturn:
     """Raises UnsupportedError. name: the method that was called; engine: the object that it would change."""
     raise UnsupportedError(
         f"{name} cannot change {engine.model_name}, which is an engine: its adapters became part of its weights when "
-        "it was compiled; change the adapters of the model that it was compiled from, and compile that again"
+        "it was compiled; put further ones in by engine.set_lora(path), or compile the model again with others"
     )
 
 

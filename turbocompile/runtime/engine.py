@@ -30,6 +30,7 @@ from turbocompile.report.report import Report
 from turbocompile.runtime.adapters import FixedWeights
 from turbocompile.runtime.cuda_graph import CudaGraph, Pool
 from turbocompile.runtime.folder import check_files, new_folder, read_json, read_manifest
+from turbocompile.runtime.lora import Adaptable, Adapted
 from turbocompile.runtime.memory_plan import parse_size
 from turbocompile.runtime.planned import PlannedMemory
 from turbocompile.runtime.stored import plain_torch, read_weights, same_bits
@@ -49,7 +50,7 @@ class Config(dict[str, Any]):
             raise AttributeError(f"the model's configuration has no {name!r}") from None
 
 
-class Engine(FixedWeights, PlannedMemory, nn.Module):
+class Engine(Adaptable, FixedWeights, PlannedMemory, nn.Module):
     """A compiled model, at one or several shapes, with its weights.
 
     An engine is called like the model it came from, by any number of threads. `.to(device)` moves the weights after the
@@ -107,6 +108,7 @@ class Engine(FixedWeights, PlannedMemory, nn.Module):
         self.folder = folder
         self.backend = backend
         self.files = {k: list(v) for k, v in (files or {}).items()}
+        self.adapted = Adapted()
         self.__dict__.update(_of_one_engine())
         object.__setattr__(self, "experts", {"transformer": self})
 
@@ -323,6 +325,7 @@ class Engine(FixedWeights, PlannedMemory, nn.Module):
             self._forget()
             home = device if self.memory is None else torch.device("cpu")  # a plan places them at the next call
             self.weights = {k: v.to(home) for k, v in self.weights.items()}
+            self.adapted = self.adapted.copied()  # copies of this engine keep the tensors on the old device
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # a call on another stream reads the new tensors
             self._device = device
@@ -349,6 +352,7 @@ class Engine(FixedWeights, PlannedMemory, nn.Module):
         Raises EngineError where something is there, and for an engine that was neither opened from a folder nor built
         in this process.
         """
+        self.check_unadapted("the engine's folder")
         target = Path(folder)
         if force and target.is_dir() and not any(target.iterdir()):
             target.rmdir()

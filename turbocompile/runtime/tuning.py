@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, astuple
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -30,9 +30,6 @@ from turbocompile.cache import cache_path
 from turbocompile.errors import EngineError
 from turbocompile.ir.program import Program
 from turbocompile.ir.reading import Unreadable, plain, table
-
-if TYPE_CHECKING:
-    pass
 
 FILE = "tuning.json"
 LEAST_PRODUCTS = 1 << 32  # of a linear whose kernels compete: four microseconds of an H200 at its full FP8 rate
@@ -55,17 +52,20 @@ def _sizes(programs: Mapping[str, Program], size: Callable[[fx.Node], Size | Non
 
 
 def tune(
-    programs: Mapping[str, Program], device: torch.device, progress: Progress = lambda stage, fraction: None
+    programs: Mapping[str, Program],
+    device: torch.device,
+    progress: Progress = lambda stage, fraction: None,
+    least: int = LEAST_PRODUCTS,
 ) -> Tuning:
     """Lets the kernels of each large linear compete on the device, some seconds each. Returns the winners.
 
-    A linear of fewer products than LEAST_PRODUCTS keeps the default, because it takes some microseconds with any
-    kernel, and the competition would compile a dozen kernels for it.
+    A linear of fewer products than `least` keeps the default. The default of `least` is for a build, because a smaller
+    linear takes some microseconds with any kernel, and the competition would compile a dozen kernels for it.
     """
     from turbocompile.kernels.linear import linear_choice, linear_triton  # here: a machine may lack Triton
 
     # A linear that no kernel takes runs on the reference, where there is nothing to choose.
-    large = [one for one in linears(programs) if one.rows * one.n * one.k >= LEAST_PRODUCTS]
+    large = [one for one in linears(programs) if one.rows * one.n * one.k >= least]
     wanted = [one for one in large if linear_triton.takes(one.format, one.dtype, one.k, device)]
     winners: dict[str, dict[str, Any]] = {}
     for done, one in enumerate(wanted):

@@ -1,8 +1,8 @@
-"""The sampler of teachers: the flow-matching ODE by diffusers' solvers, with classifier-free guidance.
+"""The sampler of models that are not distilled: diffusers' solvers of the flow-matching ODE, with guidance.
 
-The loop is the loop of diffusers' WanPipeline, so that an engine gives the pipeline's numbers. One thing differs: the
-solver gets velocities in float32, whatever the network computes in, because the Euler solver returns the dtype of the
-velocity and a state in bfloat16 would lose 50 small steps to rounding.
+The loop is that of diffusers' WanPipeline, so that an engine gives the pipeline's numbers, except that the solver
+always gets velocities in float32. The Euler solver returns the dtype of the velocity, and a state in bfloat16 would
+lose 50 small steps to rounding. Guidance is classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ Conditioned = Callable[[torch.Tensor, torch.Tensor, str, bool], torch.Tensor]
 
 
 def guided(denoise: Conditioned, guidance: float) -> Denoise:
-    """Classifier-free guidance: u + guidance (c - u) with the velocities of the prompt, c, and the negative prompt, u.
+    """The velocity with classifier-free guidance: u + guidance (c - u), float32, as a function for a sampler.
 
-    The network is called twice a step; once where guidance is 1, because the formula is c then.
+    c is the velocity for the prompt, u the velocity for the negative prompt. The network is called twice a step, or
+    once if guidance is 1, because the formula then gives c.
     """
 
     def velocity(x: torch.Tensor, timestep: torch.Tensor, expert: str) -> torch.Tensor:
@@ -37,7 +38,10 @@ def guided(denoise: Conditioned, guidance: float) -> Denoise:
 
 
 def make_scheduler(kind: str, shift: float) -> Any:
-    """diffusers' solver: "unipc" (UniPC on the flow's sigmas) or "euler". shift: moves the times towards noise."""
+    """diffusers' solver "unipc" (UniPC on the flow's sigmas) or "euler"; shift: moves the times towards noise.
+
+    Raises UnsupportedError for another kind.
+    """
     import diffusers
 
     if kind == "unipc":
@@ -64,10 +68,11 @@ def sample(
     boundary: float | None = None,
     progress: Progress | None = None,
 ) -> torch.Tensor:
-    """Latents (B, C, T, H, W), float32, on the generator's device.
+    """Draws noise and solves the ODE: latents (B, C, T, H, W), float32, on the generator's device.
 
-    denoise: the velocity of one network, or `guided` of it. shift: 3 for 480p, 5 for 720p in Wan. boundary: flow time
-    below which "transformer_2" denoises; None with one transformer. Raises UnsupportedError for an unknown solver.
+    latents_shape: (B, C, T, H, W). denoise: the model's velocity, possibly with guidance (`guided`). kind: "unipc" or
+    "euler". shift: 3 for 480p and 5 for 720p in Wan. boundary: the time in [0, 1] below which "transformer_2" denoises;
+    None if the model has one transformer. Raises UnsupportedError for another kind.
     """
     noise = draw_noise(latents_shape, generator)
     return solve(denoise, noise, kind=kind, steps=steps, shift=shift, boundary=boundary, progress=progress)
@@ -84,7 +89,7 @@ def solve(
     boundary: float | None = None,
     progress: Progress | None = None,
 ) -> torch.Tensor:
-    """As `sample`, from a noise (B, C, T, H, W), float32, that the caller drew."""
+    """Solves the ODE from `noise` (B, C, T, H, W), float32: latents of the same shape; arguments as in `sample`."""
     scheduler = make_scheduler(kind, shift)
     scheduler.set_timesteps(steps, device=noise.device)
     scheduler.set_begin_index(0)

@@ -1,16 +1,16 @@
 """The sampler of rCM-distilled models: 1 to 4 steps, no guidance.
 
-rCM trains in TrigFlow, x_t = cos(t) x_0 + sin(t) noise with t = atan(sigma), and the network is one of rectified flow,
-x_r = (1 - r) x_0 + r noise with r = sin(t) / (sin(t) + cos(t)). The schedule is therefore written in TrigFlow times,
-and the steps run in rectified-flow times (Zheng et al., "Large Scale Diffusion Distillation via Score-Regularized
-Continuous-Time Consistency", arXiv 2510.08431):
+rCM trains in TrigFlow, x_t = cos(t) x_0 + sin(t) noise with t = atan(sigma), but the network computes the velocity of
+rectified flow, x_r = (1 - r) x_0 + r noise with r = sin(t) / (sin(t) + cos(t)). The schedule is therefore written in
+TrigFlow times, and the steps run in rectified-flow times (Zheng et al., "Large Scale Diffusion Distillation via
+Score-Regularized Continuous-Time Consistency", arXiv 2510.08431):
 
     x_0 = x - r v(x, 1000 r)
     SDE:  x' = (1 - r') x_0 + r' noise'          ODE:  x' = x - (r - r') v
 
-Three choices change the numbers and are those of the released sampler: the state is float64; the network's timestep is
-rounded to bfloat16 (987.654 becomes 988); noise is drawn in float32, also at the last step, where it is multiplied by
-zero, so that the generator ends in the same state as the released sampler's.
+Three choices of the released sampler change the numbers, and this sampler makes them, too. The state is float64. The
+network's timestep is rounded to bfloat16 (987.654 becomes 988). Noise is drawn in float32, also at the last step, where
+it is multiplied by zero, so that the generator ends in the same state as that of the released sampler.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ def flow_time(trig_time: float) -> float:
 
 
 def schedule(steps: int, sigma_max: float, mid_steps: Sequence[float]) -> list[float]:
-    """steps + 1 falling rectified-flow times, from sigma_max / (1 + sigma_max) to 0.
+    """The steps + 1 falling rectified-flow times, from sigma_max / (1 + sigma_max) to 0.
 
-    sigma_max: 80 for text-to-video, 200 for Wan2.2's image-to-video. mid_steps: TrigFlow times; the first steps - 1 of
-    them are used. Raises UnsupportedError where there are too few, or times that do not fall.
+    sigma_max: 80 for text-to-video, 200 for Wan2.2's image-to-video. mid_steps: TrigFlow times, of which the first
+    steps - 1 are used. Raises UnsupportedError unless steps is 1 to MAX_STEPS, there are enough mid steps, and the
+    times fall.
     """
     if not 1 <= steps <= MAX_STEPS:
         raise UnsupportedError(f"rcm takes 1 to {MAX_STEPS} steps, not {steps}; unipc and euler take more")
@@ -59,7 +60,7 @@ def schedule(steps: int, sigma_max: float, mid_steps: Sequence[float]) -> list[f
 
 
 def network_timestep(time: float, batch: int, device: torch.device) -> torch.Tensor:
-    """The timestep that the network gets: 1000 t in float32, rounded to bfloat16, as float32 (batch,)."""
+    """The timestep that the network gets at a time t in [0, 1]: 1000 t, rounded to bfloat16, as float32 (batch,)."""
     value = (torch.tensor(time, dtype=torch.float32) * TRAIN_TIMESTEPS).bfloat16().float()
     return value.to(device).expand(batch)
 
@@ -77,11 +78,11 @@ def sample(
     boundary: float | None = None,
     progress: Progress | None = None,
 ) -> torch.Tensor:
-    """Latents (B, C, T, H, W), float32, on the generator's device.
+    """Draws noise and runs the steps: latents (B, C, T, H, W), float32, on the generator's device.
 
-    latents_shape: of the result; the noise has this shape. ode: follow the ODE and draw no further noise.
-    boundary: rectified-flow time below which "transformer_2" denoises, for good; None with one transformer. Warns
-    (SamplingWarning) where the steps are too few to ever get there.
+    latents_shape: (B, C, T, H, W). steps, sigma_max, mid_steps: as in `schedule`, with its errors. ode: follows the ODE
+    and draws no further noise. boundary: the rectified-flow time below which "transformer_2" denoises all later steps;
+    None if the model has one transformer. Warns (SamplingWarning) if no step is below the boundary.
     """
     times = schedule(steps, sigma_max, mid_steps)
     experts = choose_experts(times[:-1], boundary)

@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from turbocompile.cache import cache_path, keep_json
+from turbocompile.defaults import BENCH_CALLS, MODULE
 from turbocompile.errors import UnsupportedError
 from turbocompile.hardware import Gpu, host_gpu
 from turbocompile.ir.cost import OpCost, alike, cost
@@ -32,13 +33,16 @@ from turbocompile.runtime.timing import launch_seconds, median_seconds, seconds_
 if TYPE_CHECKING:
     from turbocompile.runtime.engine import Engine
 
-CALLS = 10  # of a forward
 Progress = Callable[[str, float], None]
 
 
 @torch.no_grad()
 def bench(
-    engine: Engine, *, shape: str | None = None, calls: int = CALLS, progress: Progress = lambda stage, fraction: None
+    engine: Engine,
+    *,
+    shape: str | None = None,
+    calls: int = BENCH_CALLS,
+    progress: Progress = lambda stage, fraction: None,
 ) -> Bench:
     """Times an engine on its device, with random inputs. shape: the name of a Program, by default the first.
 
@@ -176,8 +180,8 @@ def bench_path(
     overrides: Sequence[str] = (),
     *,
     shape: str | None = None,
-    module: str = "transformer",
-    calls: int = CALLS,
+    module: str = MODULE,
+    calls: int = BENCH_CALLS,
     device: str | None = None,
     vram: str | None = None,
     progress: Progress = lambda stage, fraction: None,

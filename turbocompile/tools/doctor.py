@@ -100,6 +100,7 @@ _PACKAGES = (
     _Package(("tensorrt-rtx", "tensorrt_rtx"), "backend: tensorrt, plans for RTX cards", "'turbocompile[tensorrt]'"),
     _Package(("tensorrt",), "plans for data-centre cards", "tensorrt"),
     _Package(("cuda-bindings",), "CUDA graphs that cost the CPU less; torch for CUDA brings it", "cuda-bindings"),
+    _Package(("gguf",), "reading GGUF checkpoints", "'turbocompile[gguf]'"),
     _Package(("torchao",), "reading models that torchao quantized", "'turbocompile[torchao]'"),
 )
 

@@ -1,7 +1,8 @@
-"""Training of a person's own model: one loop that resumes exactly, on one device or sharded over several processes.
+"""Training of a user's own model: one loop that resumes exactly, on one device or sharded over several processes.
 
-`Trainer` runs an objective over stateless data; `TrainConfig` says how. `flow_matching_batch` and `flow_matching_loss`
-are the objective of rectified-flow models such as Wan, `vae_loss` that of their autoencoders.
+`Trainer` trains a model on batches that are a function of the step; `TrainConfig` holds its options.
+`flow_matching_batch` and `flow_matching_loss` make the objective of rectified-flow models such as Wan, and `vae_loss`
+makes the objective of their autoencoders.
 """
 
 from turbocompile.training.checkpoint import read_weights

@@ -1,11 +1,11 @@
 """Checkpoints that survive a kill at any moment, and that any number of processes can read.
 
     ROOT/step_00001000/     one checkpoint: torch.distributed.checkpoint files and about.json
-    ROOT/.step_...          one that is being written or removed; ignored, and removed at the next start
+    ROOT/.step_...          a checkpoint that is being written or removed; ignored, and removed at the next start
 
-A checkpoint is written under a dotted name, synced to disk and renamed, so that one under its final name is whole.
-about.json holds the step, the configuration and the sizes of all files. Processes share ROOT. The files are read with
-pickle, by torch: load only checkpoints that you trust.
+A checkpoint is written under a dotted name, synced to disk and then renamed, so that a checkpoint under its final name
+is whole. about.json holds the step, the configuration and the sizes of all files. All processes share ROOT. Load only
+checkpoints that you trust, because torch reads their files with pickle.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk: its folder, and the data of its about.json."""
+    """A whole checkpoint on disk: its folder, and the contents of its about.json."""
 
     path: Path
     about: dict[str, Any]
@@ -47,7 +47,10 @@ class Checkpoint:
 
 
 def save(root: Path, step: int, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any], keep: int) -> Path:
-    """Writes a checkpoint and removes all but the newest `keep`; every process calls it. Returns its folder."""
+    """Writes a checkpoint, removes all checkpoints but the newest `keep`, and returns the new checkpoint's folder.
+
+    tensors: by name, plain or sharded. about: further data for about.json. Every process must call this.
+    """
     final = root / f"step_{step:08d}"
     temporary = root / f".{final.name}.writing"
     if rank() == 0:
@@ -87,7 +90,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a checkpoint. Its folder is renamed first, so that a half-removed one does not look whole."""
+    """Removes a checkpoint. Its folder is renamed first, so that a half-removed checkpoint does not look whole."""
     trash = folder.with_name(f".{folder.name}.removing")
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(folder, trash)
@@ -95,7 +98,7 @@ def _remove(folder: Path) -> None:
 
 
 def _folders(root: Path) -> list[Path]:
-    """The folders with a checkpoint's final name, by step."""
+    """The folders under a checkpoint's final name, in the order of their steps."""
     found = [p for p in root.glob("step_*") if p.name[5:].isdigit()]
     return sorted(found, key=lambda p: int(p.name[5:]))
 
@@ -107,7 +110,9 @@ def clean(root: Path) -> None:
 
 
 def newest(root: Path) -> Checkpoint | None:
-    """The newest whole checkpoint, or None where there is none yet. Raises EngineError if all of them are damaged."""
+    """The newest whole checkpoint, or None if there is no checkpoint. Raises EngineError if all checkpoints are
+    damaged.
+    """
     folders = _folders(root)
     for path in reversed(folders):
         about = _read_about(path)
@@ -133,7 +138,10 @@ def _read_about(path: Path) -> dict[str, Any] | None:
 
 
 def load(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Reads a checkpoint into `tensors`, in place; every process calls it. Raises EngineError where they do not fit."""
+    """Reads a checkpoint into `tensors`, in place; every process must call this.
+
+    Raises EngineError if the checkpoint holds other names or shapes than `tensors`.
+    """
     reader = dcp.FileSystemReader(checkpoint.path)
     _check_fit(checkpoint.path, _sizes(reader), {name: value.shape for name, value in tensors.items()})
     with _quiet():
@@ -159,7 +167,7 @@ def _check_fit(path: Path, stored: Mapping[str, torch.Size], wanted: Mapping[str
 
 
 def read(checkpoint: Checkpoint, parts: tuple[str, ...] = ("",)) -> dict[str, torch.Tensor]:
-    """The whole tensors of a checkpoint whose names begin with one of `parts`, on the CPU, in one process."""
+    """The tensors of a checkpoint whose names begin with one of `parts`, unsharded, on the CPU, in one process."""
     reader = dcp.FileSystemReader(checkpoint.path)
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -172,10 +180,10 @@ def read(checkpoint: Checkpoint, parts: tuple[str, ...] = ("",)) -> dict[str, to
 
 
 def read_weights(folder: str | Path, *, ema: bool = True) -> dict[str, torch.Tensor]:
-    """The model's state dict of the newest checkpoint of a run's folder, on the CPU and without a trainer.
+    """The model's state dict from the newest checkpoint in a run's folder, on the CPU and without a trainer.
 
-    ema: whether to read the moving averages instead of the trained weights. Raises EngineError if the folder has no
-    checkpoint, or the checkpoint no averages.
+    ema: whether to read the moving averages instead of the trained weights. Raises EngineError if the folder holds no
+    whole checkpoint, or if the checkpoint holds no averages.
     """
     root = Path(folder) / "checkpoints"
     checkpoint = newest(root)
@@ -196,7 +204,7 @@ def _strip(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences torch's warnings of a missing process group, and of torch's own use of its older storage class."""
+    """Silences torch's warnings about a missing process group, and about torch's own use of its older storage class."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="torch")
         yield

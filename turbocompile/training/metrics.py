@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard, and progress on stderr."""
+"""The output of a training run: metrics.jsonl, TensorBoard, and progress on stderr."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ log = logging.getLogger(__name__)
 
 
 class Window:
-    """The metrics of the steps since the last line, on the device: nothing waits for the device until it is read.
+    """The metrics of the steps since the last line. They stay on the device, so that the host waits only for `rows`.
 
-    A checkpoint within a window stores its rows, so that a resumed run writes the line that an uninterrupted one does.
+    A checkpoint stores the rows of the present window, so that a resumed run writes the same line as an uninterrupted
+    run. size: how many steps a window holds at most.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -32,7 +33,7 @@ class Window:
         self.start()
 
     def start(self, carried: list[dict[str, float]] | None = None) -> None:
-        """A new window, after the rows that a checkpoint carried."""
+        """Begins a new window, with the rows that a checkpoint stored in `carried`."""
         self.carried, self.count = list(carried or []), 0
 
     def add(self, names: tuple[str, ...], row: torch.Tensor) -> None:
@@ -43,20 +44,23 @@ class Window:
         self.count += 1
 
     def rows(self) -> list[dict[str, float]]:
-        """One dictionary a step, each a mean over processes. Waits for the device."""
+        """The metrics of each step by name, as means over the processes. Waits for the device."""
         fresh = mean_over_ranks(self.buffer[: self.count]).tolist() if self.count else []
         return self.carried + [dict(zip(self.names, row, strict=True)) for row in fresh]
 
 
 def average(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each metric over the rows that have it."""
+    """The mean of each metric over the rows that hold the metric; NaN if a value is not finite."""
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: [row[name] for row in rows if name in row] for name in names}
     return {name: math.fsum(c) / len(c) if all(map(math.isfinite, c)) else math.nan for name, c in columns.items()}
 
 
 class MetricsLog:
-    """Writes lines of metrics of one run; one process has it. `step` is where the run resumes: later lines go."""
+    """Writes a run's lines of metrics; only one process has a MetricsLog.
+
+    step: the step from which the run resumes; the lines of later steps are removed.
+    """
 
     def __init__(self, folder: Path, step: int, steps: int, *, show: bool = True) -> None:
         self.path = folder / "metrics.jsonl"
@@ -76,7 +80,7 @@ class MetricsLog:
             self.progress.show(step, values)
 
     def sync(self) -> None:
-        """To disk: a checkpoint must not outlive the lines before it."""
+        """Writes all lines to disk, because a checkpoint on disk must never be newer than the lines on disk."""
         os.fsync(self.file.fileno())
         if self.board is not None:
             self.board.flush()
@@ -90,7 +94,7 @@ class MetricsLog:
 
 
 def _truncate(path: Path, step: int) -> None:
-    """Removes the lines after a step, and one that was cut short by a kill."""
+    """Removes the lines after a step, and a line that a kill cut short."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -117,7 +121,7 @@ def _tensorboard(folder: Path, step: int) -> Any:
 
 
 class _Progress:
-    """A bar in a terminal, elsewhere a line each time."""
+    """Shows progress on stderr: a bar in a terminal, otherwise a line for each call of `show`."""
 
     def __init__(self, step: int, steps: int) -> None:
         self.console = Console(stderr=True)

@@ -1,13 +1,13 @@
 """The training loop: stateless data, a deterministic objective, AdamW, moving averages, exact resume.
 
     trainer = Trainer(model, data, objective, TrainConfig(steps=10_000, ema_power=0.1), Path("run"), device="cuda")
-    result = trainer.run()           # again after a kill: it goes on from the newest checkpoint
+    result = trainer.run()           # after a kill, call it again: the run continues from the newest checkpoint
     weights = trainer.ema_state_dict()
 
-`data(step)` is the global batch of a step, a function of its number alone; draw noise there, from
-`step_generator(seed, step)`. `objective(model, batch)` returns the loss, a mean over the batch, and metrics to log
-(scalars); it calls the model itself, not its parts, and draws no random numbers: then a run that was killed and resumed
-has the bits of one that was not, and several processes learn what one does.
+`data(step)` returns the global batch of a step, and must depend on the step's number alone; it draws noise from
+`step_generator(seed, step)`. `objective(model, batch)` returns the loss, a mean over the batch, and scalar metrics to
+log. It must call the model itself, not the model's parts, and draw no random numbers. A run that was killed and resumed
+then has the same bits as a run that was not, and several processes learn the same weights as one process.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ Batch = Mapping[str, torch.Tensor]
 Data = Callable[[int], Batch]
 Objective = Callable[[nn.Module, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
-WARMUP = 3  # eager steps before a CUDA graph is captured, in which libraries choose algorithms and allocate
+WARMUP = 3  # eager steps before the CUDA graph is captured; in these steps libraries choose algorithms and allocate
 
 
 def step_generator(seed: int, step: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A generator for the draws of one step, a function of the two numbers alone.
+    """A generator for the random draws of one step, which depends on seed and step alone.
 
-    torch's CPU generator uses 32 bits of its seed, so these are a bijection of the step: no two steps of a run share
-    their draws. MurmurHash3's finalizer mixes them, for consecutive seeds to start far apart.
+    torch's CPU generator uses only 32 bits of its seed. These bits are a bijection of the step, so that no two steps of
+    a run share their draws. MurmurHash3's finalizer mixes the bits, so that neighbouring seeds start far apart.
     """
     x = (step + 0x9E3779B1 * (seed + 1)) & 0xFFFFFFFF
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
@@ -56,19 +56,21 @@ def step_generator(seed: int, step: int, device: str | torch.device = "cpu") -> 
 
 @dataclass(frozen=True)
 class Result:
-    """The end of a run. `finished` is False where max_seconds stopped the run."""
+    """The result of a run."""
 
-    step: int
-    finished: bool
-    seconds: float  # of the whole training, runs before a resume included
+    step: int  # how many steps are done
+    finished: bool  # False if max_seconds stopped the run
+    seconds: float  # wall time of the whole training, including the runs before a resume
     metrics: dict[str, float]  # the last line of metrics; empty if this run wrote no line
-    checkpoint: Path
+    checkpoint: Path  # the folder of the last checkpoint
 
 
 class Trainer:
-    """Trains `model` in place; see the module. Raises RecipeError for options that do not fit together.
+    """Trains `model`, whose trained parameters are float32, in place; the module says how.
 
-    `compile` applies torch.compile to the model's call; `show` prints progress to stderr.
+    folder: for checkpoints and metrics. compile: applies torch.compile to the model's call. show: prints progress to
+    stderr. Raises RecipeError for options or parameters that do not fit together, and UnsupportedError for a device
+    that is missing or does not support the options.
     """
 
     def __init__(
@@ -86,12 +88,14 @@ class Trainer:
         self.data, self.objective, self.config, self.folder, self.show = data, objective, config, Path(folder), show
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None and torch.cuda.is_available():
-            self.device = torch.device("cuda", torch.cuda.current_device())  # init_distributed has chosen it
+            self.device = torch.device("cuda", torch.cuda.current_device())  # the device that init_distributed chose
         _check_device(config, self.device)
         self.model = _place(model, self.device, compile)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         _check_parameters(self.parameters)
-        self.lr = torch.zeros((), device=self.device)  # a tensor: a captured graph reads the value of its step
+        self.lr = torch.zeros(
+            (), device=self.device
+        )  # a tensor, so that a captured graph reads the present step's rate
         self.optimizer = _optimizer(self.model, self.parameters, self.lr, config)
         averaged = config.ema_decay is not None or config.ema_power is not None
         self.ema = Ema(list(self.parameters.values())) if averaged else None
@@ -101,10 +105,10 @@ class Trainer:
         self.graph: _Graph | None = None
 
     def run(self) -> Result:
-        """Trains to the last step, or until max_seconds are over; goes on from the newest whole checkpoint, if any.
+        """Trains to the last step, or until max_seconds are over, from the newest whole checkpoint if there is one.
 
-        Raises EngineError if that does not fit, TurbocompileError if the loss or the gradient is not finite: the last
-        checkpoint is of before.
+        Raises EngineError if the checkpoint does not fit this run, and TurbocompileError if the loss or the gradient is
+        not finite; the last checkpoint is then of an earlier, finite step.
         """
         with _flags(self.config.deterministic):
             saved = self._resume()
@@ -116,11 +120,14 @@ class Trainer:
                     log.close()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Copies of the model's whole weights, under its own names; every process must call it."""
+        """Copies of the model's unsharded weights, under the model's own names; every process must call this."""
         return {name: parallel.full(v.detach()).clone() for name, v in self.model.state_dict().items()}
 
     def ema_state_dict(self) -> dict[str, torch.Tensor]:
-        """The state dict with moving averages instead of trained weights. Raises RecipeError if the run keeps none."""
+        """The state dict with moving averages instead of trained weights; every process must call this.
+
+        Raises RecipeError if the run keeps no averages.
+        """
         if self.ema is None:
             raise RecipeError("the configuration has no moving average; set ema_decay or ema_power")
         averages = {name: parallel.full(a).clone() for name, a in self._averages().items()}
@@ -141,11 +148,11 @@ class Trainer:
                 line_at, samples = time.perf_counter(), 0
             if self.step % config.checkpoint_every == 0 or last or over:
                 saved = self._save(log)
-        assert saved is not None  # the loop ends with a checkpoint, or had nothing to do after one
+        assert saved is not None  # the loop has written a checkpoint, or the run resumed from a finished checkpoint
         return Result(self.step, self.step == config.steps, self.seconds, metrics, saved)
 
     def _advance(self) -> int:
-        """One step; returns the size of the global batch. Waits for nothing on the device."""
+        """Does one step without waiting for the device; returns the size of the global batch."""
         batch = parallel.local_part(self.data(self.step))
         size = next(iter(batch.values())).shape[0] * parallel.world_size()
         self.lr.fill_(learning_rate(self.config, self.step))
@@ -161,7 +168,9 @@ class Trainer:
         return size
 
     def _compute(self, batch: Batch) -> torch.Tensor:
-        """Forward, backward, clip, AdamW, average; returns loss, gradient norm and metrics, float32 (n,)."""
+        """Runs forward, backward, clipping, optimizer and averages; returns loss, gradient norm and metrics,
+        float32 (n,).
+        """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             loss, metrics = self.objective(self.model, batch)
         loss.backward()
@@ -174,7 +183,7 @@ class Trainer:
         return torch.stack([value.detach().float().reshape(()) for value in (loss, norm, *metrics.values())])
 
     def _clip(self) -> torch.Tensor:
-        """Clips the global gradient norm; returns it as it was."""
+        """Clips the global gradient norm; returns the norm before clipping, a float32 scalar."""
         parameters = [p for p in self.parameters.values() if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
         if self.config.grad_clip is not None:
@@ -182,7 +191,11 @@ class Trainer:
         return parallel.full(norm)
 
     def _time_is_over(self, began: float) -> bool:
-        """Whether max_seconds are over. Rank 0 decides, at lines of metrics alone, because processes wait for it."""
+        """Whether max_seconds are over.
+
+        Rank 0 decides for all processes, and with several processes only at lines of metrics, because they wait for the
+        decision.
+        """
         if self.config.max_seconds is None or (parallel.world_size() > 1 and self.step % self.config.log_every):
             return False
         return parallel.broadcast(time.perf_counter() - began > self.config.max_seconds)
@@ -218,7 +231,7 @@ class Trainer:
     def _save(self, log: MetricsLog | None) -> Path:
         about = {
             "config": dataclasses.asdict(self.config),
-            "window": self._finite_rows(),  # checked before: a broken state must not replace a good one
+            "window": self._finite_rows(),  # raises before the save, because a broken state must not replace a good one
             "seconds": self.seconds,
         }
         if log is not None:
@@ -230,7 +243,7 @@ class Trainer:
         return self.folder / "checkpoints"
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors of a checkpoint, as views, so that they can be saved or loaded in place."""
+        """All tensors of a checkpoint by name, as views, so that they can be saved or loaded in place."""
         tensors = {f"model.{name}": value.detach() for name, value in self.model.state_dict().items()}
         if self.ema is not None:
             tensors |= {f"ema.{name}": value for name, value in self._averages().items()}
@@ -240,14 +253,14 @@ class Trainer:
         return tensors
 
     def _averages(self) -> dict[str, torch.Tensor]:
-        """The moving averages under all names that a parameter has; tied weights have several."""
+        """The moving averages under all names of their parameters, because a tied weight has several names."""
         assert self.ema is not None
         of = {id(p): a for p, a in zip(self.ema.parameters, self.ema.averages, strict=True)}
         named = self.model.named_parameters(remove_duplicate=False)
         return {name: of[id(p)] for name, p in named if id(p) in of}
 
     def _resume(self) -> Path | None:
-        """Takes the state of the newest whole checkpoint; its path, or None where there is none."""
+        """Loads the newest whole checkpoint; returns its path, or None if there is no checkpoint."""
         if parallel.rank() == 0:
             checkpoint.clean(self._root)
         found = parallel.broadcast(checkpoint.newest(self._root) if parallel.rank() == 0 else None)
@@ -261,10 +274,10 @@ class Trainer:
 
 
 class _Graph:
-    """A step as a CUDA graph: after `WARMUP` real steps it is captured once, and replayed from then on.
+    """A step as a CUDA graph, which is captured after `WARMUP` eager steps, and replayed from then on.
 
-    Inputs are copied into static buffers. The warm-up steps run on the capture's stream, as capturing demands, and are
-    steps like any other, so nothing has to be restored.
+    Inputs are copied into static buffers. The eager steps run on the capture's stream, because capturing demands it.
+    They train the model like all other steps, so that no state has to be restored after them.
     """
 
     def __init__(self, compute: Callable[[Batch], torch.Tensor]) -> None:
@@ -286,7 +299,7 @@ class _Graph:
             torch.cuda.current_stream().wait_stream(self.stream)
             return row
         if self.calls == WARMUP + 1:
-            with torch.cuda.graph(self.graph, stream=self.stream):  # records, does not run
+            with torch.cuda.graph(self.graph, stream=self.stream):  # records the step without running it
                 self.row = self.compute(self.inputs)
         self.graph.replay()
         return self.row
@@ -349,11 +362,10 @@ def _optimizer(
 
 
 def _adamw(parameters: Mapping[str, nn.Parameter], lr: torch.Tensor, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW whose state exists from the start, so that a checkpoint can be read into it."""
+    """AdamW whose state exists from the start, so that a checkpoint can be read into the state."""
     matrices = [p for p in parameters.values() if p.ndim >= 2]
-    vectors = [
-        p for p in parameters.values() if p.ndim < 2
-    ]  # biases and norms, whose decay would shrink the activations
+    # Biases and norms get no decay, because decay would shrink the activations.
+    vectors = [p for p in parameters.values() if p.ndim < 2]
     groups = [
         {"params": group, "weight_decay": decay}
         for group, decay in ((matrices, config.weight_decay), (vectors, 0.0))
@@ -393,7 +405,7 @@ def _flags(deterministic: bool) -> Iterator[None]:
         cudnn.benchmark,
     )
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, deterministic cuBLAS calls raise
     try:
         torch.use_deterministic_algorithms(deterministic or before[0])
         cudnn.deterministic, cudnn.benchmark = deterministic or before[2], not deterministic

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from turbocompile.defaults import CALIBRATION_CALLS, SEED
 from turbocompile.errors import RecipeError, UnsupportedError
 from turbocompile.files import check_file
-from turbocompile.numerics.recording import CALLS, MAX_TOKENS, Recording, recording_calls
+from turbocompile.numerics.recording import MAX_TOKENS, Recording, recording_calls
 from turbocompile.recipe.presets import boundary_of
 from turbocompile.recipe.schema import Recipe
 from turbocompile.video.components import held, placed
@@ -28,10 +29,10 @@ def record_inputs(
     *,
     negative_prompt: str | None = None,
     image: Any = None,
-    calls: int = CALLS,
+    calls: int = CALIBRATION_CALLS,
     steps: int | None = None,
     guidance: float | None = None,
-    seed: int = 0,
+    seed: int = SEED,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> Recording:

@@ -6,13 +6,15 @@ the stage that needs it: the text encoder (11 GB for Wan) is freed before the fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from turbocompile.defaults import SEED
 from turbocompile.files import check_folder
 from turbocompile.recipe.presets import task_of
 from turbocompile.recipe.schema import Shape
@@ -39,9 +41,9 @@ from turbocompile.video.request import (
 class GenerateResult:
     """The videos of one call, and how long each stage took.
 
-    video: uint8 (B, F, H, W, 3), RGB. timings: seconds by stage ("load", "text", "image", "denoise", "decode",
-    "write"; those that ran). paths: the files, one a video. memory: the plan that the engine followed, and the most
-    that was taken of the GPU (`memory_peak`, bytes); None without a plan.
+    video: uint8 (B, F, H, W, 3), RGB. timings: seconds by stage ("load", "lora", "plan", "text", "image", "denoise",
+    "decode", "write"; those that ran). paths: the files, one a video. memory: the plan that the engine
+    followed, and `memory_peak` the most that was taken of the GPU, in bytes; None without a plan.
     """
 
     video: torch.Tensor
@@ -62,7 +64,7 @@ def generate(
     prompt: str | Sequence[str],
     negative_prompt: str | None = None,
     *,
-    seed: int = 0,
+    seed: int = SEED,
     shape: Shape | str | None = None,
     image: Any = None,
     steps: int | None = None,
@@ -70,6 +72,7 @@ def generate(
     out: str | Path | None = None,
     frames: str | Path | None = None,
     device: torch.device | str | None = None,
+    lora: Any = None,
     vram: str | int | None = None,
     say: Callable[[str], None] | None = None,
     progress: Progress | None = None,
@@ -81,8 +84,9 @@ def generate(
     "480x832x81" (height, width, frames; the batch may follow); the first by default. image: a PIL image or its path,
     for image-to-video. steps, guidance: instead of the recipe's. out: an .mp4 file; with several videos -1, -2 ...
     follow its name. frames: a folder for PNG frames. device: by default the engine's; for a folder the GPU, where the
-    engine was built for one. vram: the memory of the GPU that all of it may take, as in "12GB" or "auto"
-    (memory_plan.py); the plan is told to `say` in sentences.
+    engine was built for one. lora: adapters for this call, as `Engine.set_lora` takes them; none given: those that are
+    set. vram: the memory of the GPU that all of it may take, as in "12GB" or "auto" (memory_plan.py); the plan is told
+    to `say` in sentences.
 
     The same seed gives the same video, to the bit, on one device. Raises TurbocompileError before any work for what the
     engine cannot do.
@@ -105,7 +109,7 @@ def generate(
         with stages("plan"):
             plan_video(engine, vram, size, picture is not None, target, say)
     pipeline, boundary = Pipeline.of_engine(engine, kept), expert_boundary(engine, task)
-    with enough_memory(engine):
+    with _adapted(engine, lora, stages), enough_memory(engine):
         latents = make_latents(pipeline, prompts, negative_prompt, picture, sampler, size, boundary, seed, stages)
         with stages("decode"):
             pipeline.make_room("decode")
@@ -130,6 +134,21 @@ def _opened(
     target = target or torch.device(default_device(engine))
     with stages("load"):
         return load(engine, device=None if planned else target), target
+
+
+@contextlib.contextmanager
+def _adapted(engine: Engine, lora: Any, stages: Stages) -> Iterator[None]:
+    """The body runs with the adapters of a call, and the engine has its own again afterwards."""
+    if lora is None:
+        yield
+        return
+    before = engine.lora
+    with stages("lora"):
+        engine.set_lora(lora)
+    try:
+        yield
+    finally:
+        engine.set_lora(before)
 
 
 def default_device(folder: str | Path) -> str:

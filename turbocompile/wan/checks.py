@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from turbocompile.errors import EngineError, RecipeError, UnsupportedError
-from turbocompile.recipe.presets import Geometry, vae_strides, wrong_latents
+from turbocompile.recipe.presets import Geometry, latent_channels, vae_strides, wrong_latents
 from turbocompile.recipe.schema import Recipe
 
 ENCODED = 4  # frames that diffusers' AutoencoderKLWan encodes at a time after the first
@@ -26,7 +26,7 @@ def check_channels(
     wrong = wrong_latents(vae)
     if wrong is not None:
         raise EngineError(f"{where}: the VAE's configuration cannot be: {wrong}")
-    channels = vae.get("z_dim", 16)
+    channels = latent_channels(vae)
     given, made = config["in_channels"], config["out_channels"]
     if made != channels:
         raise EngineError(

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from turbocompile.defaults import EXAMPLE_HEAD_DIM, EXAMPLE_VARIANT, SEED
 from turbocompile.errors import RecipeError
 from turbocompile.recipe.presets import VARIANTS, Preset, tiny_preset
 from turbocompile.recipe.schema import Recipe
@@ -29,7 +30,9 @@ sampler: {{kind: rcm, steps: 4}}
 """
 
 
-def write_example(folder: str | Path, variant: str = "t2v", head_dim: int = 64, seed: int = 0) -> Path:
+def write_example(
+    folder: str | Path, variant: str = EXAMPLE_VARIANT, head_dim: int = EXAMPLE_HEAD_DIM, seed: int = SEED
+) -> Path:
     """Writes the pipeline of a variant (see configs.VARIANTS) and recipe.yaml into `folder`; returns the recipe's path.
 
     head_dim: 64 or 128. The same arguments give the same weights as `model: {preset: wan-tiny..., seed: ...}`. The

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from turbocompile.errors import EngineError, TurbocompileError, UnsupportedError
+from turbocompile.wan.keys import PARTS, listed
 
 # Of a transformer: tables that are computed from the configuration, what trainers and other runtimes keep besides.
 IRRELEVANT = re.compile(
@@ -34,9 +35,8 @@ _LORA = _Kind(
         r"(^|[._])(lora|dora|loha|lokr|hada|oft|boft|glora|ia3)_|(^|[._])lora\.|\.lora\w*$"
         r"|\.(diff|diff_b|diff_m|alpha|set_weight|reshape_weight|base_layer\.\w+)$"
     ),
-    "belongs to a LoRA, which is no part of the model yet",
-    "fuse it first (in diffusers: load_lora_weights, fuse_lora, unload_lora_weights, then save_pretrained) and give "
-    "the folder that this wrote",
+    "belongs to a LoRA, which is no model by itself and no part of one",
+    "give the model without it, and the LoRA in a file of its own as `lora: PATH` in the recipe (or --lora)",
     UnsupportedError,
 )
 _VACE = _Kind(
@@ -54,7 +54,7 @@ _SCALE = _Kind(
     "give the checkpoint that was not quantized",
 )
 _PARTS = _Kind(
-    re.compile(r"(first_stage_model|vae|cond_stage_model|conditioner|text_encoders?|clip|image_encoder)\."),
+    PARTS,
     "belongs to another part of a pipeline than the transformer",
     "give the transformer's own file, and the other parts as components.source",
 )
@@ -73,13 +73,14 @@ def is_lora(names: Iterable[str]) -> bool:
 
 
 def refusal(where: str, names: Collection[str], owner: str = "") -> TurbocompileError:
-    """The error for tensors that nothing reads: names one, counts the others, and says what it is and what to do.
+    """The error for tensors that nothing reads: names them, and says what the first one is and what to do.
 
     owner: the model that the tensors should belong to, if it is no transformer, as in "the text encoder of the class
     UMT5EncoderModel".
     """
     kind, name = next((k, n) for k in _KINDS for n in sorted(names) if k.pattern.search(n))
-    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    others = set(names) - {name}
+    more = f" (and {len(others)} more: {listed(others)})" if others else ""
     what, mend = kind.what, kind.mend
     if owner and kind in (_OTHER, _PARTS):
         what = f"belongs to another model than {owner}"

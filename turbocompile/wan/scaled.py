@@ -1,49 +1,93 @@
-"""Weights stored in 8 bits with a scale beside them, read as the float32 numbers that they encode.
+"""Weights stored in 8 bits with a scale beside them: the numbers that they encode, or their data and scale as they are.
 
     w = stored * scale        stored: e4m3, e5m2 or int8
 
-The scale of `a.weight` is `a.weight_scale`, `a.scale_weight`, `a.scale` or `a.weight_scale_inv` (which is multiplied by
-as well, in spite of its name): one number, one a row, or one a block of a regular grid. A float8 weight without a scale
-is a plain cast. What the checkpoint says of activations (`input_scale`) is not used, because an engine takes the scale
-of activations from themselves.
+The scale of `a.weight` is `a.weight_scale`, `a.scale_weight`, `a.scale`, `a.weight_scale_inv` (which is multiplied by
+as well, in spite of its name) or ModelOpt's `a.weight_quantizer._scale`: one number, one a row, or one a block of a
+regular grid. TurboDiffusion calls the stored weight `a.int8_weight`; its `a.scale` is by tiles of 128 x 128. A float8
+weight without a scale is a plain cast. What the checkpoint says of activations (`input_scale`) is not used, because an
+engine takes the scale of activations from themselves.
+
+ComfyUI says beside each weight (`comfy_quant`), in the header of the file (`_quantization_metadata`), or by an empty
+tensor (`scaled_fp8`) that weights are scaled; where one of these says so, a weight without a scale is refused. Bytes
+(uint8) that are described as float8 are float8.
+
+A weight whose numbers a kernel reads as they are stored has that kernel's format (`Stored.format`):
+
+    e4m3 with one scale, one a row, or none     fp8           a single scale is the same number in each row
+    int8 with one scale or one a row            int8
+    int8 with one scale a tile of 128 x 128     int8_block
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.ir.evaluate import TensorSource
+from turbocompile.wan.keys import PARTS, WHOLE_FILE, listed
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 EIGHT_BIT = (*FLOAT8, torch.int8)
-WEIGHT_SCALES = ("weight_scale", "scale_weight", "scale", "weight_scale_inv")
-ACTIVATION_SCALES = ("input_scale", "scale_input")
-MARKER = "scaled_fp8"  # ComfyUI's files have this empty tensor, whose dtype is the weights'
+INT8_WEIGHT = "int8_weight"  # TurboDiffusion's name of a stored weight
+WEIGHT_SCALES = ("weight_scale", "scale_weight", "scale", "weight_scale_inv", "weight_quantizer._scale")
+# What says how activations were quantized, or repeats what a scale says.
+ACTIVATION_SCALES = ("input_scale", "scale_input", "input_quantizer._amax", "weight_quantizer._amax")
+MARKER = "scaled_fp8"  # ComfyUI's files have this empty tensor, whose dtype is the weights' (float32: e4m3)
 DESCRIPTION = "comfy_quant"  # ComfyUI's later files: JSON as bytes, beside each weight
+FORMATS = {  # descriptions of weights whose scales say all: the dtype that is stored
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e4m3fn_rowwise": torch.float8_e4m3fn,
+    "float8_e4m3fn_blockwise": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+    "int8_tensorwise": torch.int8,
+    "int8_blockwise": torch.int8,
+}
+# What a description says besides: how to multiply, what the scale's shape shows, what the weight was before.
+SAID_BESIDES = ("full_precision_matrix_mult", "group_size", "block_size", "orig_dtype", "orig_shape")
+METADATA = "_quantization_metadata"  # the same for all weights, as JSON in the header of the file
 BLOCK = 128  # of scales by blocks that do not divide the weight
 
 
+@dataclass(frozen=True)
+class Stored:
+    """How a checkpoint stores a quantized weight. words: for messages. format: the kernels' format that it has."""
+
+    words: str
+    format: str | None = None
+
+
 class ScaledTensors:
-    """The tensors of a source without the scales: each weight that has one is read as float32 stored * scale."""
+    """The tensors of a source without the scales: each weight that has one is read as float32 stored * scale.
+
+    stored: how the quantized weights are stored, by name. notes: sentences about what is not used.
+    """
 
     def __init__(self, raw: TensorSource, where: str) -> None:
         """where: names the checkpoint in errors. Raises EngineError or UnsupportedError where a scale fits no weight,
         or a stored weight means nothing without one."""
         self._raw, self._where = raw, where
         names = set(raw.keys())
+        self._keys = self._weights(names)
+        self._bytes: dict[str, torch.dtype] = {}  # weights whose bytes are of another dtype than the file says
+        described, comments = self._described(names)
         self._scales = self._find(names)
-        described = self._described(names)
-        unused = {f"{path}.{leaf}" for path in map(_path, self._scales) for leaf in ACTIVATION_SCALES} & names
-        markers = {name for name in names if name.rpartition(".")[2] == MARKER and raw.spec(name)[1] in FLOAT8}
-        consumed = {*self._scales.values(), *described, *unused, *markers}
-        self._names = [name for name in raw.keys() if name not in consumed]  # noqa: SIM118 (no mapping)
+        # a plain float8 weight, which has no scale, may say of its input what nobody uses
+        paths = {_path(name) for name in self._keys if name in self._scales or self._dtype(name) in FLOAT8}
+        unused = {f"{path}.{leaf}" for path in paths for leaf in ACTIVATION_SCALES} & names
+        kinds = (*FLOAT8, torch.float32)
+        markers = {name for name in names if name.rpartition(".")[2] == MARKER and raw.spec(name)[1] in kinds}
+        consumed = {*self._scales.values(), *comments, *unused, *markers}
+        self._keys = {name: key for name, key in self._keys.items() if key not in consumed}
         self._check_said(described, markers)
         self._check_stored()
+        self.stored: Mapping[str, Stored] = {n: s for n in self._keys if (s := self._stored(n)) is not None}
         self.notes: tuple[str, ...] = ()
         if unused:
             self.notes = (
@@ -51,11 +95,25 @@ class ScaledTensors:
                 "from the activations themselves",
             )
 
+    def _weights(self, names: set[str]) -> dict[str, str]:
+        """The source's own names by ours, which for a weight of TurboDiffusion end in `weight`."""
+        found: dict[str, str] = {}
+        for name in self._raw.keys():  # noqa: SIM118 (no mapping)
+            path, _, leaf = name.rpartition(".")
+            ours = f"{path}.weight" if leaf == INT8_WEIGHT else name
+            if ours in found or (ours != name and ours in names):
+                raise EngineError(f"{self._where}: holds {ours} as a weight and as {INT8_WEIGHT}; keep one of them")
+            found[ours] = name
+        return found
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self._bytes.get(name) or self._raw.spec(self._keys[name])[1]
+
     def _find(self, names: set[str]) -> dict[str, str]:
         """The scale of each 8-bit weight, by the weight's name."""
         found: dict[str, str] = {}
-        for name in names:
-            if name.rpartition(".")[2] != "weight" or self._raw.spec(name)[1] not in EIGHT_BIT:
+        for name, key in self._keys.items():
+            if name.rpartition(".")[2] != "weight" or self._dtype(name) not in EIGHT_BIT:
                 continue
             scales = [s for s in (f"{_path(name)}.{leaf}" for leaf in WEIGHT_SCALES) if s in names]
             if len(scales) > 1:
@@ -65,55 +123,116 @@ class ScaledTensors:
                 )
             if scales:
                 found[name] = scales[0]
-                _grid(self._where, scales[0], self._raw.spec(scales[0]), self._raw.spec(name)[0])
+                sizes, _ = _grid(self._where, scales[0], self._raw.spec(scales[0]), self._raw.spec(key)[0])
+                tiles = tuple(-(-size // BLOCK) for size in self._raw.spec(key)[0])
+                if key.endswith(f".{INT8_WEIGHT}") and sizes != tiles:
+                    raise EngineError(
+                        f"{self._where}: {scales[0]} has the shape {list(sizes)}, and tiles of {BLOCK} x {BLOCK} of "
+                        f"{key} are {list(tiles)}; download the checkpoint again"
+                    )
         return found
 
-    def _described(self, names: set[str]) -> set[str]:
-        """ComfyUI's descriptions of weights. Raises UnsupportedError for a description of more than a scale."""
-        found = set()
-        for name in names:
-            if name.rpartition(".")[2] != DESCRIPTION:
-                continue
+    def _described(self, names: set[str]) -> tuple[set[str], set[str]]:
+        """The weights that ComfyUI's descriptions say to be quantized, and the tensors that hold descriptions.
+
+        Raises UnsupportedError for a description of more than a scale.
+        """
+        comments = {name for name in names if name.rpartition(".")[2] == DESCRIPTION}
+        said: dict[str, Any] = {_path(name): (name, self._raw.get(name)) for name in comments}
+        text = getattr(self._raw, "metadata", {}).get(METADATA)
+        if text is not None:
             try:
-                values = json.loads(bytes(self._raw.get(name).flatten().tolist()))
-                kind = values.pop("format")
-                values.pop("full_precision_matrix_mult", None)  # how to multiply, not what the weight is
+                layers = json.loads(text)["layers"].items()
             except (ValueError, KeyError, TypeError, AttributeError) as e:
-                raise EngineError(f"{self._where}: {name} describes no weight ({e!r}); download it again") from e
-            if values or kind not in ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise"):
-                raise UnsupportedError(
-                    f"{self._where}: {name} says that the weight is stored as {kind}"
-                    f"{' with ' + ', '.join(map(str, values)) if values else ''}, which turbocompile does not read; "
-                    "give the checkpoint that was not quantized"
-                )
-            found.add(name)
-        return found
+                raise EngineError(f"{self._where}: {METADATA} in the header is no list of layers ({e!r})") from e
+            held = {path: self._held(path) for path, _ in layers if not PARTS.match(path)}
+            said = {**{held[p]: (f"{METADATA} of {p}", layer) for p, layer in layers if p in held}, **said}
+        for path, (name, value) in said.items():
+            dtype = self._described_dtype(name, value)
+            if f"{path}.weight" not in self._keys:
+                raise EngineError(f"{self._where}: {name} describes {path}.weight, which the file does not hold")
+            if self._dtype(f"{path}.weight") == torch.uint8 and dtype in FLOAT8:
+                self._bytes[f"{path}.weight"] = dtype
+        return {f"{path}.weight" for path in said}, comments
+
+    def _held(self, path: str) -> str:
+        """The path of a layer as the file has it, because some headers leave the prefix out."""
+        prefixes = ("", WHOLE_FILE, WHOLE_FILE.removeprefix("model."))
+        return next((p + path for p in prefixes if f"{p}{path}.weight" in self._keys), path)
+
+    def _described_dtype(self, name: str, value: Any) -> torch.dtype:
+        """The dtype of a described weight. Raises EngineError or UnsupportedError."""
+        try:
+            text = bytes(value.flatten().tolist()) if isinstance(value, torch.Tensor) else json.dumps(value)
+            values = json.loads(text)
+            kind = values.pop("format")
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise EngineError(f"{self._where}: {name} describes no weight ({e!r}); download it again") from e
+        extra = [key for key, said in values.items() if key not in SAID_BESIDES and said not in (None, False)]
+        if extra or kind not in FORMATS:
+            raise UnsupportedError(
+                f"{self._where}: {name} says that the weight is stored as {kind}"
+                f"{' with ' + ', '.join(extra) if extra else ''}, which turbocompile does not read; "
+                "give the checkpoint that was not quantized"
+            )
+        return FORMATS[kind]
 
     def _check_said(self, described: set[str], markers: set[str]) -> None:
         """Raises EngineError where the file says that its 8-bit weights are scaled, and the scales are missing."""
-        weights = [f"{_path(name)}.weight" for name in described]
+        weights = set(described)
         if markers and not self._scales:
-            weights += [name for name in self._names if name.rpartition(".")[2] == "weight"]
-        for name in weights:
-            if name in self._names and name not in self._scales and self._raw.spec(name)[1] in EIGHT_BIT:
-                raise EngineError(
-                    f"{self._where}: {name} is said to be scaled ({min([*markers, *described])}) and has no scale "
-                    "beside it; get the whole file again, or give the checkpoint that was not quantized"
-                )
+            weights |= {name for name in self._keys if name.rpartition(".")[2] == "weight"}
+        lost = [n for n in weights & self._keys.keys() if n not in self._scales and self._dtype(n) in EIGHT_BIT]
+        if lost:
+            said = f" ({min(markers)})" if markers else ""
+            raise EngineError(
+                f"{self._where}: {listed(lost)} is said to be scaled{said} and has no scale beside it; get the whole "
+                "file again, or give the checkpoint that was not quantized"
+            )
 
     def _check_stored(self) -> None:
         """Raises EngineError for integers without a scale, and for float8 weights without a scale among scaled ones."""
-        scaled = {self._raw.spec(name)[1] for name in self._scales}
-        for name in self._names:
-            dtype = self._raw.spec(name)[1]
+        scaled = {self._dtype(name) for name in self._scales}
+        lost = []
+        for name in self._keys:
+            dtype = self._dtype(name)
             if name in self._scales or (name.rpartition(".")[2] != "weight" and dtype not in scaled):
                 continue
             if not dtype.is_floating_point or dtype in scaled:
-                others = " where other weights have one" if dtype in scaled else ""
-                raise EngineError(
-                    f"{self._where}: {name} is stored as {str(dtype).removeprefix('torch.')} and has no scale beside "
-                    f"it{others}; get the whole file again, or give the checkpoint that was not quantized"
-                )
+                lost.append(name)
+        if lost:
+            dtype = self._dtype(min(lost))
+            others = " where other weights have one" if dtype in scaled else ""
+            raise EngineError(
+                f"{self._where}: {listed(self._keys[n] for n in lost)} is stored as "
+                f"{str(dtype).removeprefix('torch.')} and has no scale beside it{others}; get the whole file again, or "
+                "give the checkpoint that was not quantized"
+            )
+
+    def _stored(self, name: str) -> Stored | None:
+        """How a weight is stored; None for one in floating point of 16 bits or more."""
+        shape, dtype = self._raw.spec(self._keys[name])[0], self._dtype(name)
+        given = getattr(self._raw, "stored", {}).get(self._keys[name])
+        if given is not None or dtype not in EIGHT_BIT:
+            return given
+        words, scale = str(dtype).removeprefix("torch."), self._scales.get(name)
+        if scale is None:
+            return Stored(f"plain {words}", "fp8" if dtype == torch.float8_e4m3fn and len(shape) == 2 else None)
+        sizes, blocks = _grid(self._where, scale, self._raw.spec(scale), shape)
+        tiles = tuple(-(-size // BLOCK) for size in shape)
+        whole, by_row = math.prod(sizes) == 1, sizes == (shape[0], *[1] * (len(shape) - 1))
+        tiled = sizes == tiles and not (whole and not self._keys[name].endswith(f".{INT8_WEIGHT}"))
+        kind = "one scale" if whole else "a scale a row" if by_row else f"a scale a block of {list(blocks)}"
+        format = None
+        if len(shape) == 2 and dtype == torch.int8:
+            format = "int8_block" if tiled else "int8" if whole or by_row else None
+        elif len(shape) == 2 and dtype == torch.float8_e4m3fn:
+            format = "fp8" if whole or by_row else None
+        return Stored(f"{words} with {kind}", format)
+
+    def key(self, name: str) -> str:
+        """The source's own name of a tensor."""
+        return self._keys[name]
 
     @property
     def converted(self) -> bool:
@@ -121,21 +240,39 @@ class ScaledTensors:
         return bool(self._scales)
 
     def keys(self) -> Iterable[str]:
-        return self._names
+        return self._keys.keys()
 
     def spec(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        shape, dtype = self._raw.spec(name)
-        return shape, torch.float32 if name in self._scales else dtype
+        shape = self._raw.spec(self._keys[name])[0]
+        return shape, torch.float32 if name in self._scales else self._dtype(name)
 
     def get(self, name: str) -> torch.Tensor:
-        stored = self._raw.get(name)
-        scale = self._scales.get(name)
-        if scale is None:
-            return stored
-        values = self._raw.get(scale)
-        if not bool(values.float().isfinite().all()):
+        stored, scale = self.data(name), self._scales.get(name)
+        return stored if scale is None else dequantized(stored, self._scale(name), self._where, scale)
+
+    def _scale(self, name: str) -> torch.Tensor:
+        values = self._raw.get(self._scales[name]).float()
+        if not bool(values.isfinite().all()):
+            scale = self._scales[name]
             raise EngineError(f"{self._where}: the scale {scale} is no finite number; download the checkpoint again")
-        return dequantized(stored, values, self._where, scale)
+        return values
+
+    def data(self, name: str) -> torch.Tensor:
+        """A tensor as it is stored, without its scale."""
+        stored = self._raw.get(self._keys[name])
+        return stored.view(self._bytes[name]) if name in self._bytes else stored
+
+    def scale(self, name: str) -> torch.Tensor:
+        """The scale of a weight (N, K) that has a kernel's format, as the kernel reads it, in float32: (N, 1), or of
+        int8_block (ceil(N/128), ceil(K/128)).
+        """
+        shape = self._raw.spec(self._keys[name])[0]
+        if name not in self._scales:
+            return torch.ones(shape[0], 1)
+        scale = self._scale(name)
+        if self.stored[name].format == "int8_block":
+            return scale.reshape([-(-size // BLOCK) for size in shape])
+        return scale.reshape(-1, 1).expand(shape[0], 1).contiguous()
 
 
 def _path(name: str) -> str:

@@ -18,7 +18,6 @@ from turbocompile.recipe.parse import HUB_ID
 from turbocompile.recipe.presets import (
     HUB_PRESETS,
     PRESETS,
-    TRANSFORMER_FIELDS,
     Geometry,
     Preset,
     boundary_of,
@@ -29,12 +28,22 @@ from turbocompile.recipe.presets import (
     wrong_field,
 )
 from turbocompile.recipe.schema import Recipe
-from turbocompile.wan.checkpoints import CheckpointTensors, infer_config
+from turbocompile.wan.as_stored import parts_of
 from turbocompile.wan.checks import check_channels, check_frames, geometry_of
 from turbocompile.wan.components import Components, FolderComponents, NoComponents, read_index, read_json
 from turbocompile.wan.hub import fetch
+from turbocompile.wan.lora import with_loras
+from turbocompile.wan.opening import (
+    EXPERTS,
+    Checkpoint,
+    is_original,
+    is_transformer,
+    open_checkpoint,
+    read_config,
+    snapshot,
+)
 from turbocompile.wan.synthetic_components import SyntheticComponents
-from turbocompile.wan.tensors import SyntheticTensors, checkpoint_file, gguf_refusal, safetensors_folder
+from turbocompile.wan.tensors import SyntheticTensors
 from turbocompile.wan.transformer import TransformerSource, build_transformer, images_of
 
 CLIP_TOKENS = 257  # tokens of an image from the CLIP encoder of Wan2.1 I2V: 16 x 16 patches and the class token
@@ -68,8 +77,9 @@ class Source:
 
     def synthetic(self, name: str) -> TensorSource:
         """Synthetic weights with the names, shapes and dtypes of a transformer's weights, for plans without values."""
-        tensors = self.transformers[name].tensors
-        return SyntheticTensors({key: tensors.spec(key) for key in tensors.keys()}, self.seed, name)  # noqa: SIM118
+        transformer = self.transformers[name]
+        tensors, parts = transformer.tensors, parts_of(transformer.stored)
+        return SyntheticTensors({key: tensors.spec(key) for key in (*tensors.keys(), *parts)}, self.seed, name)
 
     @property
     def sla(self) -> bool:
@@ -89,7 +99,7 @@ def open_source(recipe: Recipe) -> Source:
     name = model.path or ""
     path = Path(name)
     if path.is_dir():
-        return _open_folder(recipe, path)
+        return _open_folder(recipe, snapshot(path))
     if path.is_file():
         return _open_file(recipe, path)
     if not HUB_ID.fullmatch(name):
@@ -131,7 +141,7 @@ def _source(
         raise RecipeError(f"{error}, because of the VAE and the patches of {where}") from None
     if task == "i2v" and vae is not None:
         check_frames(recipe, made, where)
-    placed = {name: replace(t, geometry=made) for name, t in transformers.items()}
+    placed = {name: replace(t, geometry=made) for name, t in with_loras(transformers, recipe.lora).items()}
     return Source(placed, components, task, boundary, synthetic, where, recipe.model.seed)
 
 
@@ -174,10 +184,10 @@ def _open_folder(recipe: Recipe, folder: Path) -> Source:
             "model.transformer_2: goes with a checkpoint file; a pipeline's folder has both experts in it"
         )
     if not (folder / "model_index.json").exists():
-        if (folder / "config.json").exists():
+        if all((folder / name).is_dir() for name in EXPERTS):
+            return _open_experts(recipe, folder)
+        if is_transformer(folder):
             return _open_bare(recipe, folder)
-        if (gguf := next(folder.glob("*.gguf"), None)) is not None:
-            raise gguf_refusal(gguf)
     index = read_index(folder)
     names = [name for name in TRANSFORMERS if isinstance(index.get(name), list) and any(index[name][:1])]
     if not names:
@@ -206,15 +216,30 @@ def _open_folder(recipe: Recipe, folder: Path) -> Source:
 
 
 def _open_bare(recipe: Recipe, folder: Path) -> Source:
-    """A folder with a transformer's config.json and weights, or with synthetic weights the config.json alone."""
-    transformer = _open_transformer(recipe, folder, "transformer", None)
+    """A folder with a transformer's weights and perhaps its config.json, which alone serves synthetic weights."""
+    tokens = _folder_image_tokens(Path(recipe.components.source))
+    return _alone(recipe, {"transformer": _open_transformer(recipe, folder, "transformer", tokens)}, folder)
+
+
+def _open_experts(recipe: Recipe, folder: Path) -> Source:
+    """A folder of Wan2.2 in its own layout: a folder of each expert."""
+    tokens = _folder_image_tokens(Path(recipe.components.source))
+    pairs = zip(TRANSFORMERS, EXPERTS, strict=True)
+    return _alone(recipe, {n: _open_transformer(recipe, folder / part, n, tokens) for n, part in pairs}, folder)
+
+
+def _alone(recipe: Recipe, transformers: dict[str, TransformerSource], path: Path) -> Source:
+    """One transformer or two experts without the other parts of a pipeline."""
+    high = transformers["transformer"]
+    boundary = boundary_of(None, task_of(high.config)) if len(transformers) == 2 else None
     synthetic = recipe.model.weights == "synthetic"
     own: Components = NoComponents()
     if synthetic:
-        own = SyntheticComponents(preset_for(transformer.config), recipe.model.seed, recipe.torch_dtype)
+        preset = preset_for(high.config, len(transformers), boundary)
+        own = SyntheticComponents(preset, recipe.model.seed, recipe.torch_dtype)
     else:
-        _need_components(recipe, folder, transformer)
-    return _source(recipe, {"transformer": transformer}, own, None, synthetic, str(folder))
+        _need_components(recipe, path, high)
+    return _source(recipe, transformers, own, boundary, synthetic, str(path))
 
 
 def _need_components(recipe: Recipe, path: Path, transformer: TransformerSource) -> None:
@@ -226,26 +251,25 @@ def _need_components(recipe: Recipe, path: Path, transformer: TransformerSource)
 
 
 def _open_transformer(recipe: Recipe, folder: Path, name: str, image_tokens: int | None) -> TransformerSource:
-    raw = read_json(folder / "config.json", "a diffusers model has one")
-    if raw.get("_class_name") != "WanTransformer3DModel":
-        raise UnsupportedError(
-            f"{folder / 'config.json'}: the transformer is a {raw.get('_class_name')}, recipes take "
-            "WanTransformer3DModel; use turbocompile.optimize(model, ...) for others"
-        )
-    if "quantization_config" in raw:
-        raise UnsupportedError(f"{folder / 'config.json'}: the checkpoint is quantized; give the unquantized one")
-    config = {k: raw[k] for k in TRANSFORMER_FIELDS if k in raw}
-    config = {**PRESETS["wan2.1-t2v-14b"].transformer, **config, **recipe.model.config}  # diffusers' own defaults
+    """A transformer's folder. With synthetic weights its configuration alone is read, where it has one."""
+    opened: Checkpoint | None = None
+    synthetic = recipe.model.weights == "synthetic"
+    if synthetic and not is_original(read_json(folder / "config.json", "a diffusers model has one")):
+        config = read_config(folder)
+    else:
+        opened = open_checkpoint(folder, recipe.torch_dtype)
+        config = opened.config
+    config = {**config, **recipe.model.config}
     wrong = wrong_field(config)
     if wrong is not None:
         raise EngineError(f"{folder / 'config.json'} (or the recipe's model.config): {wrong}")
     config["patch_size"] = tuple(config["patch_size"])
     tokens = _tokens_an_image(config, image_tokens, str(folder))
-    if recipe.model.weights == "synthetic":
+    if synthetic or opened is None:
         return _synthetic(name, config, recipe, str(folder), tokens)
-    tensors = CheckpointTensors(safetensors_folder(folder), str(folder))
-    _check_layers(tensors, raw.get("num_layers", config["num_layers"]), config["num_layers"], str(folder))
-    return TransformerSource(name, config, tensors, recipe.torch_dtype, tokens, str(folder), notes=tensors.notes)
+    written = opened.written if opened.written is not None else config["num_layers"]
+    _check_layers(opened.tensors, written, config["num_layers"], str(folder))
+    return TransformerSource(name, config, opened.tensors, recipe.torch_dtype, tokens, str(folder), notes=opened.notes)
 
 
 def _check_layers(tensors: TensorSource, written: Any, asked: int, where: str) -> None:
@@ -293,27 +317,19 @@ def _open_file(recipe: Recipe, path: Path) -> Source:
         name: _open_checkpoint(recipe, file, name, image_tokens)
         for name, file in zip(TRANSFORMERS, files, strict=False)
     }
-    high = transformers["transformer"]
-    synthetic = recipe.model.weights == "synthetic"
-    own: Components = NoComponents()
-    if synthetic:
-        own = SyntheticComponents(preset_for(high.config), recipe.model.seed, recipe.torch_dtype)
-    else:
-        _need_components(recipe, path, high)
-    boundary = boundary_of(None, task_of(high.config)) if len(files) == 2 else None
-    return _source(recipe, transformers, own, boundary, synthetic, str(path))
+    return _alone(recipe, transformers, path)
 
 
 def _open_checkpoint(recipe: Recipe, path: Path, name: str, image_tokens: int | None) -> TransformerSource:
-    tensors = CheckpointTensors(checkpoint_file(path), str(path))
-    config = {**infer_config(tensors, str(path)), **recipe.model.config}
+    opened = open_checkpoint(path, recipe.torch_dtype)
+    config = {**opened.config, **recipe.model.config}
     wrong = wrong_field(config)
     if wrong is not None:
         raise RecipeError(f"model.config: {wrong}")
     tokens = _tokens_an_image(config, image_tokens, str(path))
     if recipe.model.weights == "synthetic":
         return _synthetic(name, config, recipe, str(path), tokens)
-    return TransformerSource(name, config, tensors, recipe.torch_dtype, tokens, str(path), notes=tensors.notes)
+    return TransformerSource(name, config, opened.tensors, recipe.torch_dtype, tokens, str(path), notes=opened.notes)
 
 
 def _components_hint(config: Mapping[str, Any]) -> str:

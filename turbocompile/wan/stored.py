@@ -29,7 +29,7 @@ class StoredWeights:
         self._found = weight_files(folder, self._stem, single_first=of_transformers)
         self._files = SafetensorsFiles(self._found.files)
         self._tensors = ScaledTensors(self._files, str(folder))
-        stored = [self._files.spec(name)[1] for name in self._tensors.keys()]  # noqa: SIM118 (no mapping)
+        stored = [self._files.spec(self._tensors.key(name))[1] for name in self._tensors.keys()]  # noqa: SIM118
         odd = [d for d in stored if d in EIGHT_BIT or d == torch.float64]
         self._cast = cast or (torch.float32 if odd else None)
         self.dtype = self._cast or next((d for d in stored if d in WIDE), torch.float32)
@@ -55,7 +55,7 @@ class StoredWeights:
             if self._cast is None and not self._tensors.converted:
                 shutil.copyfile(path, target)
                 continue
-            names = [n for n in self._tensors.keys() if self._files.places[n] == path]  # noqa: SIM118
+            names = [n for n in self._tensors.keys() if self._files.places[self._tensors.key(n)] == path]  # noqa: SIM118
             with safe_open(path, framework="pt") as opened:
                 metadata = opened.metadata()
             save_file({n: self._tensors.get(n).to(self._saved(n)) for n in names}, target, metadata)

@@ -1,4 +1,4 @@
-"""Sources of named tensors: safetensors folders and files, .pth files, and seeded synthetic weights.
+"""Sources of named tensors: safetensors files, .pth files and their shards, GGUF, and seeded synthetic weights.
 
 Each is a `TensorSource` (weights.py): names, shapes and dtypes at once, values one tensor at a time.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from turbocompile.capture.module_weights import DATA, SCALE
 from turbocompile.errors import EngineError, TurbocompileError, UnsupportedError
 from turbocompile.ir.evaluate import TensorSource
-from turbocompile.kernels.quantize.quantize import dequantize
+from turbocompile.kernels.quantize.quantize import dequantize, quantize
+from turbocompile.wan.gguf_file import MAGIC, GGUFTensors
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 
@@ -46,16 +48,21 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 
 class SafetensorsFiles:
-    """The tensors of some safetensors files. Values are mapped into memory, and read from disk when they are used."""
+    """The tensors of some safetensors files. Values are mapped into memory, and read from disk when they are used.
+
+    places: the file of each tensor. metadata: what the headers say, as text by key.
+    """
 
     def __init__(self, files: Iterable[Path]) -> None:
         """Reads the headers. Raises EngineError for a missing or damaged file, or a name that two files hold."""
         self._files: dict[str, Any] = {}
-        self.places: dict[str, Path] = {}  # tensor -> its file
+        self.places: dict[str, Path] = {}
+        self.metadata: dict[str, str] = {}
         self._specs: dict[str, Spec] = {}
         for path in files:
             try:
                 opened = safe_open(path, framework="pt")
+                self.metadata |= opened.metadata() or {}
                 for name in opened.keys():  # noqa: SIM118 (no mapping)
                     if name in self._files:
                         raise EngineError(f"{path}: the tensor {name} is in another file of the checkpoint too")
@@ -89,11 +96,19 @@ class WeightFiles:
     variant: str = ""
 
 
-def weight_files(folder: Path, stem: str = STEM, single_first: bool = False) -> WeightFiles:
-    """The weights of a model folder: one file, or shards with an index, or the only variant (as `fp16`) of these.
+PRECISIONS = ("fp32", "bf16", "fp16")  # variants of one model, the best first: Wan is published in bfloat16
+VARIANTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def weight_files(
+    folder: Path, stem: str = STEM, single_first: bool = False, dtype: torch.dtype | None = None
+) -> WeightFiles:
+    """The weights of a model folder: one file, or shards with an index, or a variant (as `fp16`) of these.
 
     stem: `diffusion_pytorch_model` (diffusers) or `model` (transformers). single_first: whether one file wins over
-    shards, as in transformers. Raises EngineError where there are none or several variants, UnsupportedError for GGUF.
+    shards, as in transformers. dtype: of several precisions (`fp32`, `bf16`, `fp16`) that of this dtype is taken, else
+    the first of these. Raises EngineError where there are no weights, or several variants of other names;
+    UnsupportedError for GGUF.
     """
     plain = [folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"]
     for path in reversed(plain) if single_first else plain:
@@ -105,6 +120,10 @@ def weight_files(folder: Path, stem: str = STEM, single_first: bool = False) -> 
         found = re.fullmatch(r"\.([\w-]+)\.safetensors|\.safetensors\.index\.([\w-]+)\.json", name)
         if found and not re.search(r"-\d{5}-of-\d{5}$", found[1] or ""):
             variants[found[1] or found[2]] = path
+    wished = [VARIANTS[dtype]] if dtype in VARIANTS else []
+    for name in (*wished, *PRECISIONS):
+        if name in variants:
+            return _weight_files(variants[name], name)
     if len(variants) > 1:
         raise EngineError(
             f"{folder}: holds its weights as the variants {', '.join(sorted(variants))} and not as {stem}.safetensors; "
@@ -141,15 +160,16 @@ def _no_weights(folder: Path, stem: str) -> TurbocompileError:
 
 
 def gguf_refusal(path: Path) -> UnsupportedError:
+    """The error for a GGUF file as a text encoder, VAE or image encoder."""
     return UnsupportedError(
-        f"{path}: this is a GGUF file, whose quantized blocks turbocompile does not read; give the safetensors version "
-        "of the model (an engine quantizes its linears to 8 bits itself)"
+        f"{path}: this is a GGUF file, which turbocompile reads as a transformer alone; give the safetensors version "
+        "of this part of the pipeline"
     )
 
 
-def safetensors_folder(folder: Path) -> SafetensorsFiles:
+def safetensors_folder(folder: Path, dtype: torch.dtype | None = None) -> SafetensorsFiles:
     """The weights of a diffusers model folder (see `weight_files`)."""
-    return SafetensorsFiles(weight_files(folder).files)
+    return SafetensorsFiles(weight_files(folder, dtype=dtype).files)
 
 
 class Tensors:
@@ -170,22 +190,52 @@ class Tensors:
 
 
 def checkpoint_file(path: Path) -> TensorSource:
-    """The tensors of a .safetensors or .pth file, mapped. A .pth may nest them under `state_dict`, `model` or `module`.
+    """The tensors of a .safetensors, .pth or .gguf file, mapped. A .pth may nest them under `state_dict`, `model` or
+    `module`.
 
-    Only tensors and plain containers are unpickled (`weights_only`). Raises EngineError, UnsupportedError for GGUF.
+    Only tensors and plain containers are unpickled (`weights_only`). Raises EngineError, UnsupportedError.
     """
+    return checkpoint_files([path])
+
+
+def checkpoint_files(paths: list[Path]) -> TensorSource:
+    """The tensors of one checkpoint, in one file or in shards of one kind. Raises EngineError, UnsupportedError."""
+    kinds = {kind_of(path) for path in paths}
+    if kinds == {"gguf"}:
+        return GGUFTensors(paths)
+    if kinds == {"safetensors"}:
+        return SafetensorsFiles(paths)
+    if len(kinds) > 1:
+        raise EngineError(f"{paths[0].parent}: holds shards of several kinds ({', '.join(sorted(kinds))}); keep one")
+    found: dict[str, torch.Tensor] = {}
+    for path in paths:
+        tensors = _pickled(path)
+        twice = found.keys() & tensors.keys()
+        if twice:
+            raise EngineError(f"{path}: the tensor {min(twice)} is in another file of the checkpoint too")
+        found |= tensors
+    return Tensors(found)
+
+
+def kind_of(path: Path) -> str:
+    """ "gguf", "safetensors" or "pickle", by what a file begins with. Raises EngineError where it cannot be read."""
     try:
         with path.open("rb") as file:
             start = file.read(9)
     except OSError as e:
         raise EngineError(f"{path}: there is no such checkpoint, or it cannot be read ({e})") from None
-    if path.suffix == ".gguf" or start.startswith(b"GGUF"):
-        raise gguf_refusal(path)
+    if path.suffix == ".gguf" or start.startswith(MAGIC):
+        return "gguf"
     if path.suffix == ".safetensors" or start[8:] == b"{":  # the size of a header, then its JSON
-        return SafetensorsFiles([path])
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as e:
+        return "safetensors"
+    return "pickle"
+
+
+def _pickled(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .pth file."""
+    try:  # the format before torch 1.6 cannot be mapped
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as e:  # a damaged pickle makes torch raise whatever its instructions stumble over
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise EngineError(f"{path}: cannot be read as a checkpoint of plain tensors ({reason})") from e
     for key in ("state_dict", "model", "module"):
@@ -194,7 +244,7 @@ def checkpoint_file(path: Path) -> TensorSource:
             loaded = loaded[key]
     if not isinstance(loaded, dict):
         raise EngineError(f"{path}: holds no state dict but a {type(loaded).__name__}")
-    return Tensors(_tensors(loaded, path))
+    return _tensors(loaded, path)
 
 
 # What training keeps beside a model: no weights of it.
@@ -281,14 +331,20 @@ class SyntheticTensors:
         return self._specs[name]
 
     def get(self, name: str) -> torch.Tensor:
-        shape, dtype = self._specs[name]
-        path, _, leaf = name.rpartition(".")
-        if leaf == "weight" and f"{path}.int8_weight" in self._specs:
-            return dequantize(self.get(f"{path}.int8_weight"), self.get(f"{path}.scale"), "int8_block", dtype)
-        values = synthetic(f"{self._prefix}.{name}", shape, self._seed)
-        if leaf == "int8_weight":  # of 40 steps a standard deviation, so that few values saturate
-            return values.mul_(40 * shape[1] ** 0.5).round_().clamp_(-128, 127).to(dtype)
-        if leaf == "scale":
-            columns = self._specs[f"{path}.int8_weight"][0][1]
-            return torch.full(shape, 1 / (40 * columns**0.5)).to(dtype)
-        return values.to(dtype)
+        dtype = self._specs[name][1]
+        for part, suffix in enumerate((DATA, SCALE)):
+            weight = name.removesuffix(suffix)
+            if weight != name and weight in self._specs:
+                return quantize(self._values(weight), self._format(weight))[part]
+        if name + DATA in self._specs:
+            return dequantize(*quantize(self._values(name), self._format(name)), self._format(name), dtype)
+        return self._values(name).to(dtype)
+
+    def _values(self, name: str) -> torch.Tensor:
+        return synthetic(f"{self._prefix}.{name}", self._specs[name][0], self._seed)
+
+    def _format(self, name: str) -> str:
+        """The format of a quantized weight."""
+        if self._specs[name + DATA][1] != torch.int8:
+            return "fp8"
+        return "int8" if self._specs[name + SCALE][0] == (self._specs[name][0][0], 1) else "int8_block"

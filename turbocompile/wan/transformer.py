@@ -12,14 +12,16 @@ from torch import nn
 
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.ir.evaluate import TensorSource
+from turbocompile.ir.program import Program
 from turbocompile.recipe.presets import TEXT_TOKENS, Geometry
 from turbocompile.recipe.schema import Shape
+from turbocompile.wan.as_stored import with_stored
+from turbocompile.wan.keys import PROJECTIONS, listed
 from turbocompile.wan.leftovers import refusal
+from turbocompile.wan.scaled import Stored
 
 PUBLISHED = Geometry()
-QUANTIZED = ("int8_weight", "scale")  # the names of the two parts of a weight that TurboDiffusion quantized
 _OF_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
-_SLA = re.compile(r"blocks\.\d+\.attn1\.proj_l\.(weight|bias)")  # read by the pass for sparse-linear attention
 
 
 @dataclass(frozen=True)
@@ -46,39 +48,57 @@ class TransformerSource:
         Raises EngineError where the weights do not fit the configuration, or some are left over.
         """
         model = build_transformer(self.config, self.dtype)
+        wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
         available = set(self.tensors.keys())
-        parameters = dict(model.named_parameters())
-        self._check_all_used(available, set(parameters))
-        for name, parameter in parameters.items():
-            if name not in available:
-                raise EngineError(f"{self.where}: the checkpoint lacks {name}, which its configuration asks for")
-            shape, stored = self.tensors.spec(name)
-            if not stored.is_floating_point:
-                raise EngineError(
-                    f"{self.where}: {name} holds whole numbers ({stored}), which are no weights by themselves"
-                )
-            if shape != tuple(parameter.shape):
-                raise EngineError(
-                    f"{self.where}: {name} has the shape {shape}, the configuration asks for {tuple(parameter.shape)}"
-                )
+        left = self._unused(available, set(wanted))
+        said = self._misfits(available, wanted)
+        if left and not said:
+            raise refusal(self.where, left)
+        if said:
+            more = [str(refusal("", left)).removeprefix(": ")] if left else []
+            raise EngineError(f"{self.where}: {'; '.join([*said, *more])}")
         return model
 
-    def _check_all_used(self, available: set[str], parameters: set[str]) -> None:
-        """Raises unless every tensor is a parameter, or belongs to a block that the recipe leaves out (num_layers)."""
+    def _misfits(self, available: set[str], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """What is missing, is no weight, or has another shape than the configuration asks for: parts of a sentence."""
+        said = []
+        lost = [name for name in wanted if name not in available]
+        if lost:
+            said.append(f"the checkpoint lacks {listed(lost)}, which its configuration asks for")
+        known = {name: self.tensors.spec(name) for name in wanted if name in available}
+        whole = [f"{name} ({stored})" for name, (_, stored) in known.items() if not stored.is_floating_point]
+        if whole:
+            said.append(f"{listed(whole)} holds whole numbers, which are no weights by themselves")
+        other = [
+            f"{name} has the shape {shape}, the configuration asks for {wanted[name]}"
+            for name, (shape, _) in known.items()
+            if shape != wanted[name]
+        ]
+        return said + ([listed(other)] if other else [])
+
+    def _unused(self, available: set[str], parameters: set[str]) -> list[str]:
+        """The tensors that are no parameter, and belong to no block that the recipe leaves out (num_layers)."""
         layers = self.config["num_layers"]
 
         def used(name: str) -> bool:
             block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
             like = f"blocks.0.{block[2]}" if block and int(block[1]) >= layers else name
-            if like in parameters or _SLA.fullmatch(like):
-                return True
-            (path, _, leaf), own = like.rpartition("."), name.rpartition(".")[0]
-            both = all(f"{own}.{part}" in available for part in QUANTIZED)
-            return leaf in QUANTIZED and both and f"{path}.weight" in parameters
+            return like in parameters or PROJECTIONS.fullmatch(like) is not None
 
-        left = [name for name in available if not used(name)]
-        if left:
-            raise refusal(self.where, left)
+        return [name for name in available if not used(name)]
+
+    def as_stored(self, program: Program) -> Program:
+        """The Program with the weights of the blocks' linears as the checkpoint stores them, where a kernel takes them.
+
+        A weight is the same number: an expression that dequantizes data and scale. A pass that quantizes takes them
+        as they are. Layers whose weights are stored in other formats get graphs of their own.
+        """
+        return with_stored(program, self.stored)
+
+    @property
+    def stored(self) -> Mapping[str, Stored]:
+        """How the checkpoint stores its quantized weights, by name."""
+        return getattr(self.tensors, "stored", {})
 
     def load(self) -> nn.Module:
         """The model with its weights, on the CPU: the eager model that an engine is compared with."""

@@ -1,5 +1,5 @@
-"""Moving handwritten digits: a world small enough that a video can be judged against its prompt.
+"""Moving handwritten digits: a world so small that a program can judge a video against its prompt.
 
-`world` says what exists (prompts, colours, motions, the held-out combinations) and draws it; `judge` looks at a video
-and says which digit, colour and motion it shows.
+`world` defines the prompts, colours, motions and held-out combinations, and draws their videos; `judge` names the
+digit, colour and motion that a video shows.
 """

@@ -1,7 +1,7 @@
-"""What attention kernels meet in a trained model: q, k and v of its attentions, recorded from a forward.
+"""The inputs of attention kernels in a trained model: q, k and v of the model's attentions, recorded from a forward.
 
-Errors of a quantized attention depend on what it is given, and random numbers lack what trained models have: channels
-with a bias or far larger than the rest, and keys that a few queries single out.
+The errors of a quantized attention depend on its inputs, and random numbers are unlike the inputs in a trained model:
+there some channels have a bias or are far larger than the rest, and a few queries single out some keys.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from turbocompile.video.text import encode_prompt
 from turbocompile.wan_mini import world
 from turbocompile.wan_mini.world import Combination
 
-TIMES = (0.9, 0.5, 0.1)  # of the flow from video (0) to noise (1)
+TIMES = (0.9, 0.5, 0.1)  # times of the flow from video (0) to noise (1)
 
 
 @dataclass(frozen=True)
 class Attended:
-    """The operands of one attention, as the softmax meets them (after norms and rotary), (B, L, H, D)."""
+    """The operands q, k, v (B, L, H, D) of one scaled_dot_product_attention, after norms and rotary."""
 
-    module: str
-    time: float
+    module: str  # the name of the attention's module in the model
+    time: float  # the flow time of the model's call, in [0, 1]
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
 
     @property
     def is_self(self) -> bool:
-        """Whether it is self-attention: attn1 in a Wan block."""
+        """Whether this is self-attention, which is attn1 in a Wan block."""
         return self.module.endswith("attn1")
 
 
 class _Recorder(TorchFunctionMode):
-    """Keeps the operands of each scaled_dot_product_attention, with the innermost module that is running."""
+    """Passes the operands of each scaled_dot_product_attention to `keep`, with the module that was entered last."""
 
     def __init__(self, keep: Callable[..., None]) -> None:
         super().__init__()
@@ -63,7 +63,10 @@ class _Recorder(TorchFunctionMode):
 
 @torch.no_grad()
 def record(model: nn.Module, time: float, **inputs: Any) -> list[Attended]:
-    """The attentions of one call, in order. The modules that are named are those whose names begin with `attn`."""
+    """The attentions of one call of the model, in order; inputs: the call's keyword arguments.
+
+    An attention's module is the last entered module whose own name begins with `attn`.
+    """
     found: list[Attended] = []
     recorder = _Recorder(lambda module, *operands: found.append(Attended(module, time, *operands)))
     hooks = [
@@ -91,15 +94,15 @@ def record_pipeline(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> list[Attended]:
-    """The attentions of a diffusers pipeline of this world, while it denoises drawn videos that show its prompts.
+    """The attentions of a diffusers pipeline of this world, in one call of its transformer for each time.
 
-    The videos have scans of held-back writers; at each time the latent is (1 - time) latent + time noise. frames: of
-    each video, 4k + 1. dtype: of the transformer.
+    folder: the pipeline's. The transformer gets drawn videos that show the combinations in `wanted`, with scans of
+    held-back writers, as (1 - time) latent + time noise. frames: of each video, 4k + 1. dtype: of the transformer.
     """
     from diffusers import WanPipeline
     from diffusers.utils import logging
 
-    logging.disable_progress_bar()  # of the loading, which takes a second
+    logging.disable_progress_bar()  # because the loading takes only a second
     try:
         dtypes = {"transformer": dtype, "default": torch.float32}
         pipe = WanPipeline.from_pretrained(str(folder), torch_dtype=dtypes, local_files_only=True).to(device)

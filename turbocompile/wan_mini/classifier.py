@@ -1,7 +1,7 @@
-"""The classifier of digits: two small convolutional networks on a digit's mask of opacity.
+"""The classifier of digits: two small convolutional networks that see a digit's mask of opacity.
 
-The networks' weights are in judge.safetensors beside this file; `train_judge.train_classifier` makes them, from the
-scans of `load_scans(train=True)` alone (examples/train_judge.py).
+judge.safetensors beside this file holds the networks' weights. `train_judge.train_classifier` trained them on the scans
+of `load_scans(train=True)` alone (examples/train_judge.py).
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from turbocompile.wan_mini.frame import AGREE, VIEW
 from turbocompile.wan_mini.world import DIGITS
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
-NO_DIGIT = len(DIGITS)  # the classifier's eleventh class
+NO_DIGIT = len(DIGITS)  # the classifier's eleventh class, "no digit"
 
 
 class Network(nn.Module):
-    """Scores (N, 11) of masks (N, 1, 32, 32): three convolutions and a linear layer; 34,571 parameters."""
+    """A network from masks (N, 1, 32, 32) to scores (N, 11): three convolutions and a linear layer, 34,571
+    parameters.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +41,7 @@ class Network(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Log-probabilities (N, 11) of masks (N, 1, 32, 32): the geometric mean of two networks."""
+    """Two networks, from masks (N, 1, 32, 32) to log-probabilities (N, 11): the geometric mean of both networks'."""
 
     def __init__(self, networks: Sequence[Network] | None = None) -> None:
         super().__init__()
@@ -52,7 +54,7 @@ class Classifier(nn.Module):
 
 @cache
 def classifier(device: torch.device | str = "cpu") -> Classifier:
-    """The shipped classifier, in float32, on a device."""
+    """The classifier with the weights of judge.safetensors, float32, on a device."""
     from safetensors.torch import load_file
 
     found = Classifier()
@@ -61,7 +63,10 @@ def classifier(device: torch.device | str = "cpu") -> Classifier:
 
 
 def name_digit(scores: torch.Tensor) -> tuple[int | None, float, str]:
-    """The digit, its confidence and "", or None, the confidence and the reason, of log-probabilities (F, 11)."""
+    """The digit that a video shows, from the log-probabilities (F, 11) of its F frames.
+
+    Returns the digit, its confidence in [0, 1] and "", or None, the confidence and the reason why there is no digit.
+    """
     mean = scores.mean(0).softmax(0)
     confidence, best = (float(x) for x in mean.max(0))
     if best == NO_DIGIT:

@@ -1,4 +1,4 @@
-"""The colour of a digit by name: the nearest of the palette in CIELAB."""
+"""Names the colour of a digit: the nearest colour of the palette in CIELAB."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from turbocompile.wan_mini.world import COLOURS
 
 
 def to_lab(colour: torch.Tensor) -> torch.Tensor:
-    """CIELAB (N, 3) of sRGB (N, 3) in 0..255: IEC 61966-2-1 to linear light, and CIE 1976 under white D65."""
+    """CIELAB (N, 3), float32, from sRGB (N, 3) in 0..255.
+
+    IEC 61966-2-1 gives linear light, and CIE 1976 with the white D65 gives CIELAB.
+    """
     srgb = colour.float() / 255.0
     linear = torch.where(srgb <= 0.04045, srgb / 12.92, ((srgb.clamp(min=0) + 0.055) / 1.055) ** 2.4)
     to_xyz = linear.new_tensor(
@@ -26,13 +29,16 @@ def to_lab(colour: torch.Tensor) -> torch.Tensor:
 
 
 _PALETTE = to_lab(torch.tensor(list(COLOURS.values())))
-# A colour that is farther than this from all of the palette has no name. It is half the least distance of two colours
-# of the palette, so that no colour could have two names.
+# A colour has no name if it is farther than this from every colour of the palette. The bound is half the least distance
+# between two colours of the palette, so that no colour has two names.
 MOST_COLOUR_DISTANCE = 0.5 * min(math.dist(a, b) for a, b in itertools.combinations(_PALETTE.tolist(), 2))
 
 
 def name_colour(lab: torch.Tensor) -> tuple[str | None, str]:
-    """The name of the colour of frames (F, 3) in CIELAB and "", or None and the reason."""
+    """The name of a video's colour, from the colours (F, 3) of its F frames in CIELAB.
+
+    Returns the name and "", or None and the reason why there is no name.
+    """
     distances = (lab[:, None] - _PALETTE).square().sum(-1).sqrt()  # (F, 8)
     nearest = distances.min(1)
     named = nearest.indices.masked_fill(nearest.values > MOST_COLOUR_DISTANCE, len(COLOURS))

@@ -1,4 +1,4 @@
-"""How much the shapes that a model draws for one digit differ."""
+"""Measures how much the shapes differ that a model draws for one digit."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from turbocompile.wan_mini.statistics import RESAMPLES, Mean
 
 
 def diversity(glyphs: Mapping[int, Sequence[torch.Tensor]]) -> Mean | None:
-    """How much the shapes of one digit differ, relative to how much real ones do.
+    """How much the shapes of one digit differ, relative to how much the shapes of real digits differ.
 
-    glyphs: for each digit, the glyphs (32, 32) of the videos that were to show it, and do (see `Verdict`). A wrong
-    digit would raise the figure, so only right ones belong there.
+    glyphs: for each digit, the glyphs (32, 32) of the videos whose prompt names the digit and which show it (see
+    `Verdict`). Videos of a wrong digit must be left out, because they would raise the figure.
 
-    Each glyph is brought to one size, so that a large and a small copy count as the same. Two differ by the Jaccard
-    distance of masks, 1 - sum min(a, b) / sum max(a, b). For each digit the mean over all pairs of videos is divided by
-    the same mean over the digit's training scans; the result is the mean over the digits that have a pair. A model that
-    draws one shape for each digit gets 0.1, one that draws like the writers 1.
+    All glyphs are scaled to one size, so that a large and a small copy of a shape count as equal. Two glyphs a, b
+    differ by the Jaccard distance of masks, 1 - sum min(a, b) / sum max(a, b). For each digit the mean over all pairs
+    of videos is divided by the same mean over the digit's training scans. The result is the mean over the digits that
+    have a pair. A model that draws one shape for each digit gets 0.1; a model that draws like the writers gets 1.
 
-    The interval resamples videos; a video is never paired with itself. None where no digit has a pair.
+    The interval resamples videos, and never pairs a video with itself. Returns None if no digit has a pair.
     """
     distances = {d: shape_distances(torch.stack(list(g))) for d, g in glyphs.items() if len(g) > 1}
     if not distances:
@@ -37,25 +37,28 @@ def diversity(glyphs: Mapping[int, Sequence[torch.Tensor]]) -> Mean | None:
 
 
 def _bootstrap(distances: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """(2001,): the mean over all pairs of distances (N, N), then over 2,000 resamples; NaN of one without a pair."""
+    """Means over all pairs of distances (N, N): (2001,), first of the videos, then of 2,000 resamples of the videos.
+
+    A resample without a pair of different videos gives NaN.
+    """
     n = len(distances)
     drawn = torch.randint(n, (RESAMPLES, n), generator=generator)
     times = torch.zeros(RESAMPLES + 1, n, dtype=torch.float64)
     times[0] = 1
     times[1:].scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
-    pairs = times.sum(1).square() - times.square().sum(1)  # of different videos
+    pairs = times.sum(1).square() - times.square().sum(1)  # how many pairs are of different videos
     return ((times @ distances) * times).sum(1) / pairs
 
 
 def shape_distances(glyphs: torch.Tensor) -> torch.Tensor:
-    """(N, N), float64: the distances between glyphs (N, 32, 32) at one size; see `diversity`."""
+    """The distances (N, N), float64, between glyphs (N, 32, 32) that are scaled to one size; see `diversity`."""
     shapes = _one_size(glyphs).flatten(1)
     rows = [1 - torch.minimum(row, shapes).sum(1) / torch.maximum(row, shapes).sum(1).clamp(min=1e-6) for row in shapes]
     return torch.stack(rows).double().fill_diagonal_(0.0)
 
 
 def _one_size(glyphs: torch.Tensor) -> torch.Tensor:
-    """Glyphs (N, 32, 32) scaled around the middle to a root mean square radius of 8 cells."""
+    """The glyphs (N, 32, 32), scaled around the middle to a root mean square radius of 8 cells."""
     side = glyphs.shape[-1]
     places = torch.arange(side, dtype=torch.float32) + 0.5 - side / 2
     square = places.square()[:, None] + places.square()
@@ -68,7 +71,7 @@ def _one_size(glyphs: torch.Tensor) -> torch.Tensor:
 
 @cache
 def real_distances(scans: int = 64) -> tuple[float, ...]:
-    """For each digit, the mean distance between the first `scans` of its training scans, drawn and looked at."""
+    """For each digit, the mean distance between the glyphs of the first `scans` of its training scans."""
     training = world.load_scans(train=True)
     found = []
     for digit in range(len(world.DIGITS)):
@@ -79,7 +82,7 @@ def real_distances(scans: int = 64) -> tuple[float, ...]:
 
 
 def draw_glyphs(images: torch.Tensor) -> torch.Tensor:
-    """Glyphs (N, 32, 32) of scans (N, 8, 8), each drawn once in the middle of a frame, in white, at the middle size."""
+    """The glyphs (N, 32, 32) of scans (N, 8, 8), each drawn in the middle of a frame, in white, at the middle size."""
     n = len(images)
     size = sum(world.SCALE) / 2
     scenes = world.Scenes(

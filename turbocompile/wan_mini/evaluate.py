@@ -1,7 +1,7 @@
-"""How good an engine's videos of the world of digits are: judged against their prompts, and against a reference.
+"""Evaluates videos of the world of digits: judges them against their prompts, and compares them with a reference.
 
-`evaluate` runs an engine; `evaluate_videos` takes videos from anywhere, as from a training script. Both judge the
-prompts of `world.evaluation_set`, every second of which says a combination that no training video shows. The prompt at
+`evaluate` runs an engine; `evaluate_videos` takes videos from any source, such as a training script. Both use the
+prompts of `world.evaluation_set`; every second prompt names a combination that no training video shows. The prompt at
 place i has seed i.
 """
 
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from turbocompile.defaults import EVALUATION_PROMPTS
 from turbocompile.errors import UnsupportedError
 from turbocompile.files import check_file, check_folder, replacing
 from turbocompile.recipe.schema import SamplerSpec
@@ -39,26 +40,26 @@ from turbocompile.wan_mini.world import DIGITS, Combination
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-Progress = Callable[[str, float], None]
-# One video, uint8 (F, H, W, 3), of a combination and a seed.
+Progress = Callable[[str, float], None]  # called with a stage, "videos" or "vae", and the share that is done
+# Makes one video, uint8 (F, H, W, 3), from a combination and a seed.
 Maker = Callable[[Combination, int], torch.Tensor]
-# A maker; or videos (F, H, W, 3), or batches (B, F, H, W, 3), in the order of the combinations.
+# A Maker, or videos (F, H, W, 3) or batches of videos (B, F, H, W, 3), uint8, in the order of the combinations.
 Videos = Maker | Iterable[torch.Tensor]
 
 ASPECTS = ("digit", "colour", "motion", "all")
 GROUPS = ("seen", "held out", "all")
 SHAPE = f"{world.SIZE}x{world.SIZE}x{world.FRAMES}"
-SHEET_FRAMES = (0, 8, 16, 24, 32)
-VAE_VIDEOS = 32
-_THUMBNAIL = 128  # pixels a side in the contact sheet
+SHEET_FRAMES = (0, 8, 16, 24, 32)  # the frames of a video that the contact sheet shows
+VAE_VIDEOS = 32  # how many videos measure the VAE alone
+_THUMBNAIL = 128  # pixels a side of a frame in the contact sheet
 
 
-# ---------------------------------------------------------------------------------------------------- what is measured
+# ---------------------------------------------------------------------------------------------------------- the figures
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One judged video. frames: uint8 (5, 128, 128, 3), `SHEET_FRAMES` of it at half size."""
+    """A judged video. frames: uint8 (5, 128, 128, 3), the video's `SHEET_FRAMES` at half size."""
 
     combination: Combination
     seed: int
@@ -66,23 +67,24 @@ class Clip:
     frames: torch.Tensor = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        v = self.verdict
-        marks = v.marks(self.combination)
+        verdict = self.verdict
+        marks = verdict.marks(self.combination)
         return {
             "prompt": self.combination.prompt, "seed": self.seed, "held_out": self.combination.held_out,
             "right": {"digit": marks.digit, "colour": marks.colour, "motion": marks.motion},
-            "shows": {"digit": v.digit, "colour": v.colour, "direction": v.direction, "bounces": v.bounces},
-            "confidence": v.confidence, "reason": v.reason,
+            "shows": {name: getattr(verdict, name) for name in ("digit", "colour", "direction", "bounces")},
+            "confidence": verdict.confidence, "reason": verdict.reason,
         }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured.
+    """The figures of an evaluation.
 
-    shares: aspect -> group -> Share. diversity: of the digits' shapes, 1 where they differ as real ones do; None where
-    no digit was right twice. psnr (dB), ssim: against the reference, None without one. vae_psnr (dB): of the VAE alone.
-    settings: what was evaluated, and how.
+    shares: aspect (`ASPECTS`) -> group (`GROUPS`) -> Share. diversity: of the digits' shapes, 1 if they differ as those
+    of real digits do; None if no digit was right twice. psnr (dB), ssim: against the reference; None without a
+    reference. vae_psnr (dB): of the VAE alone. settings: the evaluated engine, its sampler and device, and the
+    reference.
     """
 
     clips: tuple[Clip, ...]
@@ -98,7 +100,7 @@ class Evaluation:
         return len(self.clips)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The evaluation as data for JSON."""
         means = {name: getattr(self, name) for name in ("diversity", "psnr", "ssim", "vae_psnr")}
         return {
             "prompts": self.prompts,
@@ -133,7 +135,7 @@ def _percent(share: Share) -> str:
     return f"{100 * share.value:.1f} ({100 * low:.1f} to {100 * high:.1f})" if share.total else "-"
 
 
-# ---------------------------------------------------------------------------------------------------------- the layer
+# ---------------------------------------------------------------------------------------------------------- the videos
 
 
 def evaluate_videos(
@@ -146,15 +148,15 @@ def evaluate_videos(
     save: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Judges videos against combinations, `world.evaluation_set()` by default.
+    """Judges videos against combinations, by default those of `world.evaluation_set()`.
 
-    videos: a function that makes the uint8 video (33, 256, 256, 3) of a combination and a seed (its place); or those
-    videos, or batches (B, 33, 256, 256, 3) of them, in the order of the combinations, on any device (where they are
-    judged). reference: the same for PSNR and SSIM. save: a folder for the videos as 000.mp4 and so on. vae_psnr,
-    settings: passed on. progress: told ("videos", fraction).
+    videos: a function that makes the uint8 video (33, 256, 256, 3) of a combination and a seed (the combination's
+    place); or such videos, or batches (B, 33, 256, 256, 3) of such videos, in the order of the combinations. They are
+    judged on the device where they are. reference: likewise, for PSNR and SSIM. save: a folder for the videos 000.mp4
+    and so on. vae_psnr, settings: fields of the result. progress: called with "videos" and the share that is done.
 
-    The same videos give the same Evaluation. Raises UnsupportedError for another shape or dtype, or too few or too many
-    videos.
+    The same videos give the same Evaluation. Raises UnsupportedError for another shape or dtype, and for too few or too
+    many videos.
     """
     wanted = list(combinations) if combinations is not None else world.evaluation_set()
     tell = progress or (lambda stage, fraction: None)
@@ -192,7 +194,7 @@ def evaluate_videos(
 
 
 def _batches(videos: Videos, wanted: Sequence[Combination]) -> Iterator[torch.Tensor]:
-    """Batches (B, F, H, W, 3), uint8."""
+    """Yields `videos` as batches (B, F, H, W, 3), uint8. Raises UnsupportedError for another shape or dtype."""
     made = (videos(c, seed) for seed, c in enumerate(wanted)) if callable(videos) else videos
     for video in made:
         batch = video if video.ndim == 5 else video[None]
@@ -237,7 +239,7 @@ def _shares(clips: Sequence[Clip]) -> dict[str, dict[str, Share]]:
 
 
 def _right_glyphs(clips: Sequence[Clip]) -> dict[int, list[torch.Tensor]]:
-    """The glyphs of the videos that show the digit of their prompt, by digit."""
+    """Digit -> the glyphs of the videos that show the digit and whose prompts name it."""
     found: dict[int, list[torch.Tensor]] = {}
     for clip in clips:
         if clip.verdict.digit == clip.combination.digit:
@@ -247,9 +249,10 @@ def _right_glyphs(clips: Sequence[Clip]) -> dict[int, list[torch.Tensor]]:
 
 @torch.no_grad()
 def evaluate_vae(vae: Any, videos: int = VAE_VIDEOS, progress: Progress | None = None) -> Mean:
-    """PSNR, in dB, of uint8 videos after the VAE's encoder and decoder: what no transformer can exceed.
+    """The PSNR, in dB, of uint8 videos after the VAE's encoder and decoder, which no transformer can exceed.
 
-    vae: diffusers' AutoencoderKLWan. The videos are drawn with scans of the held-back writers, seeded.
+    vae: diffusers' AutoencoderKLWan. videos: how many videos are drawn, with scans of the held-back writers, from a
+    fixed seed. progress: called with "vae" and the share that is done.
     """
     rng = random.Random(0)
     wanted = rng.sample(world.combinations(), videos)
@@ -272,7 +275,7 @@ def evaluate_vae(vae: Any, videos: int = VAE_VIDEOS, progress: Progress | None =
 def evaluate(
     engine: Engine | str | Path,
     *,
-    prompts: int = 200,
+    prompts: int = EVALUATION_PROMPTS,
     reference: str | Path | None = None,
     steps: int | None = None,
     guidance: float | None = None,
@@ -282,13 +285,13 @@ def evaluate(
 ) -> Evaluation:
     """Makes the videos of the first `prompts` of the evaluation set with an engine, and judges them.
 
-    engine: its folder, or what `turbocompile.load` gave of it. prompts: even. reference: another engine's folder, run
-    by its own recipe; or a diffusers pipeline's, run with the engine's solver, steps and guidance (with its own
-    scheduler, 50 steps and guidance 5 where the engine is distilled). Both get the same seeds. steps, guidance: instead
-    of the recipe's. device: as for `generate`. save: a folder for the videos. progress: told ("videos", fraction) and
-    ("vae", fraction).
+    engine: the engine's folder, or the Engine that `turbocompile.load` returned. prompts: an even number. reference:
+    the folder of another engine, which runs by its own recipe; or the folder of a diffusers pipeline, which runs with
+    the engine's solver, steps and guidance, or, if the engine is distilled, with its own scheduler, 50 steps and
+    guidance 5. The reference gets the same seeds. steps, guidance: replace the recipe's. device: as in `generate`.
+    save: a folder for the videos. progress: called with "videos" or "vae" and the share that is done.
 
-    One video takes about a minute on a CPU. Raises TurbocompileError before the first one where the engine makes no
+    One video takes about a minute on a CPU. Raises TurbocompileError before the first video if the engine does not make
     videos of this world's shape from text, or has random weights.
     """
     wanted = world.evaluation_set(prompts)
@@ -319,7 +322,7 @@ def evaluate(
 
 
 def _open_engine(engine: Engine | str | Path, device: torch.device | str | None) -> Engine:
-    """The engine on its device. Raises UnsupportedError where its videos would be none of this world."""
+    """The engine, on `device`. Raises UnsupportedError if its videos would not be of this world."""
     if not isinstance(engine, Engine):
         engine = load(engine, device=device or default_device(engine))
     elif device is not None:
@@ -340,7 +343,7 @@ def _open_engine(engine: Engine | str | Path, device: torch.device | str | None)
 
 
 def _engine_maker(engine: Engine, steps: int | None, guidance: float | None, tell: Progress, total: int) -> Maker:
-    """Videos of an engine; `tell` hears of the steps within each."""
+    """A Maker of an engine's videos, `total` in all; it calls `tell` after the steps of each video, too."""
 
     def make(combination: Combination, seed: int) -> torch.Tensor:
         def within(stage: str, fraction: float) -> None:
@@ -348,17 +351,19 @@ def _engine_maker(engine: Engine, steps: int | None, guidance: float | None, tel
                 tell("videos", (seed + 0.99 * fraction) / total)
 
         with warnings.catch_warnings():
-            if seed:  # what there is to warn of was said at the first
+            if seed:  # the sampler has warned at the first video
                 warnings.simplefilter("ignore", SamplingWarning)
             options: dict[str, Any] = {"steps": steps, "guidance": guidance}
             found = generate(engine, combination.prompt, seed=seed, shape=f"{SHAPE}x1", progress=within, **options)
-        return found.video[0].to(engine.device)  # where it is judged
+        return found.video[0].to(engine.device)  # so that the judge runs there
 
     return make
 
 
 def _open_reference(folder: Path, sampler: SamplerSpec, device: torch.device) -> Maker:
-    """Videos of an engine's folder or a diffusers pipeline's. Raises UnsupportedError for any other."""
+    """A Maker of the videos of an engine's or a diffusers pipeline's folder. Raises UnsupportedError for other
+    folders.
+    """
     if (folder / "manifest.json").is_file():
         return _engine_maker(_open_engine(folder, device), None, None, lambda stage, fraction: None, 1)
     if not (folder / "model_index.json").is_file():
@@ -370,7 +375,7 @@ def _pipeline_maker(folder: Path, sampler: SamplerSpec, device: torch.device) ->
     from diffusers import WanPipeline
     from diffusers.utils import logging
 
-    logging.disable_progress_bar()  # of the loading, which takes a second
+    logging.disable_progress_bar()  # because the loading takes only a second
     try:
         pipeline = WanPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
@@ -414,9 +419,9 @@ def _pipeline_maker(folder: Path, sampler: SamplerSpec, device: torch.device) ->
 
 
 def write_sheet(evaluation: Evaluation, path: str | Path) -> Path:
-    """Writes a PNG: a row for each video, frames 0, 8, 16, 24, 32, beside them its prompt and what the judge saw.
+    """Writes a PNG with a row for each video: its frames 0, 8, 16, 24 and 32, its prompt, and the judge's verdict.
 
-    Missing folders are made. Raises UnsupportedError for a name that does not end in .png.
+    Missing folders are made. Returns the path. Raises UnsupportedError for a name that does not end in .png.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -438,7 +443,9 @@ def write_sheet(evaluation: Evaluation, path: str | Path) -> Path:
 
 
 def check_sheet(path: str | Path) -> Path:
-    """The path of a contact sheet. Raises UnsupportedError for another suffix than .png, and as `check_file`."""
+    """The path of a contact sheet. Raises UnsupportedError for another suffix than .png, and where `check_file`
+    does.
+    """
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise UnsupportedError(f"{path}: the contact sheet is a PNG file; give a name that ends in .png")
@@ -446,16 +453,19 @@ def check_sheet(path: str | Path) -> Path:
 
 
 def _legend(clip: Clip) -> Iterator[tuple[str, str]]:
-    """Lines and their colours: the prompt, then what was seen of it."""
-    v, held_out = clip.verdict, " (held out)" if clip.combination.held_out else ""
-    marks = v.marks(clip.combination)
+    """Yields the lines of a video's legend and their colours: the prompt, then the parts of the verdict."""
+    verdict, held_out = clip.verdict, " (held out)" if clip.combination.held_out else ""
+    marks = verdict.marks(clip.combination)
     yield clip.combination.prompt + held_out, "black"
-    motion = "none" if v.direction is None else v.direction + (" and bounces" if v.bounces else "")
+    motion = "none" if verdict.direction is None else verdict.direction + (" and bounces" if verdict.bounces else "")
     for right, words in (
-        (marks.digit, f"digit: {'none' if v.digit is None else DIGITS[v.digit]} ({v.confidence:.2f})"),
-        (marks.colour, f"colour: {v.colour or 'none'}"),
+        (
+            marks.digit,
+            f"digit: {'none' if verdict.digit is None else DIGITS[verdict.digit]} ({verdict.confidence:.2f})",
+        ),
+        (marks.colour, f"colour: {verdict.colour or 'none'}"),
         (marks.motion, f"motion: {motion}"),
     ):
         yield f"{'right' if right else 'wrong'}   {words}", "darkgreen" if right else "firebrick"
-    if v.reason:
-        yield v.reason, "gray"
+    if verdict.reason:
+        yield verdict.reason, "gray"

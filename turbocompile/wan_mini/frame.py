@@ -1,4 +1,4 @@
-"""The thing that stands out from the ground in one frame: its flaw, colour, centroid and mask of opacity."""
+"""Finds the digit that stands out from the ground in a frame: its flaw, colour, centroid and mask of opacity."""
 
 from __future__ import annotations
 
@@ -10,35 +10,37 @@ import torch.nn.functional as F
 
 from turbocompile.wan_mini.world import COLOURS, GROUND, SIZE
 
-# The classifier's view: a window of 192 pixels around the centroid, in 32 x 32 cells of 6 pixels.
+# The classifier sees a window of 192 pixels around the centroid, in 32 x 32 cells of 6 pixels.
 VIEW = 32
 WINDOW = 192
-AGREE = 0.8  # of a video's frames must show the same colour, and the same digit
+AGREE = 0.8  # the share of a video's frames that must show the same colour and the same digit
 
-# A frame is judged at half resolution: a mean over 2 x 2 pixels takes noise away, and no stroke (12 pixels).
+# A frame is judged at half resolution, because a mean over 2 x 2 pixels removes noise and keeps every stroke (12
+# pixels).
 _CELL = 2  # pixels a side of a judged cell
 _CELLS = SIZE // _CELL
-# Distances are Euclidean in sRGB 0..255. The colour nearest to the ground is green, at 153: half of it tells digit from
-# ground, whatever the colour.
+# Distances are Euclidean in sRGB 0..255. The colour nearest to the ground is green, at a distance of 153. Half of that
+# tells a digit from the ground, whatever the digit's colour.
 _PRESENT = 0.5 * min(math.dist(c, (GROUND,) * 3) for c in COLOURS.values())
-# The cells that stand out most must do so by more: green at 60 % of its opacity.
+# The cells that stand out most must stand out by more than this, which is green at 60 % of its opacity.
 _PEAK = 1.2 * _PRESENT
 _PEAK_CELLS = 64  # 256 pixels; the slightest digit covers 15 % of a square of 120 pixels, 2,160
-# The ground's own colour may be off by this much (the median over the cells that do not stand out).
+# The most by which the ground's colour may be off (as the median over the cells that do not stand out).
 _GROUND_ERROR = 0.3 * _PRESENT
 # The scans' masks are 0.71 to 0.84 of the square high and 0.23 to 0.71 wide, on squares of 120 to 140 pixels: 85 to 118
-# by 28 to 99 pixels. 15 % either way for soft edges and other hands.
+# by 28 to 99 pixels. The bounds leave 15 % on either side for soft edges and other handwritings.
 _HEIGHT = (0.85 * 85, 1.15 * 118)
 _WIDTH = (0.85 * 28, 1.15 * 99)
-# Row and column sums are cut at these shares, so that a speck does not count as the digit's end.
+# An extent ignores this share of the mass at each end, so that a speck does not count as the digit's end.
 _EXTENT_SHARE = 0.01
-# Strokes of one digit may lie apart (the bar of a five), by up to 16 pixels in the scans: masks on cells of 4 pixels
-# are widened by 2 on each side, which joins over 16 pixels. What is still apart may be a tenth: the scans' largest is
-# 7 %.
+# Strokes of one digit may lie apart (the bar of a five), by up to 16 pixels in the scans. Therefore masks on cells of 4
+# pixels are widened by 2 cells on each side, which joins strokes over 16 pixels. At most a tenth of the cells may still
+# be apart; in the scans at most 7 % are.
 _LINK = 2
 _APART = 0.1
-# Cells off the line from ground to colour by this much are of another colour: orange is 70 off yellow's, the least of
-# all pairs. Blurred edges of one colour stay on its line; a tenth may be an artefact.
+# A cell shows another colour if it is farther than this from the line between the ground and the digit's colour. Orange
+# is 70 from yellow's line, the least of all pairs. Blurred edges of one colour stay on its line. At most a tenth of the
+# cells may be off the line, as artefacts are.
 _OFF_LINE = 50.0
 _OFF_LINE_SHARE = 0.1
 
@@ -57,8 +59,9 @@ FLAWS = (
 class Look:
     """The digits of N frames.
 
-    flaw: (N,) int64, the index in `FLAWS` of the first flaw of a frame. colour: (N, 3), sRGB 0..255, of the digit's
-    core. centroid: (N, 2), (x, y) in pixels. glyph: (N, 32, 32), the mask around the centroid, in [0, 1].
+    flaw: (N,) int64, the index in `FLAWS` of a frame's first flaw; 0 for a frame without a flaw. colour: (N, 3), the
+    sRGB colour in 0..255 of the digit's core. centroid: (N, 2), (x, y) in pixels. glyph: (N, 32, 32), the mask of
+    opacity around the centroid, in [0, 1].
     """
 
     flaw: torch.Tensor
@@ -68,7 +71,7 @@ class Look:
 
 
 def look(pixels: torch.Tensor) -> Look:
-    """The digits of frames (N, 3, 256, 256), float32 in 0..255."""
+    """Finds the digits of frames (N, 3, 256, 256), float32 in 0..255."""
     finite = pixels.flatten(1).isfinite().all(1)
     cells = F.avg_pool2d(pixels.nan_to_num(GROUND, GROUND, GROUND), _CELL)
     difference = cells - GROUND
@@ -82,7 +85,8 @@ def look(pixels: torch.Tensor) -> Look:
     line = colour - GROUND
     alpha = (difference * line[:, :, None, None]).sum(1) / line.square().sum(1).clamp(min=1.0)[:, None, None]
     off_line = (difference - alpha[:, None] * line[:, :, None, None]).square().sum(1).sqrt()
-    # A third of the opacity and less is taken for ground: its noise over 15,000 cells would pull the centroid.
+    # Cells of at most a third of the opacity count as ground, because the noise of 15,000 such cells would pull the
+    # centroid.
     alpha = alpha.clamp(0.0, 1.0)
     alpha = torch.where(alpha > 1 / 3, alpha, 0.0)
 
@@ -105,15 +109,17 @@ def look(pixels: torch.Tensor) -> Look:
 
 
 def _extent(sums: torch.Tensor) -> torch.Tensor:
-    """In cells, the length between the shares of 1 and 99 % of sums (N, 128) along an axis."""
+    """The extent (N,) in cells of masks whose sums over one axis are `sums` (N, 128): between 1 and 99 % of the
+    mass.
+    """
     share = sums.cumsum(1) / sums.sum(1, keepdim=True).clamp(min=1)
     return ((share > _EXTENT_SHARE) & (share < 1 - _EXTENT_SHARE)).sum(1) + 1
 
 
 def _share_apart(present: torch.Tensor) -> torch.Tensor:
-    """The share (N,) of the cells present (N, 128, 128) that is not linked to the largest thing.
+    """The share (N,) of the cells in `present` (N, 128, 128) that is not linked to the largest connected thing.
 
-    The search for the largest thing starts at the most densely covered cell. Where it finds less than half of the
+    The search for the largest thing starts at the most densely covered cell. If the search finds less than half of the
     cells, it runs once more on the remaining cells.
     """
     coarse = F.max_pool2d(present[:, None].float(), 2)
@@ -128,7 +134,7 @@ def _share_apart(present: torch.Tensor) -> torch.Tensor:
 
 
 def _reach(linked: torch.Tensor) -> torch.Tensor:
-    """The cells of masks (N, 1, C, C) of 0 and 1 that are connected with the most densely covered cell."""
+    """The cells of masks (N, 1, C, C), 0 or 1, that are connected with the most densely covered cell, as such masks."""
     start = (F.avg_pool2d(linked, 5, stride=1, padding=2) * linked).flatten(1).argmax(1)
     reached = torch.zeros_like(linked)
     reached.flatten(1).scatter_(1, start[:, None], 1.0)
@@ -143,7 +149,7 @@ def _reach(linked: torch.Tensor) -> torch.Tensor:
 
 
 def centroid_of(alpha: torch.Tensor) -> torch.Tensor:
-    """(N, 2): (x, y) in cells of masks (N, C, C); the middle where a mask is empty."""
+    """The centroids (N, 2), (x, y) in cells, of masks (N, C, C); the middle of an empty mask."""
     places = torch.arange(alpha.shape[-1], device=alpha.device, dtype=torch.float32) + 0.5
     mass = alpha.sum((1, 2))
     x = (alpha.sum(1) * places).sum(1) / mass
@@ -152,7 +158,7 @@ def centroid_of(alpha: torch.Tensor) -> torch.Tensor:
 
 
 def _crop(alpha: torch.Tensor, centroid: torch.Tensor) -> torch.Tensor:
-    """(N, 32, 32): a window of 192 pixels of masks (N, 128, 128) around their centroids (N, 2), in cells."""
+    """The windows of 192 pixels of masks (N, 128, 128) around their centroids (N, 2), in cells: (N, 32, 32)."""
     side = WINDOW // _CELL
     offsets = torch.arange(side, device=alpha.device, dtype=torch.float32) + 0.5 - side / 2
     places = (centroid[:, :, None] + offsets) * (2.0 / _CELLS) - 1.0  # (N, 2, side)

@@ -1,14 +1,14 @@
-"""Which digit, colour and motion a video of the world of digits shows.
+"""Judges which digit, colour and motion a video of the world of digits shows.
 
 The judge never sees a prompt. It names the digit, colour and motion of a video, or says "none"; an evaluation compares
-these words with those of the prompt. The judge measures:
+these names with those of the prompt. The judge measures:
 
-* In each frame, the pixels that stand out from the grey ground. In every frame they must be one connected thing with
-  the extent of a digit, on a grey ground; otherwise the video shows nothing at all.
-* Colour: the mean colour of the digit's core in each frame, the nearest of the palette in CIELAB.
-* Digit: the opacity mask that this colour leaves, cropped around its centroid at a fixed scale, classified by two small
-  convolutional networks in every frame; log-probabilities are averaged over networks and frames. The
-  eleventh class is "no digit".
+* In each frame, the pixels that stand out from the grey ground. In every frame these pixels must be one connected thing
+  with the extent of a digit, on a grey ground; otherwise the video shows nothing.
+* Colour: the mean colour of the digit's core in each frame, and the nearest colour of the palette in CIELAB.
+* Digit: the opacity mask that this colour gives, cropped around its centroid at a fixed scale. Two small convolutional
+  networks classify the mask in every frame, with "no digit" as the eleventh class; log-probabilities are averaged over
+  networks and frames.
 * Motion: the path of the centroid, fitted by a straight line at constant speed, with one turn back or without.
 """
 
@@ -25,17 +25,17 @@ from turbocompile.wan_mini.frame import FLAWS, VIEW, look
 from turbocompile.wan_mini.motion import name_motion
 from turbocompile.wan_mini.world import DIGITS, FRAMES, SIZE, Combination
 
-_BATCH = 4  # videos that are judged at once, in float32: 4 x 26 MB
+_BATCH = 4  # how many videos are judged at once, in float32, which take 26 MB each
 
 
 @dataclass(frozen=True)
 class Verdict:
     """The digit, colour and motion that a video shows.
 
-    digit: 0..9; colour: its name; direction: its name, before the turn. None stands for "none". confidence: the
-    classifier's, for its digit, over all frames. reason: why something is None, else "". glyph:
-    (32, 32), float32 on the CPU, the digit's mask of opacity around its centroid, mean over the frames; zeros where
-    there is no digit.
+    digit: 0..9; colour: its name; direction: the name of the direction before a turn. None stands for "none". bounces:
+    whether the digit turns back. confidence: the classifier's confidence in the digit over all frames, in [0, 1].
+    reason: why a part is None, otherwise "". glyph: (32, 32), float32 on the CPU, the digit's mask of opacity around
+    its centroid, as a mean over the frames; zeros if a frame has a flaw.
     """
 
     digit: int | None
@@ -47,7 +47,7 @@ class Verdict:
     glyph: torch.Tensor = field(default_factory=lambda: torch.zeros(VIEW, VIEW), repr=False, compare=False)
 
     def marks(self, wanted: Combination) -> Marks:
-        """Which parts of a prompt the video shows."""
+        """Which parts of the prompt of `wanted` the video shows."""
         return Marks(
             digit=self.digit == wanted.digit,
             colour=self.colour == wanted.colour,
@@ -55,7 +55,7 @@ class Verdict:
         )
 
     def __str__(self) -> str:
-        """In the words of a prompt, as in "red seven, left and bounces"; "?" stands for None."""
+        """The verdict in the words of a prompt, as in "red seven, left and bounces"; "?" stands for None."""
         digit = "?" if self.digit is None else DIGITS[self.digit]
         ending = " and bounces" if self.bounces and self.direction else ""
         return f"{self.colour or '?'} {digit}, {self.direction or '?'}{ending}"
@@ -63,7 +63,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Marks:
-    """Whether digit, colour and motion of a video are those of its prompt."""
+    """Whether the digit, the colour and the motion of a video are those of its prompt."""
 
     digit: bool
     colour: bool
@@ -76,10 +76,10 @@ class Marks:
 
 @torch.no_grad()
 def judge(videos: torch.Tensor) -> list[Verdict]:
-    """A verdict for each video.
+    """Judges videos; returns a verdict for each video.
 
-    videos: (B, 33, 256, 256, 3) on any device, uint8 sRGB, or floating point in [-1, 1]. Raises UnsupportedError for
-    another shape or dtype. A video that is not finite shows nothing.
+    videos: (B, 33, 256, 256, 3) on any device, uint8 sRGB, or floating point in [-1, 1]. A video with values that are
+    not finite shows nothing. Raises UnsupportedError for another shape or dtype.
     """
     if videos.ndim != 5 or tuple(videos.shape[1:]) != (FRAMES, SIZE, SIZE, 3):
         raise UnsupportedError(
@@ -107,7 +107,9 @@ def _judge(videos: torch.Tensor) -> list[Verdict]:
 def _verdict(
     flaw: torch.Tensor, lab: torch.Tensor, glyph: torch.Tensor, path: torch.Tensor, scores: torch.Tensor
 ) -> Verdict:
-    """The verdict on one video, of its frames' flaws (F,), colours (F, 3), masks, centroids (F, 2), scores (F, 11)."""
+    """The verdict on one video, from the flaws (F,), colours in CIELAB (F, 3), masks (F, 32, 32), centroids (F, 2) and
+    log-probabilities (F, 11) of its F frames.
+    """
     if flaw.any():
         first = int(flaw.ne(0).nonzero()[0])
         return Verdict(None, None, None, False, 0.0, f"{FLAWS[int(flaw[first])]} in frame {first}")

@@ -1,4 +1,4 @@
-"""The motion of a digit by name: the path of its centroid, fitted by a straight line with one turn back or without."""
+"""Names the motion of a digit: fits the path of its centroid by a straight line, with one turn back or without."""
 
 from __future__ import annotations
 
@@ -9,27 +9,30 @@ import torch
 from turbocompile.wan_mini import world
 from turbocompile.wan_mini.world import DIRECTIONS, FRAMES
 
-# In pixels and frames. Speeds are 2 to 3.4 without a turn and 3 to 4 with one, at frames 10 to 20 of 32:
-# the way is at least 64 without a turn, and at least 30 before and 36 after one.
+# All lengths are in pixels, all times in frames. Speeds are 2 to 3.4 without a turn, and 3 to 4 with a turn, which
+# comes at frames 10 to 20 of 32. The way is therefore at least 64 without a turn, and with a turn at least 30 before it
+# and 36 after it.
 _STEPS = FRAMES - 1
 _LEAST_WAY = 0.75 * world.SPEED[False][0] * _STEPS  # 48
 _LEAST_LEG = 0.5 * world.SPEED[True][0] * min(world.TURN[0], _STEPS - world.TURN[1])  # 15
 _MOST_SPEED = 1.5 * world.SPEED[True][1]  # 6
 _TURNS = (0.5 * world.TURN[0], _STEPS - 0.5 * (_STEPS - world.TURN[1]))  # 5 to 26
-# The directions are 90 degrees apart; a path within atan(1/4) = 14 degrees of one is that one.
+# The directions are 90 degrees apart; a path has a direction if it is within atan(1/4) = 14 degrees of it.
 _DRIFT = 0.25
-# The root mean square of the path around its fit, as a share of its way: a digit that stands still for a quarter of the
-# video and goes at one speed for the rest has 0.060 around the best straight line.
+# The most that the path may deviate from its fit, as a root mean square divided by the way. A digit that stands still
+# for a quarter of the video and moves at one speed for the rest deviates by 0.060 from the best straight line.
 _UNEVEN = 0.06
-# Between two frames it may go twice as far as the fastest; farther is a jump.
+# Between two frames a digit may move twice as far as the fastest digit of the world; a larger step is a jump.
 _JUMP = 2 * world.SPEED[True][1]  # 8
 
 
 def name_motion(path: torch.Tensor) -> tuple[str | None, bool, str]:
-    """Direction, whether the digit bounces, and ""; or None, False and the reason. path: centroids (33, 2) in pixels.
+    """The motion along a path of centroids (33, 2) in pixels.
+
+    Returns the direction, whether the digit bounces, and ""; or None, False and the reason why there is no direction.
 
     Along the axis of the longer way, the position is fitted by p0 + v t, and by p0 + v (t - 2 max(0, t - T)), with
-    least squares over p0 and v, and T on a grid of quarter frames. The digit bounces where the second fit is closer and
+    least squares over p0 and v, and T on a grid of quarter frames. The digit bounces if the second fit is closer and
     both legs are long enough.
     """
     steps = path.diff(dim=0).abs()
@@ -66,7 +69,10 @@ def name_motion(path: torch.Tensor) -> tuple[str | None, bool, str]:
 
 
 def _fit(abscissa: torch.Tensor, line: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slopes and root mean square errors (T,) of the least-squares lines over abscissa (T, F) to line (F,)."""
+    """Fits `line` (F,) by least squares as a straight line over each row of abscissa (T, F).
+
+    Returns the slopes (T,) and the root mean square errors (T,).
+    """
     u = abscissa - abscissa.mean(1, keepdim=True)
     p = line - line.mean()
     slope = (u * p).sum(1) / u.square().sum(1)

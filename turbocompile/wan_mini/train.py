@@ -1,10 +1,11 @@
-"""wan-mini: a genuine Wan text-to-video pipeline, small enough to train in minutes, on moving digits.
+"""Trains wan-mini: a genuine Wan text-to-video pipeline of moving digits, so small that it trains in minutes.
 
-The parts are those of Wan: AutoencoderKLWan (8 times smaller in space, 4 times in time, 16 channels), the umT5 encoder,
-WanTransformer3DModel; only their sizes differ. Training has three stages: the autoencoder (reconstruction and KL on
-cut-outs, then whole frames), latents of many scenes, and transformer with text encoder by flow matching.
+The models are those of Wan, at smaller sizes: AutoencoderKLWan (8 times smaller in space, 4 times in time, 16
+channels), the umT5 encoder, and WanTransformer3DModel. Training has three stages: the autoencoder learns reconstruction
+and KL, on cut-outs and then on whole frames; it encodes many scenes; transformer and text encoder learn flow matching
+on these latents.
 
-examples/train_wan_mini.py runs the stages; with another data set, the classes here show what to write.
+examples/train_wan_mini.py runs the stages. The classes of this file are an example for other data sets.
 """
 
 from __future__ import annotations
@@ -31,10 +32,9 @@ from turbocompile.wan import tokenizer as wan_tokenizer
 from turbocompile.wan.tensors import SINGLE
 from turbocompile.wan_mini import world
 
-WORDS = " ".join(
-    ("a an and bounces moves", *world.DIGITS, *world.COLOURS, *world.DIRECTIONS)
-)  # one piece of the tokenizer each
-PROMPT_TOKENS = 16  # the longest prompt has 9, its end included
+# The words of all prompts; the tokenizer has one piece for each word.
+WORDS = " ".join(("a an and bounces moves", *world.DIGITS, *world.COLOURS, *world.DIRECTIONS))
+PROMPT_TOKENS = 16  # tokens of a padded prompt; the longest prompt has 9, including its end
 
 VAE: Mapping[str, Any] = {
     "base_dim": 16,
@@ -58,7 +58,7 @@ TEXT_ENCODER: Mapping[str, Any] = {
     "dropout_rate": 0.0,
     "tie_word_embeddings": True,
 }
-# Every linear of a block takes a multiple of 128 features, which the 128 x 128 tiles of int8_block need.
+# Every linear of a block takes a multiple of 128 features, because the 128 x 128 tiles of int8_block need it.
 TRANSFORMER: Mapping[str, Any] = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 4,
@@ -76,9 +76,11 @@ TRANSFORMER: Mapping[str, Any] = {
 }
 FLOW_SHIFT = 5.0
 GUIDANCE = 4.0
-PROMPT_DROPOUT = 0.1  # share of the training samples without a prompt, for guidance
-# Strong for an autoencoder of this kind: the fewer bits a latent holds, the sooner the transformer has learned them,
-# and a reconstruction far above 28 dB leaves room (with 1e-4 it was at 57).
+PROMPT_DROPOUT = (
+    0.1  # the share of training samples without a prompt, because guidance needs a model without prompt, too
+)
+# This weight is large for an autoencoder of this kind, because the transformer learns a latent of fewer bits sooner,
+# and the reconstruction can afford it: with 1e-4 it had 57 dB, far above the 28 dB that are needed.
 KL_WEIGHT = 2e-3
 
 
@@ -86,10 +88,11 @@ KL_WEIGHT = 2e-3
 
 
 class Autoencoder(nn.Module):
-    """AutoencoderKLWan as a function from videos to reconstructions, to be trained.
+    """AutoencoderKLWan as a trainable function from videos to reconstructions.
 
-    forward(video (B, 3, F, H, W) in [-1, 1], noise (B, 16, 1 + (F - 1) / 4, H / 8, W / 8)) gives the reconstruction of
-    the latent mean + exp(logvar / 2) noise, and mean and logvar.
+    forward takes a video (B, 3, F, H, W) in [-1, 1] and noise (B, 16, 1 + (F - 1) / 4, H / 8, W / 8), and returns the
+    reconstruction from the latent mean + exp(logvar / 2) noise, in the video's shape, and mean and logvar, in the
+    noise's.
     """
 
     def __init__(self, vae: Any) -> None:
@@ -103,7 +106,9 @@ class Autoencoder(nn.Module):
 
 
 def reconstruct(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The autoencoder's objective: L1 for edges, squares for what PSNR measures, a KL that only bounds the latent."""
+    """The autoencoder's objective: L1 for edges, squared errors because PSNR measures them, and a KL that bounds
+    latents.
+    """
     loss, parts = vae_loss(*_reconstruction(model, batch), kl_weight=KL_WEIGHT, l1_weight=1.0, mse_weight=2.0)
     return loss, {"l1": parts["l1"], "mse": parts["mse"], "kl": parts["kl"]}
 
@@ -117,7 +122,7 @@ def _reconstruction(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, ...]:
 class Clips:
     """Batches for the autoencoder: cut-outs of `frames` frames and side x side pixels, around the digit.
 
-    A batch is a function of seed and step. Everything is drawn on the CPU and rendered on `device`.
+    A batch depends on seed and step alone. Random numbers are drawn on the CPU, and videos are rendered on `device`.
     """
 
     batch: int
@@ -138,7 +143,8 @@ class Clips:
         first = torch.randint(world.FRAMES - self.frames + 1, (self.batch, 1), generator=generator)
         frames = first + torch.arange(self.frames)
         place = scenes.corners().gather(1, frames[:, self.frames // 2, None, None].expand(-1, 1, 2))[:, 0]
-        # from the left edge of the digit's square at the window's left to its right edge at the window's right
+        # The window lies at random between two places: the left edges of square and window meet, or their right edges
+        # do.
         place = place + (scenes.size[:, None] - self.side) * torch.rand(self.batch, 2, generator=generator)
         window = place.clamp(0, world.SIZE - self.side).round()
         latent = (self.batch, VAE["z_dim"], 1 + (self.frames - 1) // 4, self.side // 8, self.side // 8)
@@ -150,10 +156,10 @@ class Clips:
 
 
 def light_norms(vae: Any) -> None:
-    """Makes the autoencoder's norms stay in the dtype they are given, in place.
+    """Changes the autoencoder's norms, in place, so that they return the dtype of their input.
 
-    Autocast runs them in float32, which is a third of a training step on an H100 (their sum is float32 either way); the
-    function is diffusers' WanRMS_norm, whose bias is always 0 in Wan.
+    Autocast runs the norms in float32, which takes a third of a training step on an H100; the sum of squares is float32
+    either way. The new norm computes diffusers' WanRMS_norm, whose bias is always 0 in Wan.
     """
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 
@@ -181,7 +187,10 @@ def build_vae(seed: int = 0) -> Any:
 
 @torch.no_grad()
 def encode_scenes(vae: Any, wanted: Sequence[world.Combination], seed: int, batch: int = 16) -> torch.Tensor:
-    """Posterior means (N, 16, 9, 32, 32), bfloat16, of one whole video each of the given combinations."""
+    """The posterior means (N, 16, 9, 32, 32), bfloat16, of one whole video for each of the given combinations.
+
+    batch: how many videos are encoded at a time.
+    """
     device = next(vae.parameters()).device
     scans = world.load_scans(train=True)
     masks = world.enlarge(scans.images).to(device)
@@ -194,7 +203,7 @@ def encode_scenes(vae: Any, wanted: Sequence[world.Combination], seed: int, batc
 
 
 def normalized(latents: torch.Tensor, vae: Any) -> torch.Tensor:
-    """(latents - mean) / std in float32, with the channels' statistics of the autoencoder's configuration."""
+    """(latents - mean) / std in float32, with each channel's mean and std from the autoencoder's configuration."""
     mean, std = (
         torch.tensor(values, device=latents.device).reshape(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
@@ -203,7 +212,7 @@ def normalized(latents: torch.Tensor, vae: Any) -> torch.Tensor:
 
 
 def statistics(latents: torch.Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of (N, C, T, H, W)."""
+    """The mean and the standard deviation of each channel of latents (N, C, T, H, W), C numbers each."""
     sums = torch.zeros(2, latents.shape[1], dtype=torch.float64, device=latents.device)
     for part in latents.split(256):
         sums += torch.stack((part.double().mean((2, 3, 4)).sum(0), part.double().square().mean((2, 3, 4)).sum(0)))
@@ -215,10 +224,11 @@ def statistics(latents: torch.Tensor) -> tuple[list[float], list[float]]:
 
 
 class TextToVideo(nn.Module):
-    """Transformer and text encoder, trained together: (noisy, timestep, token ids, their mask) to velocity.
+    """Transformer and text encoder, which are trained together, as one function to the velocity.
 
-    noisy (B, 16, T, H, W); timestep (B,), 0 to 1000; ids, mask (B, 16), int64. As in Wan's pipeline the embeddings
-    beyond the prompt are zeros up to 512 tokens, and attended to.
+    forward takes noisy (B, 16, T, H, W), timestep (B,), 0 to 1000, and token ids and their mask (B, 16), int64; it
+    returns the velocity in noisy's shape. As in Wan's pipeline, the embeddings behind the prompt are zeros up to 512
+    tokens, and the transformer attends to them.
     """
 
     def __init__(self, transformer: Any, text_encoder: Any) -> None:
@@ -226,7 +236,7 @@ class TextToVideo(nn.Module):
         self.transformer, self.text_encoder = transformer, text_encoder
 
     def text(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Embeddings (B, 512, 128)."""
+        """The embeddings (B, 512, 128) of token ids and their mask (B, 16), zeros behind the prompt."""
         hidden = self.text_encoder(ids, mask).last_hidden_state
         return F.pad(hidden * mask[..., None], (0, 0, 0, TEXT_TOKENS - ids.shape[1]))
 
@@ -237,16 +247,16 @@ class TextToVideo(nn.Module):
 
 
 def denoise(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The transformer's objective: flow matching."""
+    """The objective of transformer and text encoder: flow matching."""
     velocity = model(batch["noisy"], batch["timestep"], batch["ids"], batch["mask"])
     return flow_matching_loss(velocity, batch["latents"], batch["noise"]), {}
 
 
 @dataclass
 class Latents:
-    """Batches for the transformer, from normalized latents (N, 16, 9, 32, 32) and the prompt of each.
+    """Batches for the transformer, from normalized latents (N, 16, 9, 32, 32) and the N prompts of their videos.
 
-    frames: how many latent frames of each, from the first on; all by default.
+    frames: how many latent frames of each video are used, from the first on; None: all.
     """
 
     batch: int
@@ -272,7 +282,7 @@ class Latents:
 
 
 def tokenize(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and their mask, (N, 16) int64."""
+    """The token ids of N prompts and their mask, each (N, 16) int64."""
     tokenizer = wan_tokenizer.build_tokenizer(WORDS)
     tokenizer.enable_padding(length=PROMPT_TOKENS, pad_token=wan_tokenizer.PAD)
     encoded = tokenizer.encode_batch(list(prompts))
@@ -281,14 +291,14 @@ def tokenize(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def build_text_to_video(seed: int = 0, **changes: Any) -> TextToVideo:
-    """Transformer and text encoder before training, in float32. changes: to TRANSFORMER."""
+    """Transformer and text encoder before training, in float32. changes: fields that replace those of TRANSFORMER."""
     from diffusers import WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer: Any = WanTransformer3DModel(**{**TRANSFORMER, **changes})
-        nn.init.zeros_(transformer.proj_out.weight)  # the first guess is 0, the mean of all velocities
+        nn.init.zeros_(transformer.proj_out.weight)  # so that the first prediction is 0, the mean of all velocities
         config = UMT5Config(**TEXT_ENCODER, vocab_size=wan_tokenizer.vocab_size(WORDS))
         return TextToVideo(transformer, UMT5EncoderModel(config))
 
@@ -304,9 +314,10 @@ def sample_videos(
     guidance: float = GUIDANCE,
     precision: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Videos uint8 (B, 33, 256, 256, 3) by UniPC with guidance, one noise a seed: a batched stand-in for an engine.
+    """Makes a video for each prompt and its seed, as an engine would, but in batches: uint8 (B, 33, 256, 256, 3).
 
-    The noise of a seed is what `generate` draws on the CPU for it, so that an engine there makes the same video.
+    The solver is UniPC with guidance. precision: bfloat16 runs the models under autocast. The noise of a seed is that
+    which `generate` draws on the CPU for the seed, so that an engine on the CPU makes the same video.
     """
     device = next(model.parameters()).device
     count = len(prompts)
@@ -329,7 +340,10 @@ def sample_videos(
 
 
 def save_model(model: Any, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """config.json by the library, the weights in bfloat16 under its file name; the folder appears whole."""
+    """Writes a model's folder: config.json and the weights in bfloat16, under the file names of the model's library.
+
+    The folder appears whole, because it is written under another name first.
+    """
     made = folder.with_name(f".{folder.name}")
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
@@ -343,21 +357,27 @@ def save_model(model: Any, tensors: Mapping[str, torch.Tensor], folder: Path) ->
 
 
 def load_vae(folder: Path, device: torch.device | str = "cpu") -> Any:
-    """The autoencoder of a folder that `save_model` wrote, in float32 (of bfloat16 weights)."""
+    """The autoencoder of a folder that `save_model` wrote; its bfloat16 weights become float32."""
     from diffusers import AutoencoderKLWan
 
     return AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).eval().requires_grad_(False).to(device)
 
 
 def save_pipeline(folder: Path, model: TextToVideo, tensors: Mapping[str, torch.Tensor], vae_folder: Path) -> None:
-    """Writes the WanPipeline folder. tensors: the weights of `model`, its averages for instance, under its names."""
+    """Writes a folder of diffusers' WanPipeline.
+
+    tensors: the weights to write for `model`, for example moving averages, under the model's names. vae_folder: the
+    autoencoder's folder, which is copied.
+    """
     import diffusers
 
     from turbocompile.wan.synthetic_components import scheduler
 
     for name in ("transformer", "text_encoder"):
         own = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
-        if name == "text_encoder":  # the embedding is stored once; the library ties its second name to it
+        if (
+            name == "text_encoder"
+        ):  # the embedding is stored once, because the library ties its second name to the first
             own.pop("encoder.embed_tokens.weight", None)
         save_model(getattr(model, name), own, folder / name)
     if vae_folder != folder / "vae":

@@ -21,10 +21,10 @@ def train_classifier(
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> Classifier:
-    """A classifier trained on views of scans, each network from a seed of its own.
+    """Trains a classifier on distorted views of scans; each of its two networks has a seed of its own.
 
-    The same arguments give the same weights, to the bit, on one kind of CPU and number of threads. With the defaults it
-    takes two and a half minutes on one core.
+    progress: called with the share that is done. The same arguments give the same weights, to the bit, on the same kind
+    of CPU with the same number of threads. With the defaults the training takes two and a half minutes on one core.
     """
     glyphs = F.avg_pool2d(world.enlarge(scans.images), 2)
     networks = []
@@ -39,10 +39,11 @@ def train_classifier(
 def _train_network(
     glyphs: torch.Tensor, labels: torch.Tensor, steps: int, batch: int, progress: Callable[[float], None] | None
 ) -> Network:
-    """A network trained on glyphs (N, 1, 64, 64), by torch's global generator.
+    """Trains a network on glyphs (N, 1, 64, 64) with labels (N,); draws from torch's global generator.
 
-    A view is a glyph as the judge would crop it, changed as hands and decoders change digits (`distort`). One in eight
-    is of no digit (`no_digits`). AdamW with a one-cycle rate; the weights are moving averages over some 200 steps.
+    A view is a glyph that is cropped as the judge crops it, and changed as handwriting and decoders change digits
+    (`distort`). One view in eight shows no digit (`no_digits`). The optimizer is AdamW with a one-cycle rate; the
+    returned weights are moving averages over some 200 steps.
     """
     net = Network().train()
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.02)
@@ -67,17 +68,19 @@ def _train_network(
 
 
 def distort(glyphs: torch.Tensor) -> torch.Tensor:
-    """Views (N, 1, 32, 32) of glyphs (N, 1, 64, 64), each distorted in its own way, by torch's global generator.
+    """Views (N, 1, 32, 32) of glyphs (N, 1, 64, 64), each distorted in its own way; draws from torch's global
+    generator.
 
-    Turned by up to 12 degrees, slanted, scaled as the world does and 8 % besides, bent smoothly, strokes thicker or
-    thinner, blurred, faded, noisy.
+    A view is turned by up to 12 degrees, slanted, scaled as the world scales digits and by 8 % more, bent smoothly,
+    drawn with thicker or thinner strokes, blurred, faded and noisy.
     """
     n = len(glyphs)
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
         return low + (high - low) * torch.rand(n, *shape)
 
-    # where each cell of a view lies on the glyph: turned, slanted, scaled, around the centroid as the judge crops
+    # The grid says where each cell of a view lies on the glyph: turned, slanted and scaled around the centroid, around
+    # which the judge crops, too.
     angle, slant = uniform(-0.21, 0.21), uniform(-0.2, 0.2)
     side = uniform(*world.SCALE) / WINDOW
     x, y = 1 / (side * uniform(0.92, 1.08)), 1 / (side * uniform(0.92, 1.08))
@@ -98,7 +101,9 @@ def distort(glyphs: torch.Tensor) -> torch.Tensor:
 
 
 def no_digits(glyphs: torch.Tensor, count: int) -> torch.Tensor:
-    """Masks (count, 1, 64, 64) of no digit: two over each other, boxes, ellipses, and blobs, as many of each."""
+    """Masks (count, 1, 64, 64) that show no digit: two digits over each other, boxes, ellipses and blobs, equally
+    many.
+    """
     kinds = torch.arange(count) % 4
     places = (torch.arange(64) + 0.5) / 32 - 1
     x, y = places[None, None, None, :], places[None, None, :, None]

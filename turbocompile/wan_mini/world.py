@@ -1,13 +1,13 @@
-"""The world of moving digits: prompts, and the videos that show what they say.
+"""The world of moving digits: its prompts, and drawn videos that show them.
 
-A scene is one handwritten digit in one of eight colours on a dark grey ground, moving in one of four directions at
-constant speed; where the prompt says "and bounces" it reaches the border and comes back. Digits are scans of
-scikit-learn's `load_digits` (1,797 images of 8 x 8 by 43 writers: the test set of "Optical Recognition of Handwritten
-Digits", E. Alpaydin and C. Kaynak, 1998, UCI Machine Learning Repository, doi 10.24432/C50P49, CC BY 4.0).
+A scene is one handwritten digit in one of eight colours on a dark grey ground. The digit moves in one of four
+directions at constant speed; if the prompt says "and bounces", it reaches the border and comes back. Digits are scans
+of scikit-learn's `load_digits` (1,797 images of 8 x 8 by 43 writers: the test set of "Optical Recognition of
+Handwritten Digits", E. Alpaydin and C. Kaynak, 1998, UCI Machine Learning Repository, doi 10.24432/C50P49, CC BY 4.0).
 
-One combination of digit, colour and motion in five is held out: no training video shows it, though each of its pairs
-(digit and colour, digit and motion, colour and motion) is shown. What a model makes of those prompts tells whether it
-composes or recalls.
+One combination of digit, colour and motion in five is held out: no training video shows the combination, but training
+videos show each of its pairs (digit and colour, digit and motion, colour and motion). The videos that a model makes for
+held-out prompts tell whether the model composes or recalls.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from turbocompile.defaults import EVALUATION_PROMPTS
 from turbocompile.errors import UnsupportedError
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# sRGB in 0..255, far from each other in hue, or in saturation (white)
+# sRGB colours in 0..255, which are far from each other in hue, or in saturation (white).
 COLOURS = {
     "red": (225, 45, 45),
     "orange": (245, 140, 30),
@@ -35,12 +36,13 @@ COLOURS = {
     "white": (235, 235, 235),
 }
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y down
-# A dark grey rather than black: a VAE that clamps its output to [-1, 1] gets no gradient from a ground at -1.
+# The ground is dark grey and not black, because a VAE that clamps its output to [-1, 1] gets no gradient from a ground
+# at -1.
 GROUND = 40
 
 SIZE, FRAMES = 256, 33  # pixels a side, frames of a video
-HELD_OUT_SHARE = 5  # one combination in so many
-TRAIN_IMAGES = 1437  # of 1,797; the rest is never trained on
+HELD_OUT_SHARE = 5  # one combination in HELD_OUT_SHARE is held out
+TRAIN_IMAGES = 1437  # how many of the 1,797 scans serve for training; the rest is held back
 _GLYPH = 128  # pixels a side of an enlarged scan
 SCALE = (120.0, 140.0)  # side of the drawn square, in pixels, its margin included
 SPEED = {False: (2.0, 3.4), True: (3.0, 4.0)}  # pixels a frame, by whether the digit bounces
@@ -49,7 +51,9 @@ TURN = (10.0, 20.0)  # the frame at which a bouncing digit turns back
 
 @dataclass(frozen=True)
 class Combination:
-    """What a prompt says: digit 0..9, the name of a colour, the name of a direction, and whether it bounces."""
+    """The contents of a prompt: digit 0..9, the name of a colour, the name of a direction, whether the digit
+    bounces.
+    """
 
     digit: int
     colour: str
@@ -58,29 +62,30 @@ class Combination:
 
     @property
     def prompt(self) -> str:
-        """For example "an orange seven moves left and bounces"."""
+        """The prompt, for example "an orange seven moves left and bounces"."""
         article = "an" if self.colour[0] in "aeiou" else "a"
         ending = " and bounces" if self.bounces else ""
         return f"{article} {self.colour} {DIGITS[self.digit]} moves {self.direction}{ending}"
 
     @property
     def index(self) -> int:
-        """Its place in `combinations()`."""
+        """The combination's place in `combinations()`."""
         motion = list(DIRECTIONS).index(self.direction) + len(DIRECTIONS) * self.bounces
         return (self.digit * len(COLOURS) + list(COLOURS).index(self.colour)) * 2 * len(DIRECTIONS) + motion
 
     @property
     def held_out(self) -> bool:
-        """Whether no training video shows it.
+        """Whether no training video shows this combination.
 
-        A linear rule modulo 5, so that every pair of values is left with at least six of its eight (or ten) partners.
+        A linear rule modulo 5 holds out combinations, so that every pair of values keeps at least six of its eight (or
+        ten) partners.
         """
         motion = list(DIRECTIONS).index(self.direction) + len(DIRECTIONS) * self.bounces
         return (self.digit + 2 * list(COLOURS).index(self.colour) + 3 * motion) % HELD_OUT_SHARE == 0
 
 
 def combinations() -> list[Combination]:
-    """All 640, in order of `index`."""
+    """All 640 combinations, in the order of `index`."""
     return [
         Combination(digit, colour, direction, bounces)
         for digit, colour, bounces, direction in itertools.product(
@@ -89,8 +94,11 @@ def combinations() -> list[Combination]:
     ]
 
 
-def evaluation_set(count: int = 200, seed: int = 0) -> list[Combination]:
-    """`count` different combinations, every second one held out; the same for the same arguments."""
+def evaluation_set(count: int = EVALUATION_PROMPTS, seed: int = 0) -> list[Combination]:
+    """`count` different combinations, every second of which is held out; the same arguments give the same combinations.
+
+    Raises UnsupportedError unless count is even, at least 2, and at most twice the number of held-out combinations.
+    """
     rng = random.Random(seed)
     seen = [c for c in combinations() if not c.held_out]
     unseen = [c for c in combinations() if c.held_out]
@@ -113,9 +121,10 @@ class Scans:
 
 
 def load_scans(train: bool) -> Scans:
-    """The scans to train on, or the ones held back. Needs scikit-learn, which carries them.
+    """The scans to train on, or the scans that are held back.
 
-    The files are ordered by writer, so that the last fifth, which is held back, is of other hands than the first.
+    The scans are ordered by writer, so that other writers wrote the last fifth, which is held back. Raises
+    UnsupportedError without scikit-learn, because scikit-learn holds the scans.
     """
     try:
         from sklearn.datasets import load_digits
@@ -128,7 +137,9 @@ def load_scans(train: bool) -> Scans:
 
 
 def enlarge(images: torch.Tensor) -> torch.Tensor:
-    """Masks (N, 1, 128, 128) in [0, 1] of scans (N, 8, 8): enlarged, with a margin, their edges made sharp again."""
+    """Masks (N, 1, 128, 128) in [0, 1] from scans (N, 8, 8): enlarged with a margin, and with edges made sharp
+    again.
+    """
     margin = F.pad(images[:, None], (1, 1, 1, 1))
     large = F.interpolate(margin, size=(_GLYPH, _GLYPH), mode="bicubic", align_corners=False)
     ramp = ((large - 0.3) / 0.3).clamp(0, 1)
@@ -140,10 +151,11 @@ def enlarge(images: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Scenes:
-    """B scenes. scan: which scan is drawn. colour: (B, 3) in [-1, 1]. size: side in pixels.
+    """B scenes, on one device.
 
-    start, velocity: (B, 2) in pixels (x, y) of the square's corner, and pixels a frame. room: 256 - size, where the
-    corner turns back. All (B,) or (B, 2) on the CPU.
+    scan: (B,) int64, the index of the scan that is drawn. colour: (B, 3) in [-1, 1]. size: (B,), the side of the drawn
+    square in pixels. start: (B, 2), the corner (x, y) of the square in frame 0, in pixels. velocity: (B, 2), pixels a
+    frame. The corner turns back at 0 and at 256 - size.
     """
 
     scan: torch.Tensor
@@ -159,7 +171,7 @@ class Scenes:
         return Scenes(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
     def corners(self, frames: int = FRAMES) -> torch.Tensor:
-        """(B, frames, 2): the square's corner (x, y) in each frame, reflected at the borders."""
+        """The corner (x, y) of the square in each frame, in pixels, reflected at the borders: (B, frames, 2)."""
         time = torch.arange(frames, device=self.start.device, dtype=torch.float32)
         free = self.start[:, None] + self.velocity[:, None] * time[None, :, None]
         room = (SIZE - self.size)[:, None, None]
@@ -167,7 +179,7 @@ class Scenes:
 
 
 def draw_scenes(wanted: list[Combination], scans: Scans, generator: torch.Generator) -> Scenes:
-    """Scenes that show the given combinations, everything else at random: writer, size, speed, place."""
+    """Scenes that show the given combinations; the generator draws writer, size, speed and place."""
 
     def uniform(low: float, high: float) -> torch.Tensor:
         return low + (high - low) * torch.rand(len(wanted), generator=generator)
@@ -181,7 +193,8 @@ def draw_scenes(wanted: list[Combination], scans: Scans, generator: torch.Genera
     room = SIZE - size
     bounces = torch.tensor([c.bounces for c in wanted])
     speed = torch.where(bounces, uniform(*SPEED[True]), uniform(*SPEED[False]))
-    # The way to the border ahead: a bouncing digit's turn comes in the middle, another's not before the last frame.
+    # The way to the border ahead. A bouncing digit reaches the border in the middle of the video, and any other digit
+    # not before the last frame.
     ahead = speed * uniform(*TURN)
     longest = speed * (FRAMES - 1)
     ahead = torch.where(bounces, ahead, longest + (room - longest) * torch.rand(len(wanted), generator=generator))
@@ -206,10 +219,10 @@ def render(
     window: torch.Tensor | None = None,
     side: int = SIZE,
 ) -> torch.Tensor:
-    """Videos (B, 3, F, side, side) in [-1, 1], float32, on the device of scenes and masks (see `enlarge`).
+    """Draws videos (B, 3, F, side, side) in [-1, 1], float32, on the device of scenes and masks (see `enlarge`).
 
-    frames: (B, F) numbers of the frames, all 33 by default. window: (B, 2) corner (x, y) of the cut-out, in pixels;
-    with `side` smaller than 256 only it is drawn.
+    frames: (B, F), the numbers of the frames, by default all 33. window: (B, 2), the corner (x, y) in pixels of a
+    cut-out of side x side pixels, which alone is drawn; by default the corner of the frame.
     """
     batch, device = len(scenes), masks.device
     corners = scenes.corners()

@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-WAN_MINI = Path(__file__).parent.parent.parent / "examples" / "wan-mini"
+WAN_MINI = Path(__file__).parents[3] / "examples" / "wan-mini"
 BF16, FP16 = torch.bfloat16, torch.float16
 PORTABLE = pytest.param("portable", id="portable")
 DEFAULT = pytest.param(None, id="default")

@@ -38,6 +38,34 @@ def matmul_keeps_batch_dims(node: Node, make: Maker) -> Answer:
     return None
 
 
+@local(aten.eye.default, aten.eye.m)
+def eye_compares_positions(node: Node, make: Maker) -> Answer:
+    """eye(n, m)   ->   to(reshape(arange(n), [n, 1]) == arange(m))
+
+    Positions are of 64 bits: torch's own way counts in the fewest bits, which no CPU does for more than 256 of them.
+    """
+    if any(is_linear_of(user, node) for user in node.users):
+        return None  # the linear goes first
+    n, m = shape(node)
+    rows_ = make(aten.reshape.default, make(aten.arange.default, n), [n, 1])
+    return aten.to.dtype, (make(aten.eq.Tensor, rows_, make(aten.arange.default, m)), dtype(node))
+
+
+def is_linear_of(user: Node, x: Node) -> bool:
+    """Whether a node is a linear of x without a bias, in the dtype of x."""
+    given = arguments(user.target, user.args, user.kwargs) if is_op(user, aten.linear.default) else [None]
+    return given[0] is x and given[2] is None and dtype(given[1]) == dtype(x)
+
+
+@local(aten.linear.default)
+def linear_of_eye(node: Node, make: Maker) -> Answer:
+    """linear(eye(n), w)   ->   permute(w, [1, 0]), as PEFT multiplies the factors of an adapter"""
+    x, w = node.args[:2]
+    if is_op(x, aten.eye) and shape(x)[0] == shape(x)[1] and is_linear_of(node, x):
+        return aten.permute.default, (w, [1, 0])
+    return None
+
+
 def is_bias(node: Node, y: Node) -> bool:
     """Whether y is a stored vector of the last axis, added to a linear of the same dtype that nothing else reads."""
     if y.op != "get_attr" or shape(y) != shape(node)[-1:]:
@@ -58,6 +86,8 @@ PRODUCTS = Rules(
             where=lambda x, w: w.op == "get_attr" and len(shape(x)) > 1,
         ),
         matmul_keeps_batch_dims,
+        eye_compares_positions,
+        linear_of_eye,
         row(linear(x, w) + y, linear(x, w, y), where=is_bias),
     ),
 )
