@@ -307,10 +307,7 @@ class _Exchange:
     def _refresh(self) -> None:
         """Has what was computed of the weights follow them."""
         names = {name for slot in (*self.wanted, *self.back) for name in slot.names}
-        for runner in self.engine._runners.values():
-            runner.refresh(self.engine.weights, names)
-        if hasattr(self.engine, "changed"):
-            self.engine.changed(names)
+        self.engine.changed(names)
         _synchronize(self.device)  # other streams read the new values
 
 

@@ -123,9 +123,15 @@ class PlannedMemory:
                 release_cached(self._device)
 
     def changed(self, names: Iterable[str]) -> None:
-        """Brings weights that were written in place, by stored name, to where the plan keeps them on the GPU."""
+        """Has what follows from weights that were written in place follow them. names: their stored names.
+
+        That is what was folded from them, and the copies of them that a plan keeps on the GPU.
+        """
+        names = set(names)
         if self._placed is not None:
             self._placed.refresh({name: self.weights[name] for name in names})
+        for runner in self._runners.values():
+            runner.refresh(self.weights if self._placed is None else self._placed.stays, names)
 
     def _forget(self) -> None:
         """Drops compiled code, graphs, and weights that the plan placed, because they hold tensors on the device."""

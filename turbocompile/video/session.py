@@ -109,7 +109,7 @@ def generate(
         with stages("plan"):
             plan_video(engine, vram, size, picture is not None, target, say)
     pipeline, boundary = Pipeline.of_engine(engine, kept), expert_boundary(engine, task)
-    with _adapted(engine, lora, stages), enough_memory(engine):
+    with enough_memory(engine), _adapted(engine, lora, stages):
         latents = make_latents(pipeline, prompts, negative_prompt, picture, sampler, size, boundary, seed, stages)
         with stages("decode"):
             pipeline.make_room("decode")
@@ -144,6 +144,8 @@ def _adapted(engine: Engine, lora: Any, stages: Stages) -> Iterator[None]:
         return
     before = engine.lora
     with stages("lora"):
+        for expert in engine.experts.values() if engine.memory is not None and engine.memory.streams else ():
+            expert.park()  # the sums take some weights' memory in float32
         engine.set_lora(lora)
     try:
         yield
