@@ -16,7 +16,7 @@ from turbocompile.recipe.presets import boundary_of
 from turbocompile.recipe.schema import Recipe
 from turbocompile.video.components import held, placed
 from turbocompile.video.image import open_image
-from turbocompile.video.latents import Pipeline, Progress, Stages, make_latents
+from turbocompile.video.latents import Pipeline, Progress, Request, Stages, make_latents
 from turbocompile.video.request import check_images, choose_sampler, prompts_of
 from turbocompile.wan.source import open_source
 
@@ -63,7 +63,7 @@ def record_inputs(
             "record a smaller one, as with "
             "--set shapes.0.height=256 --set shapes.0.width=256 --set shapes.0.num_frames=33"
         )
-    sampler = choose_sampler(recipe.sampler, source.task, steps, guidance)
+    sampler = choose_sampler(recipe.sampler, source.task, steps=steps, guidance=guidance)
     with stages("load"):
         experts = {name: t.load().to(target) for name, t in source.transformers.items()}
         parts = {name: placed(part, name, target) for name, part in source.components.load().items()}
@@ -75,7 +75,8 @@ def record_inputs(
     picture = open_image(image) if image is not None else None
     with recording_calls(recording, *experts.values()):
         for number, prompt in enumerate(prompts):
-            given = (prompts_of(prompt, size.batch), negative_prompt, picture)
-            make_latents(pipeline, *given, sampler, size, boundary, seed + number, stages)
+            given = prompts_of(prompt, size.batch)
+            asked = Request(given, negative_prompt, picture, sampler, size, boundary, seed + number)
+            make_latents(pipeline, asked, stages)
     recording.save(out)
     return recording
