@@ -248,13 +248,13 @@ class MemoryPlan:
         by: dict[str, list[str]] = {}
         for name, how in self.parts.items():
             by.setdefault(how, []).append(_in_words(name))
-        for how, names in by.items():
-            works = "it works" if len(names) == 1 else "they work"
+        for how, those in by.items():
+            works = "it works" if len(those) == 1 else "they work"
             told = {
                 RESIDENT: "there as well", ON_DEMAND: f"only while {works}", STREAMED: f"layer by layer while {works}",
                 TILED: f"only while {works}, in blended tiles of {self.tile} pixels (not a whole's bits)",
             }  # fmt: skip
-            words.append(f"{' and '.join(names)} {told[how]}")
+            words.append(f"{' and '.join(those)} {told[how]}")
         if self.leaves:
             words.append(f"the weights leave for {' and '.join(sorted(self.leaves))}")
         return ", ".join(words)
