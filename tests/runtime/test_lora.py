@@ -542,3 +542,22 @@ def test_a_cuda_graph_stays_and_computes_with_the_adapters(model, files, call, g
     engine.set_lora(None)
     assert same_bits(engine, before)
     assert torch.equal(engine(**arguments, return_dict=False)[0], outs[-1])
+
+
+@pytest.mark.parametrize("resident", [0, 1, 2])
+@pytest.mark.parametrize("format", ["off", "int8"])
+def test_weights_that_a_plan_holds_get_them_too(built, files, format, resident, call, tmp_path):
+    folder = built(format).save(tmp_path / "engine")
+    plain, planned = turbocompile.load(folder), turbocompile.load(folder)
+    names = [p.prefix for p in parcels_of(planned.programs).parcels]
+    assert len(names) == 2
+    module = ModulePlan(frozenset(names[:resident]), 2, 0, 1, 2, 2 - resident)
+    planned.use_plan(MemoryPlan(0, {"transformer": module}, together=True, leaves=frozenset({"decode"})))
+    out = run(planned, call)
+    for lora in ([files["a"], files["c"]], files["b"], None):
+        plain.set_lora(lora)
+        planned.set_lora(lora)
+        assert torch.equal(run(planned, call), run(plain, call))
+        planned.park()
+        assert torch.equal(run(planned, call), run(plain, call))
+    assert torch.equal(run(planned, call), out)

@@ -319,8 +319,6 @@ class _Exchange:
         """Has what was computed of the weights follow them."""
         names = {name for slot in (*self.wanted, *self.back) for name in slot.names}
         self.engine.changed(names)
-        for runner in self.engine._runners.values():
-            runner.refresh(names)
         _synchronize(self.device)  # other streams read the new values
 
 
