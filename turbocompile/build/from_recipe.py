@@ -25,7 +25,7 @@ from turbocompile.ir.program import Program
 from turbocompile.numerics.original import NOT_COMPARED, Comparison, Original
 from turbocompile.numerics.recording import Recorded, read_inputs
 from turbocompile.recipe.options import CompileOptions, resolve
-from turbocompile.recipe.presets import Geometry, boundary_of
+from turbocompile.recipe.presets import Geometry, boundary_of, is_vace
 from turbocompile.recipe.schema import Recipe, Shape
 from turbocompile.report.report import Report
 from turbocompile.runtime.folder import new_folder
@@ -141,8 +141,7 @@ class _TransformerBuild:
     @property
     def shallow(self) -> TransformerSource:
         """The transformer with two blocks, which show what repeats."""
-        config = {**self.transformer.config, "num_layers": min(2, self.layers)}
-        return replace(self.transformer, config=config)
+        return self.transformer.shallow(min(2, self.layers))
 
     def compiled(self) -> Compiled:
         """Captures each shape once, compares blocks with the model itself, rewrites."""
@@ -212,7 +211,7 @@ class _TransformerBuild:
         with self.stages("capture"):
             args, kwargs = transformer.example_inputs(shape)
             model = transformer.build()  # checks that there are weights for all layers
-            if layers > CAPTURED:
+            if layers > CAPTURED and not is_vace(transformer.config):
                 few = replace(transformer, config={**transformer.config, "num_layers": CAPTURED})
                 made = deepened(capture(few.build(), args, kwargs), "blocks", layers)
                 if made is not None:

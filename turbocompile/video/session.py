@@ -23,7 +23,7 @@ from turbocompile.runtime.folder import read_manifest
 from turbocompile.video import file as video_file
 from turbocompile.video import vae as wan_vae
 from turbocompile.video.components import component
-from turbocompile.video.image import open_image
+from turbocompile.video.given import Given, fitting, sizes_for
 from turbocompile.video.latents import Pipeline, Progress, Stages, make_latents
 from turbocompile.video.request import (
     check_request,
@@ -64,6 +64,11 @@ def generate(
     seed: int = SEED,
     shape: Shape | str | None = None,
     image: Any = None,
+    last_image: Any = None,
+    control: Any = None,
+    mask: Any = None,
+    reference: Any = None,
+    control_scale: float | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     out: str | Path | None = None,
@@ -77,8 +82,9 @@ def generate(
     engine: its folder, or the result of `turbocompile.load`. prompt: one for all videos of the batch, or one for
     each. negative_prompt: the text that guidance leads away from; empty by default. shape: one of the engine's, as in
     "480x832x81" (height, width, frames; the batch may follow); the first by default. image: a PIL image or its path,
-    for image-to-video. steps, guidance: instead of the recipe's. out: an .mp4 file; with several videos -1, -2 ...
-    follow its name. frames: a folder for PNG frames. device: by default the engine's; for a folder the GPU, where the
+    for image-to-video; last_image: the last frame, for models that take one. control, mask, reference, control_scale:
+    of VACE, as `Given` takes them. steps, guidance: instead of the recipe's. out: an .mp4 file; with several videos
+    -1, -2 ... follow its name. frames: a folder for PNG frames. device: by default the engine's; for a folder the GPU, where the
     engine was built for one. lora: adapters for this call, as `Engine.set_lora` takes them; none given: those that are
     set.
 
@@ -96,11 +102,12 @@ def generate(
     recipe = recipe_of(engine)
     task = str(engine.manifest.get("task") or task_of(engine.config))
     sampler = choose_sampler(recipe.sampler, task, steps, guidance)
-    size = choose_shape(recipe.shapes, shape)
+    given = Given.of(image, last_image, control, mask, reference, control_scale)
+    check_request(engine, task, sampler, negative_prompt, given)
+    size = choose_shape(sizes_for(recipe.shapes, len(given.references)), shape)
     prompts = prompts_of(prompt, size.batch)
-    check_request(engine, task, sampler, negative_prompt, image)
+    picture = fitting(given, size, task)
     tell_quality(recipe, engine.report)
-    picture = open_image(image) if image is not None else None
 
     pipeline, boundary = Pipeline.of_engine(engine), expert_boundary(engine, task)
     with _adapted(engine, lora, stages):
@@ -111,7 +118,7 @@ def generate(
     paths: tuple[Path, ...] = ()
     if out is not None or frames is not None:
         with stages("write"):
-            paths = _write(made, out, frames)
+            paths = _write(made, out, frames, video_file.FPS_OF.get(task, video_file.FPS))
     return GenerateResult(made, stages.seconds, paths)
 
 
@@ -136,13 +143,13 @@ def default_device(folder: str | Path) -> str:
     return "cuda" if target != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def _write(videos: torch.Tensor, out: Path | None, frames: str | Path | None) -> tuple[Path, ...]:
+def _write(videos: torch.Tensor, out: Path | None, frames: str | Path | None, fps: int) -> tuple[Path, ...]:
     """Writes each video of the batch. Returns the paths of the mp4 files, or else of the folders of frames."""
     files, folders = [], []
     for number, made in enumerate(videos):
         suffix = f"-{number}" if number else ""
         if out is not None:
-            files.append(video_file.write_video(out.with_stem(out.stem + suffix), made))
+            files.append(video_file.write_video(out.with_stem(out.stem + suffix), made, fps))
         if frames is not None:
             folder = Path(frames) if not number else Path(f"{frames}{suffix}")
             video_file.write_frames(folder, made)
