@@ -9,7 +9,7 @@ import torch
 from turbocompile.backends import NO_TUNING, Tuning
 from turbocompile.backends.launchers import launchers
 
-from turbocompile.ir.execute import Runner
+from turbocompile.ir.execute import Around, Runner
 from turbocompile.ir.program import Program
 
 
@@ -33,9 +33,12 @@ def compile_program(
     folder: Path | None = None,
     files: tuple[str, ...] = (),
     tuning: Tuning = NO_TUNING,
+    around: Around = lambda call: None,
 ) -> Runner:
     """A callable over flat tensors. weights: stored name -> tensor, all on `device`.
 
+    around: gives a call of a block what runs before it and after it.
+
     Raises EngineError where the tuning chose a configuration for this card that no kernel declares.
     """
-    return Runner(program, weights, device, launchers(tuning, device))
+    return Runner(program, weights, device, launchers(tuning, device), around)

@@ -246,6 +246,7 @@ def calibrate(recipe: Path, out: Path, overrides: tuple[str, ...], prompts: tupl
 @_images
 @click.option("--lora", multiple=True, metavar="PATH[:WEIGHT]", help="An adapter for this video; several add up.")
 @click.option("--device", help="Where to run, as in cpu or cuda:1; by default what the engine was built for.")
+@click.option("--vram", metavar="SIZE", help="Memory of the GPU to keep to, as in 12GB, 12GiB or auto (what is free).")
 @_json
 def run(engine: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Make a video with ENGINE, a folder that `turbocompile optimize` wrote."""
@@ -254,10 +255,14 @@ def run(engine: Path, out: Path, as_json: bool, **options: Any) -> None:
 
     _check_device(options["device"])
     with shown_progress() as progress:
-        result = generate(engine, out=out, progress=progress, **{**options, "lora": options["lora"] or None})
+        options["lora"] = options["lora"] or None
+        result = generate(engine, out=out, progress=progress, say=lambda s: click.echo(s, err=True), **options)
     if as_json:
         paths = [str(p) for p in result.paths]
-        _print_json({"paths": paths, "timings": result.timings, "shape": list(result.video.shape)})
+        made: dict[str, Any] = {"paths": paths, "timings": result.timings, "shape": list(result.video.shape)}
+        if result.memory is not None:
+            made["memory"] = {**result.memory.to_dict(), "measured_peak": result.memory_peak}
+        _print_json(made)
     else:
         for path in result.paths:
             click.echo(f"video: {path}")
@@ -319,6 +324,7 @@ def explain(engine: Path, after: str | None, module: str, gpu: str | None, html:
     help="How many forwards are timed.",
 )
 @click.option("--device", help="Where to run, as in cpu or cuda:1; by default what the engine was built for.")
+@click.option("--vram", metavar="SIZE", help="Memory of the GPU to keep to, as in 12GB, 12GiB or auto (what is free).")
 @_json
 def bench(engine: Path, overrides: tuple[str, ...], device: str | None, as_json: bool, **options: Any) -> None:
     """Time a forward of ENGINE, and each of its operations.

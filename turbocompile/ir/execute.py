@@ -14,12 +14,13 @@ import torch
 from torch import fx, nn
 
 from turbocompile.errors import EngineError, UnsupportedError
-from turbocompile.ir.program import SHELL, Program, Subgraph, call, walk_tensors
+from turbocompile.ir.program import SHELL, Call, Program, Subgraph, call, walk_tensors
 from turbocompile.ir.stored_names import stored_name
 from turbocompile.ir.weights import Constant, Expr, is_relative
 
 LAYER_BYTES = 1 << 20  # of a tensor that a layer computes from its constants and keeps: a table of 4096 x 64
 Launcher = Callable[[fx.Node], Callable[..., Any] | None]
+Around = Callable[[Call], "tuple[Callable[[], None], Callable[[], None]] | None"]
 SOURCE = "source"  # in the meta of a node of generated code: the program's node that it comes from
 
 
@@ -32,14 +33,18 @@ class Runner:
         weights: Mapping[str, torch.Tensor],
         device: torch.device,
         launcher: Launcher = lambda node: None,
+        around: Around = lambda call: None,
     ) -> None:
-        """launcher: gives a node the function that runs in the place of its operator; None: the operator runs."""
+        """launcher: gives a node the function that runs in the place of its operator; None: the operator runs.
+
+        around: gives a call of a block what runs before it and after it; None: nothing.
+        """
         self.blocks = {
             name: _Compiled(sub, name, device, weights, launcher)
             for name, sub in program.graphs.items()
             if name != SHELL
         }
-        calls = {c.node.name: self.blocks[c.graph].bound(c.prefix, weights) for c in program.calls()}
+        calls = {c.node.name: self.blocks[c.graph].bound(c.prefix, weights, around(c)) for c in program.calls()}
         self.shell = _Compiled(program.shell, SHELL, device, weights, launcher, calls).bound("", weights)
         self.bindings = [*calls.values(), self.shell]
 
@@ -72,19 +77,33 @@ class _Bound(nn.Module):
     code: fx.GraphModule
     graph: _Compiled
 
-    def __init__(self, graph: _Compiled, prefix: str, operands: Sequence[torch.Tensor], single: bool) -> None:
+    def __init__(
+        self,
+        graph: _Compiled,
+        prefix: str,
+        operands: Sequence[torch.Tensor],
+        single: bool,
+        around: tuple[Callable[[], None], Callable[[], None]] | None = None,
+    ) -> None:
         super().__init__()
         self.prefix = prefix
         object.__setattr__(self, "graph", graph)  # shared by all calls, so it is not a child of each
         object.__setattr__(self, "code", graph.code)
         self.operands = list(operands)
         self.single = single
+        self.around = around
 
     def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         return self.code.forward(*self.operands, *tensors)
 
     def forward(self, *tensors: torch.Tensor) -> Any:
-        out = self.run(tensors)
+        if self.around is None:
+            out = self.run(tensors)
+        else:
+            before, after = self.around
+            before()
+            out = self.run(tensors)
+            after()
         return out[0] if self.single else out
 
     def refresh(self, weights: Mapping[str, torch.Tensor], names: Collection[str]) -> None:
@@ -147,9 +166,14 @@ class _Compiled:
             raise EngineError(f"the engine lacks the weight {key!r}; it is damaged, build it again")
         return weights[key]
 
-    def bound(self, prefix: str, weights: Mapping[str, torch.Tensor]) -> _Bound:
+    def bound(
+        self,
+        prefix: str,
+        weights: Mapping[str, torch.Tensor],
+        around: tuple[Callable[[], None], Callable[[], None]] | None = None,
+    ) -> _Bound:
         own = [self._weight(n, prefix, weights) for n in self.locals]
-        return _Bound(self, prefix, [*own, *self.folded_values(prefix, weights)], self.single)
+        return _Bound(self, prefix, [*own, *self.folded_values(prefix, weights)], self.single, around)
 
     def folded_values(self, prefix: str, weights: Mapping[str, torch.Tensor], anew: bool = False) -> list[Any]:
         """The folded constants of one call. anew: also those that all calls share, because weights were written to."""

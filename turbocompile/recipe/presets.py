@@ -73,7 +73,7 @@ def is_vace(config: Mapping[str, Any]) -> bool:
 
 
 def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with some fields changed. With fewer layers, VACE's blocks of the layers left out are left out."""
+    """A configuration with some fields changed. VACE's blocks of layers that are left out are left out."""
     made = {**config, **changes}
     layers, given = made["num_layers"], made.get("vace_layers")
     if given is not None and "vace_layers" not in changes and type(layers) is int:
@@ -88,7 +88,7 @@ def _wrong_vace(config: Mapping[str, Any]) -> str | None:
     last = config.get("num_layers", 40) - 1
     whole = isinstance(layers, (list, tuple)) and all(type(i) is int and 0 <= i <= last for i in layers)
     if not whole or 0 not in layers or sorted(set(layers)) != list(layers):
-        return f"vace_layers must be layers from 0 to {last} (num_layers - 1), rising and from 0, not {layers!r}"
+        return f"vace_layers must be layers rising from 0 to at most {last} (num_layers - 1), not {layers!r}"
     return None
 
 

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from turbocompile.backends import BACKENDS, NO_TUNING, Tuning, get_backend
 from turbocompile.errors import CaptureError, EngineError
@@ -33,6 +31,10 @@ from turbocompile.runtime.adapters import FixedWeights
 from turbocompile.runtime.cuda_graph import CudaGraph, Pool
 from turbocompile.runtime.folder import check_files, new_folder, read_json, read_manifest
 from turbocompile.runtime.lora import Adaptable, Adapted
+from turbocompile.runtime.memory_plan import parse_size
+from turbocompile.runtime.planned import PlannedMemory
+from turbocompile.runtime.stored import plain_torch, read_weights, same_bits
+from turbocompile.runtime.streaming import Gate, HostWeights, Placement
 from turbocompile.runtime.tuning import FILE as TUNING
 from turbocompile.runtime.tuning import merge, read_cache, read_tuning
 from turbocompile.runtime.turns import Turns
@@ -48,7 +50,7 @@ class Config(dict[str, Any]):
             raise AttributeError(f"the model's configuration has no {name!r}") from None
 
 
-class Engine(Adaptable, FixedWeights, nn.Module):
+class Engine(Adaptable, FixedWeights, PlannedMemory, nn.Module):
     """A compiled model, at one or several shapes, with its weights.
 
     An engine is called like the model it came from, by any number of threads. `.to(device)` moves the weights after the
@@ -58,6 +60,10 @@ class Engine(Adaptable, FixedWeights, nn.Module):
 
     On a GPU each shape becomes a CUDA graph at its second call (backend triton); with `engine.cuda_graph = False` its
     kernels are launched one by one. A move of the engine drops the graphs.
+
+    `plan_memory("12GB")` has the engine and its experts run within that memory of a GPU; `memory` is the plan. The
+    weights are then on the CPU where the plan moves them between calls; `changed(names)` brings weights that were
+    written in place to the GPU.
     """
 
     experts: dict[str, Engine]
@@ -68,6 +74,10 @@ class Engine(Adaptable, FixedWeights, nn.Module):
     _pool: Pool | None
     _turns: Turns
     _making: threading.RLock  # held while code is compiled or a graph is made
+    _host: HostWeights | None
+    _placed: Placement | None
+    _gate: Gate
+    kept: dict[str, Any]
 
     def __init__(
         self,
@@ -134,11 +144,17 @@ class Engine(Adaptable, FixedWeights, nn.Module):
         The result is on the engine's device and has the form of the model's own result. Raises CaptureError where the
         engine has no such Program.
         """
-        with self._turns.call():
-            name, given = self._program_of(args, kwargs)
-            signature = self.programs[name].signature
-            tensors = sig.cast(signature, sig.tensors_of(signature, given), self.model_name)
-            flat = self.runner(name)(*(t.to(self._device) for t in tensors))
+        full = None
+        try:
+            with self._alone(), self._turns.call():
+                name, given = self._program_of(args, kwargs)
+                signature = self.programs[name].signature
+                tensors = sig.cast(signature, sig.tensors_of(signature, given), self.model_name)
+                flat = self.runner(name)(*(t.to(self._device) for t in tensors))
+        except torch.OutOfMemoryError as error:
+            full = next(iter(str(error).splitlines()), "")
+        if full is not None:  # here, because an error's frames hold the tensors that filled the card
+            raise self._out_of_memory(full)
         return sig.wrap_output(signature, flat, given.wrapped)
 
     def _program_of(self, args: Any, kwargs: Any) -> tuple[str, sig.Bound]:
@@ -211,13 +227,16 @@ class Engine(Adaptable, FixedWeights, nn.Module):
         for name in weight_plan(made.programs):
             if name not in own and name not in weights:
                 raise EngineError(f"the programs read the weight {name!r}, which was not given; build them again")
-            if name in weights and name in own and not _equal(weights[name], own[name]):
+            if name in weights and name in own and not same_bits(weights[name], own[name]):
                 raise EngineError(
                     f"two shapes of the engine need different values of {name!r}; build an engine for each shape"
                 )
-        made.weights = {**{name: t.to(device) for name, t in weights.items() if name not in own}, **own}
+        home = next((t.device for t in own.values()), device)  # under a plan it is not the engine's device
+        made.weights = {**{name: t.to(home) for name, t in weights.items() if name not in own}, **own}
         made.report, made.write, made.tuning = report, write, merge(self.tuning, tuning)
         object.__setattr__(made, "experts", {"transformer": made})
+        if self.memory is not None and device.type == "cuda":  # the new shapes may need more
+            made.plan_memory(self.memory.budget)
         return made
 
     def keep(self, runners: Mapping[str, Any]) -> None:
@@ -228,6 +247,8 @@ class Engine(Adaptable, FixedWeights, nn.Module):
     def compiled(self, name: str) -> Any:
         """The callable that the backend made of a shape, over flat tensors on the engine's device."""
         with self._making:
+            if name not in self._runners and self.memory is not None:
+                self._runners[name] = self._placement().compiled(self.programs[name], self.weights, self.tuning)
             if name not in self._runners:
                 backend = get_backend(self.backend)
                 files = tuple(self.files.get(name, ()))
@@ -242,6 +263,8 @@ class Engine(Adaptable, FixedWeights, nn.Module):
         """The callable that runs a shape: `compiled`, on a GPU as a CUDA graph."""
         compiled = self.compiled(name)
         if not self.cuda_graph or self._device.type != "cuda" or self.backend != "triton":
+            return compiled
+        if self._host is not None and not self._host.pinned:
             return compiled
         with self._making:
             if name not in self._graphs:
@@ -297,14 +320,13 @@ class Engine(Adaptable, FixedWeights, nn.Module):
             for busy in (self._device, device):  # kernels of other streams may still read the old tensors
                 if busy.type == "cuda":
                     torch.cuda.synchronize(busy)
-            self.weights = {k: v.to(device) for k, v in self.weights.items()}
+            self._forget()
+            home = device if self.memory is None else torch.device("cpu")  # a plan places them at the next call
+            self.weights = {k: v.to(home) for k, v in self.weights.items()}
             self.adapted = self.adapted.copied()  # copies of this engine keep the tensors on the old device
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # a call on another stream reads the new tensors
             self._device = device
-            self._graphs.clear()
-            self._pool = None
-            self._runners.clear()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
         """The weights by stored name. They are the engine's, not the model's: fused, quantized."""
@@ -344,12 +366,12 @@ class Engine(Adaptable, FixedWeights, nn.Module):
         return target
 
 
-_OF_ONE_ENGINE = ("_runners", "_graphs", "_pool", "_turns", "_making")
+_OF_ONE_ENGINE = ("_runners", "_graphs", "_pool", "_turns", "_making", "_host", "_placed", "_gate", "kept")
 
 
 def _of_one_engine() -> dict[str, Any]:
     """The attributes that a copy does not share: compiled code, graphs and their memory, and who may use them."""
-    return dict(zip(_OF_ONE_ENGINE, ({}, {}, None, Turns(), threading.RLock()), strict=True))
+    return dict(zip(_OF_ONE_ENGINE, ({}, {}, None, Turns(), threading.RLock(), None, None, Gate(), {}), strict=True))
 
 
 def _without_constants(program: Program) -> Program:
@@ -357,44 +379,25 @@ def _without_constants(program: Program) -> Program:
     return dataclasses.replace(program, constants={})
 
 
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors have the same shape, dtype and bytes."""
-    if a is b:
-        return True
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    first, second = (t.detach().to(b.device).contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-    return torch.equal(first, second)
-
-
-@contextlib.contextmanager
-def _plain_torch() -> Iterator[None]:
-    """Makes tensors inside real tensors on the CPU, whatever the caller set.
-
-    A default device, a FakeTensorMode or inference mode around `load` would make weights without values, or weights
-    that nobody can write to.
-    """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(unset_fake_temporarily())
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.device("cpu"))
-        yield
-
-
-def load(folder: str | Path, *, device: torch.device | str | None = None, check: bool = True) -> Engine:
+def load(
+    folder: str | Path, *, device: torch.device | str | None = None, check: bool = True, vram: int | str | None = None
+) -> Engine:
     """Opens an engine folder. Weights are mapped, not copied, until they are moved to a device.
 
     device: where the engine runs; the CPU by default. check: compare the hashes of all files that are read (turn it off
-    only for a folder that was checked before). Returns the engine of the module "transformer", or of the first module.
+    only for a folder that was checked before). vram: the memory of the GPU that the engine may take, as in "12GB" or
+    "auto"; see `Engine.plan_memory`. Returns the engine of the module "transformer", or of the first module.
 
-    Raises EngineError in one sentence where the folder is damaged, altered, newer than this version, or hostile.
+    Raises EngineError in one sentence where the folder is damaged, altered, newer than this version, or hostile, and
+    UnsupportedError where the memory does not suffice.
     """
-    with _plain_torch():
-        return _load(Path(folder), None if device is None else torch.device(device), check)
+    if isinstance(vram, str):
+        parse_size(vram)  # a mistake is told before files are read
+    with plain_torch():
+        return _load(Path(folder), None if device is None else torch.device(device), check, vram)
 
 
-def _load(root: Path, device: torch.device | None, check: bool) -> Engine:
+def _load(root: Path, device: torch.device | None, check: bool, vram: int | str | None) -> Engine:
     manifest = read_manifest(root)
     report_name = "report.json"
     report = None
@@ -413,9 +416,14 @@ def _load(root: Path, device: torch.device | None, check: bool) -> Engine:
         raise EngineError(f"the engine {root} holds no module; build it again")
     for engine in engines.values():
         object.__setattr__(engine, "experts", engines)
+    first = engines.get("transformer") or next(iter(engines.values()))
+    if vram is not None:  # the weights stay in the files until the plan places them
+        first.plan_memory(vram, device=device)
+        return first
+    for engine in engines.values():
         if device is not None:
             engine.move(device)
-    return engines.get("transformer") or next(iter(engines.values()))
+    return first
 
 
 def _load_module(
@@ -431,7 +439,7 @@ def _load_module(
         read = [*row["programs"].values(), *row["weights"], *(f for group in files.values() for f in group)]
         check_files(root, manifest, read)
     programs = {shape: from_json(read_json(inside(root, name))) for shape, name in row["programs"].items()}
-    tensors = _read_weights(root, row["weights"])
+    tensors = read_weights(root, row["weights"])
     for name, emission in weight_plan(programs).items():
         found = tensors.get(name)
         if found is None:
@@ -445,19 +453,6 @@ def _load_module(
         programs, tensors, name=row.get("name", module), config=row.get("config", {}), dtype=dtype, report=report,
         manifest=manifest, folder=root, backend=row["backend"], files=files, tuning=tuning,
     )  # fmt: skip
-
-
-def _read_weights(root: Path, shards: Sequence[str]) -> dict[str, torch.Tensor]:
-    """All tensors of the shards, mapped into memory. Raises EngineError for a file that is no safetensors file."""
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in shards:
-        try:
-            with safe_open(inside(root, shard), framework="pt", device="cpu") as file:
-                for key in file.keys():  # noqa: SIM118 (not a dictionary)
-                    tensors[key] = file.get_tensor(key)
-        except SafetensorError as error:
-            raise EngineError(f"the engine's {shard} is no safetensors file ({error}); copy it again") from error
-    return tensors
 
 
 def module_entry(engine: Engine, programs: Mapping[str, str], shards: Sequence[str]) -> dict[str, Any]:

@@ -183,12 +183,14 @@ def bench_path(
     module: str = MODULE,
     calls: int = BENCH_CALLS,
     device: str | None = None,
+    vram: str | None = None,
     progress: Progress = lambda stage, fraction: None,
 ) -> tuple[Bench, Path | None]:
     """Times a module of an engine's folder, or of a recipe, whose engine is built in a temporary folder.
 
-    The second value is the path of the record; None for a recipe, and if the cache cannot be written. Raises
-    TurbocompileError for a damaged engine, an unknown module or shape, and a recipe that cannot be built.
+    vram: the GPU's memory that the engine may take (`Engine.plan_memory`). The second value is the path of the record;
+    None for a recipe, and if the cache cannot be written. Raises TurbocompileError for a damaged engine, an unknown
+    module or shape, and a recipe that cannot be built.
     """
     from turbocompile.build.from_recipe import optimize_recipe
     from turbocompile.recipe.schema import load_recipe
@@ -203,7 +205,7 @@ def bench_path(
             optimize_recipe(recipe, folder, progress=progress)
         elif overrides:
             raise UnsupportedError(f"--set changes a recipe, and {path} is no .yaml file; build the engine again")
-        engine = load(folder, device=device or default_device(folder))
+        engine = load(folder, device=device or default_device(folder), vram=vram)
         if module not in engine.experts:
             raise UnsupportedError(f"the engine has no module {module!r}; it has {', '.join(engine.experts)}")
         found = bench(engine.experts[module], shape=shape, calls=calls, progress=progress)

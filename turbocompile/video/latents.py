@@ -18,7 +18,7 @@ from turbocompile.sampling import flow, rcm
 from turbocompile.video import image as wan_image
 from turbocompile.video import text as wan_text
 from turbocompile.video import vae as wan_vae
-from turbocompile.video.components import check_component, component
+from turbocompile.video.components import Parts, check_component
 from turbocompile.video.control import control_condition
 from turbocompile.video.given import Given
 from turbocompile.wan.components import folder_name, vae_config
@@ -48,29 +48,35 @@ class _Conditions:
 class Pipeline:
     """The parts that make latents: transformers by name, an engine's or eager ones, and the components around them.
 
-    config: of the transformers. component: returns the component of a name, on the device. geometry: of videos and
-    latents. task: as `presets.task_of` says it.
+    config: of the transformers. component: has the component of a name be on the device while the body of a `with`
+    runs. geometry: of videos and latents. leaves: the stages in which the transformers leave the device. task: as
+    `presets.task_of` says it.
     """
 
     experts: Mapping[str, Any]
     config: Mapping[str, Any]
     dtype: torch.dtype
     device: torch.device
-    component: Callable[[str], Any]
+    component: Callable[[str], contextlib.AbstractContextManager[Any]]
     geometry: Geometry
+    leaves: frozenset[str] = frozenset()
     task: str = "t2v"
 
+    def make_room(self, stage: str) -> None:
+        """Takes the transformers off the device, where a memory plan says so of the stage."""
+        for expert in self.experts.values() if stage in self.leaves else ():
+            expert.park()
+
     @classmethod
-    def of_engine(cls, engine: Engine) -> Pipeline:
+    def of_engine(cls, engine: Engine, kept: dict[str, Any] | None = None) -> Pipeline:
+        """kept: the components that stay in memory between videos; None reads each when it is needed."""
         assert engine.folder is not None
         row = check_component(engine, "vae")
         strides = vae_strides(vae_config(engine.folder / "components" / folder_name("vae", row)))
         geometry = Geometry(*strides, tuple(engine.config["patch_size"]))
-        task = str(engine.manifest.get("task") or task_of(engine.config))
-        return cls(
-            engine.experts, engine.config, engine.dtype, engine.device, lambda name: component(engine, name), geometry,
-            task=task,
-        )  # fmt: skip
+        leaves = engine.memory.leaves if engine.memory is not None else frozenset()
+        parts, task = Parts(engine, kept), str(engine.manifest.get("task") or task_of(engine.config))
+        return cls(engine.experts, engine.config, engine.dtype, engine.device, parts, geometry, leaves, task)
 
 
 class Stages:
@@ -102,50 +108,61 @@ def make_latents(
 ) -> torch.Tensor:
     """Normalized latents (B, out_channels, T, H, W), float32. picture: what the model takes beside the prompt."""
     with stages("text"):
+        pipeline.make_room("text")
         conditions = _text(pipeline, prompts, negative_prompt or "" if sampler.is_guided else None)
     if picture is not None:
         with stages("image"):
+            pipeline.make_room("image")
             conditions = _with_image(pipeline, conditions, picture, size)
     with stages("denoise"):
         return _sample(pipeline, conditions, sampler, size, boundary, seed, stages.progress)
 
 
 def _text(pipeline: Pipeline, prompts: list[str], negative_prompt: str | None) -> _Conditions:
-    tokenizer, encoder = pipeline.component("tokenizer"), pipeline.component("text_encoder")
+    with pipeline.component("tokenizer") as tokenizer, pipeline.component("text_encoder") as encoder:
 
-    def encode(texts: list[str]) -> torch.Tensor:
-        unique = wan_text.encode_prompt(sorted(set(texts)), tokenizer, encoder, dtype=pipeline.dtype)
-        return unique[[sorted(set(texts)).index(t) for t in texts]]
+        def encode(texts: list[str]) -> torch.Tensor:
+            unique = wan_text.encode_prompt(sorted(set(texts)), tokenizer, encoder, dtype=pipeline.dtype)
+            return unique[[sorted(set(texts)).index(t) for t in texts]]
 
-    negative = encode([negative_prompt] * len(prompts)) if negative_prompt is not None else None
-    return _Conditions(encode(prompts), negative)
+        negative = encode([negative_prompt] * len(prompts)) if negative_prompt is not None else None
+        return _Conditions(encode(prompts), negative)
 
 
 def _with_image(pipeline: Pipeline, conditions: _Conditions, given: Given, size: Shape) -> _Conditions:
     """Adds what is made of images by the VAE, and their CLIP tokens where the transformer takes them."""
-    vae, dtype = pipeline.component("vae"), pipeline.dtype
-    if pipeline.task == "vace":
-        control = control_condition(vae, given, size, pipeline.device).to(dtype).expand(size.batch, -1, -1, -1, -1)
-        scales = torch.full((len(pipeline.config["vace_layers"]),), given.scale, dtype=dtype, device=pipeline.device)
-        both = {"control_hidden_states": control, "control_hidden_states_scale": scales}
-        return dataclasses.replace(conditions, control=both)
-    first, last = (
-        wan_image.image_tensor(image, size.height, size.width).to(pipeline.device) if image is not None else None
-        for image in (given.image, given.last_image)
-    )
-    assert first is not None
-    if pipeline.task == "ti2v":
-        latent = wan_vae.encode(vae, first.unsqueeze(2)).expand(size.batch, -1, -1, -1, -1)
-        return dataclasses.replace(conditions, first=latent)
-    channels = wan_image.image_condition(vae, first, size.num_frames, last)
+    dtype = pipeline.dtype
+    with pipeline.component("vae") as vae:
+        if pipeline.task == "vace":
+            return dataclasses.replace(conditions, control=_control(pipeline, vae, given, size))
+        first, last = (
+            wan_image.image_tensor(image, size.height, size.width).to(pipeline.device) if image is not None else None
+            for image in (given.image, given.last_image)
+        )
+        assert first is not None
+        if pipeline.task == "ti2v":
+            latent = wan_vae.encode(vae, first.unsqueeze(2)).expand(size.batch, -1, -1, -1, -1)
+            return dataclasses.replace(conditions, first=latent)
+        channels = wan_image.image_condition(vae, first, size.num_frames, last)
     tokens = None
     if pipeline.config.get("image_dim") is not None:
-        encoder, processor = pipeline.component("image_encoder"), pipeline.component("image_processor")
         images = [image for image in (given.image, given.last_image) if image is not None]
-        tokens = wan_image.image_embeddings(encoder, processor, images).to(dtype).repeat(size.batch, 1, 1)
+        with pipeline.component("image_encoder") as encoder, pipeline.component("image_processor") as processor:
+            tokens = wan_image.image_embeddings(encoder, processor, images)
+        tokens = tokens.to(dtype).repeat(size.batch, 1, 1)
     return dataclasses.replace(
         conditions, channels=channels.to(dtype).expand(size.batch, -1, -1, -1, -1), tokens=tokens
     )
+
+
+def _control(pipeline: Pipeline, vae: Any, given: Given, size: Shape) -> dict[str, torch.Tensor]:
+    """The arguments of VACE's blocks."""
+    control = control_condition(vae, given, size, pipeline.device).to(pipeline.dtype)
+    blocks = len(pipeline.config["vace_layers"])
+    return {
+        "control_hidden_states": control.expand(size.batch, -1, -1, -1, -1),
+        "control_hidden_states_scale": torch.full((blocks,), given.scale, dtype=pipeline.dtype, device=pipeline.device),
+    }
 
 
 def _sample(

@@ -14,7 +14,7 @@ from turbocompile.files import check_file
 from turbocompile.numerics.recording import MAX_TOKENS, Recording, recording_calls
 from turbocompile.recipe.presets import boundary_of
 from turbocompile.recipe.schema import Recipe
-from turbocompile.video.components import placed
+from turbocompile.video.components import held, placed
 from turbocompile.video.given import Given, check_given, fitting, sizes_for
 from turbocompile.video.latents import Pipeline, Progress, Stages, make_latents
 from turbocompile.video.request import choose_sampler, prompts_of
@@ -74,7 +74,7 @@ def record_inputs(
         parts = {name: placed(part, name, target) for name, part in source.components.load().items()}
     first = source.transformers["transformer"]
     pipeline = Pipeline(
-        experts, first.config, recipe.torch_dtype, target, parts.__getitem__, source.geometry, task=source.task
+        experts, first.config, recipe.torch_dtype, target, held(parts), source.geometry, task=source.task
     )
     boundary = None
     if len(experts) > 1:

@@ -43,7 +43,8 @@ def encode_prompt(
         return_attention_mask=True,
         return_tensors="pt",
     )
-    encoder_device = next(text_encoder.parameters()).device
+    # an encoder whose layers pass through a GPU says where it runs, because its weights do not
+    encoder_device = getattr(text_encoder, "runs_on", None) or next(text_encoder.parameters()).device
     mask = tokens.attention_mask.to(encoder_device)
     hidden = text_encoder(tokens.input_ids.to(encoder_device), mask).last_hidden_state
     hidden = hidden.masked_fill(mask.unsqueeze(-1) == 0, 0)

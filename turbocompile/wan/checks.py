@@ -56,7 +56,7 @@ def check_channels(
 
 
 def check_task(recipe: Recipe, task: str, geometry: Geometry, where: str) -> None:
-    """Raises RecipeError for a field of another task than the model's, UnsupportedError for tokens of several frames."""
+    """Raises RecipeError for a field of another task than the model's, UnsupportedError for tokens of many frames."""
     for i, shape in enumerate(recipe.shapes):
         if shape.references and task != "vace":
             raise RecipeError(

@@ -334,6 +334,17 @@ def _on_meta(folder: Path, name: str, cls: str) -> Any:
         raise EngineError(f"{folder}: no {cls} can be made of its configuration ({reason})") from e
 
 
+def made_on_meta(folder: Path, name: str, row: Mapping[str, str]) -> Any:
+    """A model of a table of components with its configuration and dtype, and no memory. Raises EngineError."""
+    if row.get("class") not in ALLOWED.get(name, {}):
+        raise EngineError(f"{folder}: the component {name} is of the class {row.get('class')!r}, which is not known")
+    check_configs(folder)
+    model = _on_meta(folder, name, row["class"])
+    for parameter in model.parameters():  # not model.to: diffusers warns of a cast
+        parameter.data = parameter.data.to(getattr(torch, row.get("dtype", "float32")))
+    return model.eval().requires_grad_(False)
+
+
 def _class(name: str, cls: str) -> Any:
     """A component's class."""
     import diffusers

@@ -32,7 +32,7 @@ def inputs(
 ) -> dict[str, torch.Tensor]:
     """The arguments that VACE's transformer takes besides, on the device meta.
 
-    control_hidden_states (batch, vace_in_channels, frames, height, width); control_hidden_states_scale (VACE's blocks,).
+    control_hidden_states (batch, vace_in_channels, frames, height, width); control_hidden_states_scale (blocks,).
     """
 
     def empty(*size: int) -> torch.Tensor:
