@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import diffusers
@@ -11,11 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from videos import read_video
 
 import turbocompile
 from turbocompile.build.from_recipe import optimize_recipe
-from turbocompile.errors import TurbocompileError
 from turbocompile.recipe.schema import Recipe
 from turbocompile.video import session
 from turbocompile.video.session import generate

@@ -122,10 +122,7 @@ def generate(
             pipeline.make_room("decode")
             made = decoded(pipeline, latents)
     check_size(made, size)
-    paths: tuple[Path, ...] = ()
-    if out is not None or frames is not None:
-        with stages("write"):
-            paths = _write(made, out, frames, video_file.FPS_OF.get(task, video_file.FPS))
+    paths = _write(made, out, frames, task, stages)
     return GenerateResult(made, stages.seconds, paths, engine.memory, peak_taken(engine))
 
 
@@ -164,15 +161,21 @@ def default_device(folder: str | Path) -> str:
     return "cuda" if target != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def _write(videos: torch.Tensor, out: Path | None, frames: str | Path | None, fps: int) -> tuple[Path, ...]:
-    """Writes each video of the batch. Returns the paths of the mp4 files, or else of the folders of frames."""
-    files, folders = [], []
-    for number, made in enumerate(videos):
-        suffix = f"-{number}" if number else ""
-        if out is not None:
-            files.append(video_file.write_video(out.with_stem(out.stem + suffix), made, fps))
-        if frames is not None:
-            folder = Path(frames) if not number else Path(f"{frames}{suffix}")
-            video_file.write_frames(folder, made)
-            folders.append(folder)
+def _write(
+    videos: torch.Tensor, out: Path | None, frames: str | Path | None, task: str, stages: Stages
+) -> tuple[Path, ...]:
+    """Writes each video of the batch, if asked to. Returns the paths of the mp4 files, or else of the folders of
+    frames."""
+    if out is None and frames is None:
+        return ()
+    files, folders, fps = [], [], video_file.FPS_OF.get(task, video_file.FPS)
+    with stages("write"):
+        for number, made in enumerate(videos):
+            suffix = f"-{number}" if number else ""
+            if out is not None:
+                files.append(video_file.write_video(out.with_stem(out.stem + suffix), made, fps))
+            if frames is not None:
+                folder = Path(frames) if not number else Path(f"{frames}{suffix}")
+                video_file.write_frames(folder, made)
+                folders.append(folder)
     return tuple(files or folders)

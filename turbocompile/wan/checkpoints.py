@@ -227,8 +227,8 @@ def infer_config(tensors: TensorSource, where: str, heads: int | None = None) ->
         "rope_max_seq_len": 1024,
         "pos_embed_seq_len": None,
     }
-    control = shape("vace_patch_embedding.weight")[1] if "vace_patch_embedding.weight" in names else 0
-    more = vace.infer(names, config["num_layers"], control, where)
+    control = shape("vace_patch_embedding.weight") if "vace_patch_embedding.weight" in names else ()
+    more = vace.infer(names, config["num_layers"], control[1] if len(control) == 5 else 0, where)
     return config | _image_config(names, shape, channels) | more
 
 

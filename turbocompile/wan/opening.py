@@ -125,6 +125,8 @@ def _from_original(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     dim, heads = raw["dim"], raw["num_heads"]
     if type(dim) is not int or type(heads) is not int or heads < 1 or dim < 1 or dim % heads:
         raise EngineError(f"{path}: dim {dim!r} is no multiple of num_heads {heads!r}; download it again")
+    if kind == "vace":  # with Wan's own default
+        config.setdefault("vace_layers", tuple(range(0, raw.get("num_layers", 0), 2)))
     return config | {"attention_head_dim": dim // heads}
 
 
