@@ -203,6 +203,23 @@ def comfy_int8(folder: Path, state: State, by_row: bool = False) -> tuple[Path, 
     return folder / "int8.safetensors", meant
 
 
+def comfy_int8_rotated(folder: Path, state: State) -> tuple[Path, State]:
+    """`convrot`: groups of 64 columns are rotated before they are quantized by rows."""
+    core = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+    turn = torch.kron(torch.kron(core, core), core)
+    file, meant = dict(state), dict(state)
+    said = torch.tensor(list(b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 64}')).byte()
+    for name, weight in state.items():
+        if is_linear(name, weight):
+            data, scale = in_8_bits((weight.reshape(-1, 64) @ turn).reshape(weight.shape), torch.int8, by_row=True)
+            path = name.removesuffix("weight")
+            file |= {name: data, f"{path}weight_scale": scale, f"{path}comfy_quant": said.clone()}
+            meant[name] = ((data.float() * scale).reshape(-1, 64) @ turn).reshape(weight.shape)
+            assert (meant[name] - weight).abs().max() < weight.abs().max() / 16  # the rotation is undone
+    save_file(prefixed(file, COMFY), folder / "int8_convrot.safetensors")
+    return folder / "int8_convrot.safetensors", meant
+
+
 def comfy_int8_rows(folder: Path, state: State) -> tuple[Path, State]:
     return comfy_int8(folder, state, by_row=True)
 
@@ -339,6 +356,17 @@ def gguf(kind: str, fold: str = "", wide: str = "F16") -> Callable[[Path, State]
     return write
 
 
+def gguf_shards(folder: Path, state: State) -> tuple[Path, State]:
+    """Two parts beside a text encoder, and no configuration."""
+    meant = {}
+    for i in range(2):
+        path, part = gguf("Q8_0")(folder, dict(list(state.items())[i::2]))
+        path.rename(folder / f"wan-Q8_0-0000{i + 1}-of-00002.gguf")
+        meant |= part
+    (folder / "umt5-xxl-encoder-Q8_0.gguf").write_bytes(b"no transformer")
+    return folder, {name: meant[name] for name in state}
+
+
 GGUF = {
     "Q8_0": gguf("Q8_0"), "Q6_K": gguf("Q6_K"), "Q5_K": gguf("Q5_K"), "Q5_0": gguf("Q5_0"), "Q5_1": gguf("Q5_1"),
     "Q4_K": gguf("Q4_K", fold="rows"), "Q4_0": gguf("Q4_0", fold="axes"), "Q4_1": gguf("Q4_1"),
@@ -362,6 +390,7 @@ WRITERS: dict[str, Callable[[Path, State], tuple[Path, State]]] = {
     "ComfyUI fp8 by rows": comfy_fp8_rows,
     "ComfyUI int8": comfy_int8,
     "ComfyUI int8 by rows": comfy_int8_rows,
+    "ComfyUI int8 rotated": comfy_int8_rotated,
     "plain e4m3": plain(E4M3),
     "plain e5m2": plain(E5M2),
     "all in e4m3": plain(E4M3, everything=True),
@@ -370,5 +399,6 @@ WRITERS: dict[str, Callable[[Path, State], tuple[Path, State]]] = {
     "ModelOpt config.json": modelopt("config.json"),
     "ModelOpt hf_quant_config.json": modelopt("hf_quant_config.json"),
     "FastVideo VSA": fastvideo,
+    "GGUF shards": gguf_shards,
     **{f"GGUF {kind}": write for kind, write in GGUF.items()},
 }

@@ -229,10 +229,13 @@ def calibrate(recipe: Path, out: Path, overrides: tuple[str, ...], prompts: tupl
 
 @main.command()
 @click.argument("engine", type=click.Path(path_type=Path))
-@click.option("--prompt", required=True, help="What the video shows.")
+@click.option("--prompt", "prompts", multiple=True, help="What the video shows; several make a video each.")
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="A text file with a prompt on each line.")
 @click.option("--negative-prompt", help="What it must not show; for samplers with guidance.")
+@click.option("--num-samples", "samples", type=click.IntRange(min=1), help="Videos of each prompt, a seed each.")
 @click.option("-o", "--out", default="out.mp4", show_default=True, type=click.Path(path_type=Path), help="The video.")
 @click.option("--frames", type=click.Path(path_type=Path), help="A folder for the frames as PNG, besides.")
+@click.option("--latents", type=click.Path(path_type=Path), help="A .safetensors file for the latents, besides.")
 @click.option(
     "--seed",
     type=SEED,
@@ -242,31 +245,64 @@ def calibrate(recipe: Path, out: Path, overrides: tuple[str, ...], prompts: tupl
 )
 @click.option("--steps", type=int, help="Steps of the sampler, instead of the recipe's.")
 @click.option("--guidance", type=float, help="Classifier-free guidance, instead of the recipe's.")
-@click.option("--shape", metavar="HxWxF", help="One of the engine's shapes, as in 480x832x81; the first by default.")
+@click.option("--sigma-max", type=float, help="rcm: the first noise level, instead of the recipe's.")
+@click.option("--ode/--no-ode", default=None, help="rcm: follow the ODE, or draw new noise at each step.")
+@click.option(
+    "--shape",
+    metavar="HxWxF",
+    help="One of the engine's shapes, as in 480x832x81, 480p or '720p 9:16'; the first by default.",
+)
 @_images
 @click.option("--lora", multiple=True, metavar="PATH[:WEIGHT]", help="An adapter for this video; several add up.")
 @click.option("--device", help="Where to run, as in cpu or cuda:1; by default what the engine was built for.")
 @click.option("--vram", metavar="SIZE", help="Memory of the GPU to keep to, as in 12GB, 12GiB or auto (what is free).")
 @_json
-def run(engine: Path, out: Path, as_json: bool, **options: Any) -> None:
+def run(
+    engine: Path,
+    prompts: tuple[str, ...],
+    prompt_file: Path | None,
+    as_json: bool,
+    lora: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Make a video with ENGINE, a folder that `turbocompile optimize` wrote."""
     _quiet()
-    from turbocompile.video.session import generate
+    from turbocompile.video.session import generate_all
 
     _check_device(options["device"])
+    wanted = [*prompts, *(_prompts_in(prompt_file) if prompt_file is not None else ())]
+    if not wanted:
+        raise click.UsageError("there is no prompt; give --prompt or --prompt-file")
+    made: list[dict[str, Any]] = []
     with shown_progress() as progress:
-        options["lora"] = options["lora"] or None
-        result = generate(engine, out=out, progress=progress, say=lambda s: click.echo(s, err=True), **options)
+        calls = generate_all(
+            engine, wanted, lora=lora or None, progress=progress, say=lambda s: click.echo(s, err=True), **options
+        )
+        for result in calls:
+            paths = [str(path) for path in result.paths]
+            made.append({"paths": paths, "timings": result.timings, "shape": list(result.video.shape)})
+            if result.memory is not None:
+                made[-1]["memory"] = {**result.memory.to_dict(), "measured_peak": result.memory_peak}
+            if not as_json:
+                for path in paths:
+                    click.echo(f"video: {path}")
+                click.echo("seconds: " + ", ".join(f"{stage} {s:.2f}" for stage, s in result.timings.items()))
     if as_json:
-        paths = [str(p) for p in result.paths]
-        made: dict[str, Any] = {"paths": paths, "timings": result.timings, "shape": list(result.video.shape)}
-        if result.memory is not None:
-            made["memory"] = {**result.memory.to_dict(), "measured_peak": result.memory_peak}
-        _print_json(made)
-    else:
-        for path in result.paths:
-            click.echo(f"video: {path}")
-        click.echo("seconds: " + ", ".join(f"{stage} {s:.2f}" for stage, s in result.timings.items()))
+        _print_json(made[0] if len(made) == 1 else {"calls": made})
+
+
+def _prompts_in(path: Path) -> list[str]:
+    """The prompts of a file, one on each line that is not empty."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.UsageError(
+            f"--prompt-file {path} cannot be read as text ({error}); name a file of prompts"
+        ) from None
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise click.UsageError(f"--prompt-file {path} holds no prompt; write one on each line")
+    return found
 
 
 @main.command()

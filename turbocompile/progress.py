@@ -27,7 +27,8 @@ def shown_progress() -> Iterator[Callable[[str, float], None]]:
 
 
 class Lines:
-    """Prints `stage 1.2 s` to stderr when a stage ends, and once a minute the fraction of a stage that runs longer."""
+    """Prints `stage 1.2 s` to stderr when a stage ends, and once a minute the fraction of a stage that runs
+    longer and the seconds that are left of it."""
 
     def __init__(self) -> None:
         self.started: dict[str, float] = {}
@@ -39,16 +40,21 @@ class Lines:
             self.started.setdefault(stage, now)
             if now - self.told.setdefault(stage, now) >= 60.0:
                 self.told[stage] = now
-                click.echo(f"{stage} {fraction:.0%}", err=True)
+                left = (now - self.started[stage]) * (1 / fraction - 1) if fraction else 0.0
+                click.echo(f"{stage} {fraction:.0%}" + (f", {left:.0f} s left" if left else ""), err=True)
         elif stage in self.started:
             click.echo(f"{stage} {now - self.started.pop(stage):.1f} s", err=True)
 
 
 @contextlib.contextmanager
 def live_bars(console: Console) -> Iterator[Callable[[str, float], None]]:
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import TimeRemainingColumn as TimeLeft
 
-    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn(),
+        TimeElapsedColumn(), TextColumn("left"), TimeLeft(),
+    )  # fmt: skip
     with Progress(*columns, console=console) as bars:
         tasks: dict[str, Any] = {}
 

@@ -150,7 +150,7 @@ def test_a_scale_that_the_header_promises_is_missed(state, tmp_path):
         ('{"layers": {"blocks.0.ffn.0": {"format": "nvfp4"}}}', "stored as nvfp4, which turbocompile does not read"),
         (
             '{"layers": {"blocks.0.ffn.0": {"format": "int8_tensorwise", "convrot": true}}}',
-            "int8_tensorwise with convrot",
+            "rotated in groups of 256 columns",
         ),
         ('{"layers": {"blocks.9.ffn.0": {"format": "int8_tensorwise"}}}', "describes blocks.9.ffn.0.weight, which the"),
     ],

@@ -23,8 +23,8 @@ from turbocompile.wan.source import open_source
 CLOSE = 1e-4  # of the largest value
 # the graphs of the others are those of the same numbers in another file, which convert's test reads
 LEFT = (
-    "GGUF Q6_K", "GGUF Q5_K", "GGUF Q5_0", "GGUF Q5_1", "GGUF Q4_0", "GGUF Q4_1", "GGUF F16", "GGUF F32", "hub cache",
-    "shards without an index", "one file in a folder", "ModelOpt hf_quant_config.json",
+    "GGUF shards", "GGUF Q6_K", "GGUF Q5_K", "GGUF Q5_0", "GGUF Q5_1", "GGUF Q4_0", "GGUF Q4_1", "GGUF F16", "GGUF F32",
+    "hub cache", "shards without an index", "one file in a folder", "ModelOpt hf_quant_config.json",
 )  # fmt: skip
 BUILT = [name for name in WRITERS if name not in LEFT]
 SMALL = {"height": 32, "width": 32, "num_frames": 5}  # 2 x 2 x 2 tokens
@@ -48,6 +48,19 @@ def state():
 @pytest.fixture(scope="module")
 def call():
     return random_call()
+
+
+@pytest.mark.parametrize("format", WRITERS)
+def test_a_recipe_opens_every_format_and_finds_out_the_configuration(format, state, tmp_path):
+    path, meant = WRITERS[format](tmp_path, state)
+    source = open_source(recipe(path))
+    transformer = source.transformers["transformer"]
+    assert (source.task, source.sla) == ("t2v", "TurboDiffusion" in format)
+    config = {k: transformer.config[k] for k in ("num_attention_heads", "attention_head_dim", "ffn_dim", "num_layers")}
+    assert config == {"num_attention_heads": 2, "attention_head_dim": 128, "ffn_dim": 512, "num_layers": 2}
+    loaded = dict(transformer.load().named_parameters())
+    assert len(loaded) == len([name for name in meant if "proj_l" not in name])
+    assert torch.equal(loaded["blocks.1.attn2.to_v.weight"], meant["blocks.1.cross_attn.v.weight"].float())
 
 
 @pytest.mark.parametrize("format", BUILT)

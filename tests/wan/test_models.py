@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import save_file
+from videos import read_video
 
 import turbocompile
 from turbocompile.build.from_recipe import optimize_recipe
+from turbocompile.cli import main
+from turbocompile.errors import TurbocompileError, UnsupportedError
 from turbocompile.recipe.schema import Recipe
-from turbocompile.video import session
+from turbocompile.video.file import write_video
 from turbocompile.video.session import generate
+from turbocompile.wan.keys import diffusers_name
+from turbocompile.wan.source import open_source
 
 PROMPT = "a cat walking on the beach"
 SIZE = {"height": 64, "width": 64, "num_frames": 9}
@@ -67,15 +76,6 @@ def eager(folder: Path, pipeline: str):
     return pipe
 
 
-def latents_of(monkeypatch, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-    """The latents and the frames of `generate`."""
-    seen: list[torch.Tensor] = []
-    make = session.make_latents
-    monkeypatch.setattr(session, "make_latents", lambda *a: seen.append(make(*a)) or seen[-1])
-    video = generate(*args, **kwargs).video
-    return seen[0], video
-
-
 # variant -> diffusers' pipeline, what `generate` is given, what the pipeline is given
 CASES = {
     "t2v": ("WanPipeline", {}, {}),
@@ -104,21 +104,21 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_engine_makes_the_video_of_diffusers_pipeline(case, example, built, monkeypatch):
+def test_an_engine_makes_the_video_of_diffusers_pipeline(case, example, built):
     pipeline, ours, theirs = CASES[case]
     variant = case.split(",")[0]
     pipe = eager(example(variant), pipeline)
     call = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": STEPS, "guidance_scale": 4.0}
     given = ours if theirs is None else theirs
     engine = turbocompile.load(built(variant, len(ours.get("reference", ()))))
-    found, video = latents_of(monkeypatch, engine, PROMPT, "blurry", seed=1, **ours)
+    result = generate(engine, PROMPT, "blurry", seed=1, **ours)
     expected = pipe(
         prompt=PROMPT, negative_prompt="blurry", **call, **given, generator=torch.Generator().manual_seed(1),
         output_type="latent",
     ).frames[:, :, len(ours.get("reference", ())) :]  # fmt: skip
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() <= CLOSE * expected.abs().max()
-    assert video.shape == (1, 9, 64, 64, 3)
+    assert result.latents.shape == expected.shape
+    assert (result.latents - expected).abs().max() <= CLOSE * expected.abs().max()
+    assert result.video.shape == (1, 9, 64, 64, 3)
 
 
 @pytest.mark.parametrize(
@@ -139,3 +139,198 @@ def test_each_image_reaches_the_video(case, changed, built):
     engine = turbocompile.load(built(case.split(",")[0], len(ours.get("reference", ()))))
     one, other = (generate(engine, PROMPT, steps=1, **given).video for given in (ours, {**ours, **changed}))
     assert not torch.equal(one, other)
+
+
+def test_ti2v_keeps_the_image_as_its_first_frame_and_has_24_frames_a_second(built, tmp_path):
+    """The first latent frame of the result is the image's, which the VAE alone changes."""
+    engine = turbocompile.load(built("ti2v"))
+    one, other = (generate(engine, PROMPT, image=FIRST, seed=seed, out=tmp_path / f"{seed}.mp4") for seed in (1, 2))
+    assert torch.equal(one.latents[:, :, 0], other.latents[:, :, 0])
+    assert not torch.equal(one.latents[:, :, 1:], other.latents[:, :, 1:])
+    assert read_video(one.path)[1] == 24
+
+
+def test_a_ti2v_engine_takes_one_timestep_a_token(built):
+    (shapes,) = turbocompile.load(built("ti2v")).shapes
+    assert shapes["timestep"] == [1, 3 * 2 * 2]  # 9 frames of 64 x 64 pixels: 3 x 4 x 4 latents, of which 2 x 2 a token
+
+
+def test_a_control_may_be_files(built, tmp_path):
+    """A folder of pictures, one mask for all frames and a reference's file give what the images themselves give."""
+    engine = turbocompile.load(built("vace", 1))
+    for i, image in enumerate(VIDEO):
+        (tmp_path / "frames").mkdir(exist_ok=True)
+        image.save(tmp_path / "frames" / f"{i:02}.png")
+    MASK[4].save(tmp_path / "mask.png")
+    LAST.save(tmp_path / "reference.png")
+    names = {"control": tmp_path / "frames", "mask": tmp_path / "mask.png", "reference": tmp_path / "reference.png"}
+    images = {"control": VIDEO, "mask": [MASK[4]] * 9, "reference": LAST}
+    found, expected = (generate(engine, PROMPT, steps=1, **given) for given in (names, images))
+    assert torch.equal(found.latents, expected.latents)
+    assert found.metadata["given"] == ["control", "mask", "references"]
+
+
+def test_run_takes_a_video_as_control(built, tmp_path):
+    """By the command line; the video is one frame longer than the engine's, and its first frames count."""
+    frames = torch.from_numpy(np.stack([np.asarray(image) for image in [*VIDEO, FIRST]]))
+    write_video(tmp_path / "control.mp4", frames)
+    LAST.save(tmp_path / "reference.png")
+    command = ["run", str(built("vace", 1)), "--prompt", PROMPT, "--steps", "1", "-o", str(tmp_path / "out.mp4")]
+    given = ["--control", str(tmp_path / "control.mp4"), "--reference", str(tmp_path / "reference.png")]
+    result = CliRunner().invoke(main, [*command, *given])
+    assert result.exit_code == 0, result.output
+    assert read_video(tmp_path / "out.mp4")[0].shape == (9, 64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("variant", "given", "sentence"),
+    [
+        ("flf2v", {"image": FIRST}, "positions for two: pos_embed_seq_len.*--last-image"),
+        ("flf2v", {}, "makes videos from an image"),
+        ("i2v-image", {"image": FIRST, "last_image": LAST}, "takes no last one"),
+        ("ti2v", {"image": FIRST, "last_image": LAST}, "takes no last one"),
+        ("ti2v", {"last_image": LAST}, "takes no last one"),
+        ("t2v", {"last_image": LAST}, "from text alone"),
+        ("t2v", {"control": VIDEO}, "no VACE model, so that it takes no control"),
+        ("i2v", {"image": FIRST, "reference": LAST}, "takes no reference"),
+        ("ti2v", {"control_scale": 2.0}, "takes no --control-scale"),
+        ("vace", {"image": FIRST}, "takes no first image; give a control video"),
+        ("vace", {"mask": MASK}, "give --control, too"),
+        ("vace", {"control": VIDEO[:5]}, "the control has 5 frames, and the video has 9"),
+        ("vace", {"control": VIDEO, "mask": MASK[:2]}, "the mask has 2 frames"),
+        ("vace", {"reference": LAST}, "for 0 reference images, and there are 1"),
+        ("vace", {"control": "no.mp4"}, "no.mp4 cannot be read as a video"),
+        ("vace", {"control": Path(__file__).parent}, "the folder holds no pictures"),
+    ],
+)
+def test_what_a_model_does_not_take_is_said_in_a_sentence(built, variant, given, sentence):
+    with pytest.raises(TurbocompileError, match=sentence) as caught:
+        generate(built(variant), PROMPT, **given)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------- opening and building
+
+
+@pytest.mark.parametrize(
+    ("variant", "fields", "sentence"),
+    [
+        ("t2v", {"shapes": [SIZE | {"references": 1}]}, "shapes.0.references belongs to VACE"),
+        ("t2v", {"model": {"text_only": True}}, "model.text_only belongs to models of text and images"),
+        ("vace", {"model": {"config": {"vace_in_channels": 48}}}, "takes 48 channels of control .* has 96"),
+        ("vace", {"model": {"config": {"vace_layers": [1]}}}, "vace_layers must be layers rising from 0"),
+        ("t2v", {"sampler": {"kind": "rcm", "guidance_2": 2.0}}, "guidance_2 belongs to unipc and euler"),
+    ],
+)
+def test_a_field_of_another_model_is_refused(example, variant, fields, sentence):
+    sampler = {"sampler": None} if "sampler" in fields else {}
+    model = {"path": str(example(variant))} | fields.get("model", {})
+    with pytest.raises(TurbocompileError, match=sentence):
+        open_source(Recipe.from_dict({"shapes": [SIZE], "target": "cpu", **sampler, **fields, "model": model}))
+
+
+@pytest.mark.parametrize(
+    "cls",
+    ["WanAnimateTransformer3DModel", "SkyReelsV2Transformer3DModel", "WanS2VTransformer3DModel", "ChronoEdit"],
+)
+def test_other_models_of_the_family_are_refused_by_name(example, tmp_path, cls):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(example("t2v"), folder)
+    for file, change in (
+        ("transformer/config.json", {"_class_name": cls}),
+        ("model_index.json", {"transformer": ["diffusers", cls]}),
+    ):
+        values = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**values, **change}))
+    for path in (folder, folder / "transformer"):
+        with pytest.raises(UnsupportedError, match=rf"a {cls}, and recipes take .*optimize\(model") as caught:
+            open_source(recipe_of(path, components="none"))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("variant", "boundary"), [("t2v-experts", 0.875), ("i2v-experts", 0.9)])
+def test_the_boundary_is_the_models(example, tmp_path, variant, boundary):
+    assert open_source(recipe_of(example(variant))).boundary_ratio == boundary
+    folder = tmp_path / "pipeline"
+    shutil.copytree(example(variant), folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "boundary_ratio": 0.95}))
+    optimize_recipe(recipe_of(folder, sampler={"steps": 4, "guidance": 1.0}), tmp_path / "engine")
+    engine, seen = turbocompile.load(tmp_path / "engine"), []
+    for name, expert in engine.experts.items():
+        expert.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: seen.append((name, float(kwargs["timestep"][0]))), with_kwargs=True
+        )
+    generate(engine, PROMPT, **({"image": FIRST} if variant[0] == "i" else {}))
+    assert len(seen) == 4
+    assert {name for name, _ in seen} == {"transformer", "transformer_2"}
+    assert all((t >= 950.0) == (name == "transformer") for name, t in seen)
+
+
+def test_each_expert_has_its_guidance(example, tmp_path):
+    folder = example("t2v-experts")
+    fields = {"steps": STEPS, "guidance": 4.0, "guidance_2": 3.0}
+    optimize_recipe(recipe_of(folder, sampler=fields), tmp_path / "engine")
+    pipe = eager(folder, "WanPipeline")
+    expected = pipe(
+        prompt=PROMPT, negative_prompt="blurry", height=64, width=64, num_frames=9, num_inference_steps=STEPS,
+        guidance_scale=4.0, guidance_scale_2=3.0, generator=torch.Generator().manual_seed(1), output_type="latent",
+    ).frames  # fmt: skip
+    found = generate(tmp_path / "engine", PROMPT, "blurry", seed=1).latents
+    assert (found - expected).abs().max() <= CLOSE * expected.abs().max()
+    other = generate(tmp_path / "engine", PROMPT, "blurry", seed=1, guidance=4.0).latents  # of both experts
+    assert (other - expected).abs().max() > 10 * CLOSE * expected.abs().max()
+
+
+@pytest.mark.parametrize("variant", ["ti2v", "vace"])
+def test_passes_keep_the_numbers(example, built, tmp_path, variant):
+    """A build with every exact rewrite, each measured; VACE's blocks are rewritten as the transformer's own."""
+    layers = {"config": {"num_layers": 4, "vace_layers": [0, 1]}} if variant == "vace" else {}
+    preset = "wan-tiny-" + variant
+    model = {"preset": preset, **layers}
+    for name, passes in (("plain", "off"), ("passes", {"w8a8": "off", "attention": "native"})):
+        fields = {"shapes": [SIZE], "target": "cpu", "passes": passes}
+        sampler = {"kind": "unipc", "steps": 2, "guidance": 1.0}
+        recipe = Recipe.from_dict({"model": model, "sampler": sampler, **fields})
+        report = optimize_recipe(recipe, tmp_path / name)
+    assert "VerificationError" not in str(report.warnings)
+    assert report.passes["qk_norm_rope"].rewritten > 0
+    if variant == "vace":
+        assert report.passes["adaln"].rewritten > 0
+    given = {"image": FIRST} if variant == "ti2v" else {"control": VIDEO, "mask": MASK}
+    one, other = (generate(tmp_path / name, PROMPT, **given).latents for name in ("plain", "passes"))
+    assert (one - other).abs().max() <= CLOSE * one.abs().max()
+
+
+def test_vace_opens_in_wans_own_layout(example, tmp_path):
+    """A file under Wan's own names, from which the layers of VACE's blocks are inferred."""
+    made = open_source(recipe_of(example("vace", 128))).transformers["transformer"]
+    rename = {"proj_in": "before_proj", "proj_out": "after_proj"}
+    ours: dict[str, torch.Tensor] = {}
+    table = {theirs: name for name in original_names(made) if (theirs := diffusers_name(name)) is not None}
+    for name in made.tensors.keys():  # noqa: SIM118
+        ours[table[name]] = made.tensors.get(name)
+    assert any(f"vace_blocks.0.{word}.weight" in ours for word in rename.values())
+    save_file(ours, tmp_path / "vace.safetensors")
+    found = open_source(recipe_of(tmp_path / "vace.safetensors", components="none")).transformers["transformer"]
+    assert dict(found.config) == {**made.config, "rope_max_seq_len": 1024}
+    one, other = made.load().state_dict(), found.load().state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def original_names(made) -> list[str]:
+    """Wan's own names of all that a VACE transformer may have."""
+    shell = [f"{path}.{leaf}" for path in SHELL for leaf in ("weight", "bias")] + ["head.modulation"]
+    blocks = ("blocks", made.config["num_layers"]), ("vace_blocks", len(made.config["vace_layers"]))
+    paths = ["ffn.0", "ffn.2", "norm3", "before_proj", "after_proj"]
+    paths += [f"{a}.{p}" for a in ("self_attn", "cross_attn") for p in ("q", "k", "v", "o", "norm_q", "norm_k")]
+    inner = [
+        f"{kind}.{i}.{p}.{leaf}" for kind, n in blocks for i in range(n) for p in paths for leaf in ("weight", "bias")
+    ]
+    return shell + inner + [f"{kind}.{i}.modulation" for kind, n in blocks for i in range(n)]
+
+
+SHELL = (
+    "patch_embedding", "vace_patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0",
+    "time_embedding.2", "time_projection.1", "head.head",
+)  # fmt: skip

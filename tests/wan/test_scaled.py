@@ -196,7 +196,9 @@ def test_what_says_no_number_is_refused_in_a_sentence(change, sentence):
         ({"format": "float8_e4m3fn_blockwise", "group_size": 128}, None),
         ({"format": "int8_tensorwise", "convrot": False}, None),
         ({"format": "nvfp4"}, "stored as nvfp4, which"),
-        ({"format": "int8_tensorwise", "convrot": True}, "stored as int8_tensorwise with convrot"),
+        ({"format": "float8_e4m3fn", "convrot": True}, "stored as float8_e4m3fn with convrot"),
+        ({"format": "int8_tensorwise", "convrot": True}, "rotated in groups of 256 columns, which must be"),
+        ({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 2}, "which must be a power of four"),
     ],
 )
 def test_descriptions_of_weights_are_followed_or_refused(description, words):
@@ -209,7 +211,7 @@ def test_descriptions_of_weights_are_followed_or_refused(description, words):
     if words is None:
         assert ScaledTensors(Tensors(file), "x").get("a.weight").eq(1).all()
         return
-    with pytest.raises(UnsupportedError, match=words):
+    with pytest.raises((EngineError, UnsupportedError), match=words):
         ScaledTensors(Tensors(file), "x")
 
 

@@ -19,7 +19,7 @@ from turbocompile.build.from_recipe import optimize_recipe
 from turbocompile.cli import main
 from turbocompile.errors import TurbocompileError, UnsupportedError
 from turbocompile.recipe.schema import Recipe
-from turbocompile.video.session import GenerateResult
+from turbocompile.video.results import GenerateResult
 from turbocompile.video.vae import to_frames
 from turbocompile.wan.example import write_example
 from turbocompile.wan_mini import world
@@ -234,7 +234,8 @@ def drawing(truth, monkeypatch) -> list[dict]:
     def draw(engine, prompt, *, seed, shape, steps, guidance, progress):
         calls.append({"prompt": prompt, "seed": seed, "shape": shape, "steps": steps, "guidance": guidance})
         progress("denoise", 0.5)
-        return GenerateResult(truth(next(c for c in world.combinations() if c.prompt == prompt), seed)[None], {})
+        video = truth(next(c for c in world.combinations() if c.prompt == prompt), seed)[None]
+        return GenerateResult(video, torch.zeros(1), {})
 
     monkeypatch.setattr(evaluation, "generate", draw)
     monkeypatch.setattr(evaluation, "component", lambda engine, name: Coarse(0.0))

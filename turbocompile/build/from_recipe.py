@@ -12,9 +12,10 @@ from typing import Any
 from turbocompile.backends import get_backend
 from turbocompile.build.captured import Twin
 from turbocompile.build.compile import Compiled, compile_programs, device_of
+from turbocompile.build.kept_shards import check_room, fingerprint, kept_shards
 from turbocompile.build.measure import measured
 from turbocompile.build.stages import Progress, Stages
-from turbocompile.build.write import Origin, finish, make_report, write_recipes_module
+from turbocompile.build.write import Origin, finish, make_report, write_recipes_module, write_recipes_weights
 from turbocompile.capture.deepen import CAPTURED, deepened
 from turbocompile.capture.export import capture
 from turbocompile.capture.module_weights import ModuleTensors
@@ -66,18 +67,34 @@ def optimize_recipe(
         compiled[name] = build.compiled()
     if dry_run or out is None:
         return make_report(compiled, recipe, Origin.of_recipe(recipe), stages, components=components)
-    with new_folder(out) as folder:
-        return _write(folder, compiled, source, recipe, stages)
+    places = {name: transformer.where for name, transformer in source.transformers.items()}
+    compiled = {name: measured(item, recipe, stages) for name, item in compiled.items()}
+    with kept_shards(out, fingerprint(recipe, compiled, places)) as shards:
+        check_room(out, shards, compiled, components)
+        evaluate = {name: Evaluator(item.source, item.constants) for name, item in compiled.items()}
+        written = {name: write_recipes_weights(item, evaluate[name], shards, stages) for name, item in compiled.items()}
+        with new_folder(out) as folder:
+            for path in shards.glob("*.safetensors"):
+                path.rename(folder / path.name)
+            return _write(folder, compiled, evaluate, written, source, recipe, stages)
 
 
-def _write(folder: Path, compiled: dict[str, Compiled], source: Source, recipe: Recipe, stages: Stages) -> Report:
-    """Writes all modules and the models around them."""
+def _write(
+    folder: Path,
+    compiled: dict[str, Compiled],
+    evaluate: Mapping[str, Evaluator],
+    shards: Mapping[str, list[str]],
+    source: Source,
+    recipe: Recipe,
+    stages: Stages,
+) -> Report:
+    """Writes all modules, whose weights are there, and the models around them."""
     modules: dict[str, Any] = {}
     for name, item in compiled.items():
-        item = measured(item, recipe, stages)
-        evaluate = Evaluator(item.source, item.constants)
         config = source.transformers[name].config
-        compiled[name], modules[name] = write_recipes_module(item, evaluate, recipe, config, folder, stages)
+        compiled[name], modules[name] = write_recipes_module(
+            item, evaluate[name], recipe, config, shards[name], folder, stages
+        )
     with stages("components"):
         (folder / "components").mkdir()
         components = source.components.save(folder / "components")

@@ -28,6 +28,11 @@ class Stages:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
         self.progress(name, 1.0)
 
+    def tell(self, name: str, fraction: float) -> None:
+        """Says how much of a stage is done; its end is said when it ends."""
+        if 0.0 < fraction < 1.0:
+            self.progress(name, fraction)
+
 
 @contextlib.contextmanager
 def warnings_collected() -> Iterator[list[str]]:

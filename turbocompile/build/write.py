@@ -50,15 +50,29 @@ class Origin:
         return cls(recipe.model.path or recipe.model.preset or "", recipe.model.weights)
 
 
+def write_recipes_weights(item: Compiled, evaluate: Evaluator, folder: Path, stages: Stages) -> list[str]:
+    """Writes one module's weights; the names of their files."""
+    with stages("weights"):
+        return write_shards(
+            item.plan, evaluate, folder, shard_stem(item.name), lambda done, all_: stages.tell("weights", done / all_)
+        )
+
+
 def write_recipes_module(
-    item: Compiled, evaluate: Evaluator, recipe: Recipe, config: Mapping[str, Any], folder: Path, stages: Stages
+    item: Compiled,
+    evaluate: Evaluator,
+    recipe: Recipe,
+    config: Mapping[str, Any],
+    shards: Sequence[str],
+    folder: Path,
+    stages: Stages,
 ) -> tuple[Compiled, dict[str, Any]]:
-    """Writes one module's programs, weights and backend files; the module with what was warned of, and its entry of the
+    """Writes one module's programs and backend files. Returns the module with what was warned of, and its entry of the
     manifest.
+
+    shards: the names of the files with the module's weights.
     """
     programs = write_programs(item.name, item.programs, folder)
-    with stages("weights"):
-        shards = write_shards(item.plan, evaluate, folder, shard_stem(item.name))
     engine = Engine(
         item.programs, {}, name=item.name, config=json_config(config), dtype=recipe.torch_dtype, backend=recipe.backend
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,35 +44,53 @@ def write_shards(
 ) -> list[str]:
     """Evaluates the plan tensor by tensor and writes `stem-00001.safetensors`, ...; returns the file names, in order.
 
-    stem: `stored_names.shard_stem` of the module. At most one shard and one tensor's operands are in memory.
-    progress: called as progress(done, total) with bytes.
+    stem: `stored_names.shard_stem` of the module. At most one shard and one tensor's operands are in memory. A shard
+    appears under its name once it is whole, and one that is in the folder already is not made again: the caller says by
+    the folder that it is of the same plan. progress: called as progress(done, total) with bytes.
     """
     names: list[str] = []
-    shard: dict[str, torch.Tensor] = {}
-    size = done = 0
-    total = sum(nbytes(e.expr) for e in plan.values())
-    for name, emission in plan.items():
-        shard[name] = evaluate(emission.expr, emission.prefix)
-        grown = nbytes(emission.expr)
-        size, done = size + grown, done + grown
-        if size >= shard_bytes:
-            names.append(_write_shard(shard, folder, stem, len(names) + 1))
-            shard, size = {}, 0
-        if progress is not None:
-            progress(done, total)
-    if shard:
-        names.append(_write_shard(shard, folder, stem, len(names) + 1))
+    done, total = 0, planned_bytes(plan)
+    for number, wanted in enumerate(_grouped(plan, shard_bytes), 1):
+        names.append(f"{stem}-{number:05d}.safetensors")
+        made = (folder / names[-1]).exists()
+        shard: dict[str, torch.Tensor] = {}
+        for name in wanted:
+            if not made:
+                shard[name] = evaluate(plan[name].expr, plan[name].prefix)
+            done += nbytes(plan[name].expr)
+            if progress is not None:
+                progress(done, total)
+        if not made:
+            _write_shard(shard, folder / names[-1])
     return names
 
 
-def _write_shard(shard: dict[str, torch.Tensor], folder: Path, stem: str, number: int) -> str:
+def planned_bytes(plan: Mapping[str, Emission]) -> int:
+    """Bytes of all tensors of a plan, without the headers of their files."""
+    return sum(nbytes(e.expr) for e in plan.values())
+
+
+def _grouped(plan: Mapping[str, Emission], shard_bytes: int) -> Iterator[list[str]]:
+    """The names of the tensors of each shard: as many as it takes to reach `shard_bytes`."""
+    names: list[str] = []
+    size = 0
+    for name, emission in plan.items():
+        names.append(name)
+        size += nbytes(emission.expr)
+        if size >= shard_bytes:
+            yield names
+            names, size = [], 0
+    if names:
+        yield names
+
+
+def _write_shard(shard: dict[str, torch.Tensor], path: Path) -> None:
     """Writes one safetensors file whose tensors start at multiples of 64 bytes once it is mapped.
 
     The library's own writer aligns to 8 bytes. A mapped engine then differed from its source model by an ulp (1e-6 of
     the values), because CPU matrix products take other code paths for other alignments. Tensors whose sizes are no
     multiples of 64 bytes stand last, because the format allows no gaps.
     """
-    name = f"{stem}-{number:05d}.safetensors"
     ordered = sorted(shard, key=lambda k: (shard[k].nbytes % ALIGNMENT != 0, k))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -82,11 +101,14 @@ def _write_shard(shard: dict[str, torch.Tensor], folder: Path, stem: str, number
         offset = span[1]
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    with (folder / name).open("wb") as file:
+    partial = path.with_name(f".{path.name}.part")
+    with partial.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for key in ordered:
             file.write(shard[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return name
+        file.flush()
+        os.fsync(file.fileno())  # a name that is there after a power cut holds a whole shard
+    partial.replace(path)
 
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,12 @@ TEXT_TOKENS = 512  # Wan pads or cuts every prompt to this many tokens
 # flow time of Wan2.2, by task, below which its second expert denoises
 BOUNDARY = {"i2v": 0.9, "t2v": 0.875, "ti2v": 0.875, "vace": 0.875}
 
+# Height and width by the name of a resolution and the aspect ratio (width : height), as Wan and rCM publish them.
+SIZES: Mapping[str, Mapping[str, tuple[int, int]]] = {
+    "480p": {"16:9": (480, 832), "9:16": (832, 480), "1:1": (640, 640), "4:3": (480, 640), "3:4": (640, 480)},
+    "720p": {"16:9": (720, 1280), "9:16": (1280, 720), "1:1": (960, 960), "4:3": (720, 960), "3:4": (960, 720)},
+}
+
 # What diffusers' WanTransformer3DModel takes; here so that recipes are checked without importing diffusers.
 TRANSFORMER_FIELDS = (
     "patch_size",

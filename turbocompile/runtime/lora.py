@@ -278,7 +278,7 @@ class _Exchange:
             stored = [t.to(self.device) for t in storages]
             if self.engine.folder is None:
                 adapted.kept |= {n: copier.to_host(t) for n, t in zip(slot.names, storages, strict=True)}
-        value = dequantize(*stored, slot.format, torch.float32) if slot.format else stored[0]
+        value = dequantize(stored[0], stored[1], slot.format, torch.float32) if slot.format else stored[0]
         parts = taken_apart(slot.expr, value, self._factor)
         for unit in list(parts):
             name = unit_name(unit)

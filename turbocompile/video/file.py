@@ -1,4 +1,4 @@
-"""Video files: mp4 (H.264) and PNG frames.
+"""Video files: mp4 (H.264), PNG frames, latents.
 
 Frames are uint8 (F, H, W, 3) in RGB. The file is YUV 4:2:0 in limited range with BT.709 colours, and says so: players
 guess the matrix of an untagged file from its height, and are wrong for half of them.
@@ -6,6 +6,7 @@ guess the matrix of an untagged file from its height, and are wrong for half of 
 
 from __future__ import annotations
 
+import contextlib
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from turbocompile.errors import UnsupportedError
 from turbocompile.files import check_file, replacing
 
+METADATA = "turbocompile"  # the key of what PNG and safetensors files say of their making
 FPS = 16  # of Wan's training videos
 FPS_OF = {"ti2v": 24}  # by the model's task, where it was trained on others
 QUALITY = 18  # x264's constant rate factor: differences from the frames are hard to see
@@ -36,16 +38,16 @@ def check_path(path: str | Path) -> Path:
     return check_file(path)
 
 
-def write_video(path: str | Path, frames: torch.Tensor, fps: int = FPS) -> Path:
+def write_video(path: str | Path, frames: torch.Tensor, fps: int = FPS, metadata: str = "") -> Path:
     """Writes frames, uint8 (F, H, W, 3), as H.264 (MPEG-4 without x264); the file appears whole or not at all.
 
-    Missing folders are made. Raises UnsupportedError for a name that does not end in .mp4, no frames, or odd sizes,
-    which 4:2:0 cannot hold.
+    metadata: a text that the file carries as its `comment`. Missing folders are made. Raises UnsupportedError for a
+    name that does not end in .mp4, no frames, or odd sizes, which 4:2:0 cannot hold.
     """
     path = check_path(path)
     _check_frames(frames)
     with replacing(path) as temporary:
-        _encode(temporary, frames.cpu().numpy(), fps)
+        _encode(temporary, frames.cpu().numpy(), fps, metadata)
     return path
 
 
@@ -56,7 +58,7 @@ def _check_frames(frames: torch.Tensor) -> None:
         raise UnsupportedError(f"a video's height and width must be even, not {frames.shape[1]} x {frames.shape[2]}")
 
 
-def _encode(path: Path, frames: np.ndarray, fps: int) -> None:
+def _encode(path: Path, frames: np.ndarray, fps: int, metadata: str) -> None:
     import av
 
     name, options = next((e for e in ENCODERS if e[0] in av.codecs_available), (None, {}))
@@ -64,6 +66,8 @@ def _encode(path: Path, frames: np.ndarray, fps: int) -> None:
         raise UnsupportedError("this build of PyAV has neither an H.264 nor an MPEG-4 encoder; pip install av")
     # faststart puts the index first, so that a browser plays the file while it loads
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        if metadata:
+            container.metadata["comment"] = metadata
         stream: Any = container.add_stream(name, rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         context = stream.codec_context
@@ -77,15 +81,31 @@ def _encode(path: Path, frames: np.ndarray, fps: int) -> None:
         container.mux(stream.encode())
 
 
-def write_frames(folder: str | Path, frames: torch.Tensor) -> list[Path]:
-    """Writes frames, uint8 (F, H, W, 3), as frame-0000.png and so on into `folder`, which is made; their paths."""
+def write_frames(folder: str | Path, frames: torch.Tensor, metadata: str = "") -> list[Path]:
+    """Writes frames, uint8 (F, H, W, 3), as frame-0000.png and so on into `folder`, which is made; their paths.
+
+    metadata: a text that each file carries under `turbocompile`. The files appear together once all are written.
+    """
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     _check_frames(frames)
-    folder = Path(folder)
+    folder, text = Path(folder), PngInfo()
+    if metadata:
+        text.add_itxt(METADATA, metadata)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"frame-{number:04d}.png" for number in range(len(frames))]
-    for path, pixels in zip(paths, frames.cpu().numpy(), strict=True):
-        with replacing(path) as temporary:
-            Image.fromarray(pixels).save(temporary)
+    with contextlib.ExitStack() as stack:
+        for path, pixels in zip(paths, frames.cpu().numpy(), strict=True):
+            Image.fromarray(pixels).save(stack.enter_context(replacing(path)), pnginfo=text)
     return paths
+
+
+def write_latents(path: str | Path, latents: torch.Tensor, metadata: str = "") -> Path:
+    """Writes normalized latents, float32 (C, T, H, W), as the tensor `latents` of a safetensors file."""
+    from safetensors.torch import save_file
+
+    path = check_file(path, ".safetensors")
+    with replacing(path) as temporary:
+        save_file({"latents": latents.contiguous().cpu()}, temporary, {METADATA: metadata})
+    return path

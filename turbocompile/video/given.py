@@ -36,8 +36,9 @@ class Given:
 
     @classmethod
     def of(
-        cls, image: Any, last_image: Any, control: Any, mask: Any, reference: Any, control_scale: float | None
-    ) -> Given:
+        cls, image: Any = None, last_image: Any = None, control: Any = None, mask: Any = None, reference: Any = None,
+        control_scale: float | None = None,
+    ) -> Given:  # fmt: skip
         """As `generate` takes them. reference: an image or several."""
         several = reference if isinstance(reference, (list, tuple)) else [reference] if reference is not None else []
         return cls(image, last_image, control, mask, tuple(several), SCALE if control_scale is None else control_scale)
@@ -56,6 +57,11 @@ class Given:
     @property
     def is_empty(self) -> bool:
         return self == Given(scale=self.scale)
+
+    @property
+    def names(self) -> list[str]:
+        """What is given, as in ["control", "references"]."""
+        return [name for name in ("image", "last_image", "control", "mask", "references") if getattr(self, name)]
 
     def of_size(self, size: Shape) -> Given:
         """With as many frames of the control and of the mask as the video has. Raises UnsupportedError.

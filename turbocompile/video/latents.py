@@ -95,27 +95,32 @@ class Stages:
         self.progress(name, 1.0)
 
 
-def make_latents(
-    pipeline: Pipeline,
-    prompts: list[str],
-    negative_prompt: str | None,
-    picture: Given | None,
-    sampler: SamplerSpec,
-    size: Shape,
-    boundary: float | None,
-    seed: int,
-    stages: Stages,
-) -> torch.Tensor:
-    """Normalized latents (B, out_channels, T, H, W), float32. picture: what the model takes beside the prompt."""
+@dataclass(frozen=True)
+class Request:
+    """What latents are made of. picture: the images beside the prompts; None of text alone. boundary: as
+    `expert_boundary` gives it."""
+
+    prompts: list[str]
+    negative_prompt: str | None
+    picture: Given | None
+    sampler: SamplerSpec
+    size: Shape
+    boundary: float | None
+    seed: int
+
+
+def make_latents(pipeline: Pipeline, asked: Request, stages: Stages) -> torch.Tensor:
+    """Normalized latents (B, out_channels, T, H, W), float32."""
+    negative = asked.negative_prompt or "" if asked.sampler.is_guided else None
     with stages("text"):
         pipeline.make_room("text")
-        conditions = _text(pipeline, prompts, negative_prompt or "" if sampler.is_guided else None)
-    if picture is not None:
+        conditions = _text(pipeline, asked.prompts, negative)
+    if asked.picture is not None:
         with stages("image"):
             pipeline.make_room("image")
-            conditions = _with_image(pipeline, conditions, picture, size)
+            conditions = _with_image(pipeline, conditions, asked.picture, asked.size)
     with stages("denoise"):
-        return _sample(pipeline, conditions, sampler, size, boundary, seed, stages.progress)
+        return _sample(pipeline, conditions, asked, stages.progress)
 
 
 def _text(pipeline: Pipeline, prompts: list[str], negative_prompt: str | None) -> _Conditions:
@@ -165,16 +170,9 @@ def _control(pipeline: Pipeline, vae: Any, given: Given, size: Shape) -> dict[st
     }
 
 
-def _sample(
-    pipeline: Pipeline,
-    conditions: _Conditions,
-    sampler: SamplerSpec,
-    size: Shape,
-    boundary: float | None,
-    seed: int,
-    progress: Progress,
-) -> torch.Tensor:
+def _sample(pipeline: Pipeline, conditions: _Conditions, asked: Request, progress: Progress) -> torch.Tensor:
     """Normalized latents (B, out_channels, T, H, W), float32."""
+    sampler, size = asked.sampler, asked.size
     latent, first = pipeline.geometry.latent(size), conditions.first
 
     def velocity(x: torch.Tensor, timestep: torch.Tensor, expert: str, conditional: bool = True) -> torch.Tensor:
@@ -196,9 +194,9 @@ def _sample(
             return module(**inputs, return_dict=False)[0]
 
     common: dict[str, Any] = {
-        "generator": torch.Generator(pipeline.device).manual_seed(seed),
+        "generator": torch.Generator(pipeline.device).manual_seed(asked.seed),
         "steps": sampler.steps,
-        "boundary": boundary,
+        "boundary": asked.boundary,
         "progress": lambda done, total: progress("denoise", done / total),
     }
     shape = (size.batch, pipeline.config["out_channels"], *latent)

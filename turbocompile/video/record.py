@@ -16,7 +16,7 @@ from turbocompile.recipe.presets import boundary_of
 from turbocompile.recipe.schema import Recipe
 from turbocompile.video.components import held, placed
 from turbocompile.video.given import Given, check_given, fitting, sizes_for
-from turbocompile.video.latents import Pipeline, Progress, Stages, make_latents
+from turbocompile.video.latents import Pipeline, Progress, Request, Stages, make_latents
 from turbocompile.video.request import choose_sampler, prompts_of
 from turbocompile.wan.source import open_source
 
@@ -68,7 +68,7 @@ def record_inputs(
             "record a smaller one, as with "
             "--set shapes.0.height=256 --set shapes.0.width=256 --set shapes.0.num_frames=33"
         )
-    sampler = choose_sampler(recipe.sampler, source.task, steps, guidance)
+    sampler = choose_sampler(recipe.sampler, source.task, steps=steps, guidance=guidance)
     with stages("load"):
         experts = {name: t.load().to(target) for name, t in source.transformers.items()}
         parts = {name: placed(part, name, target) for name, part in source.components.load().items()}
@@ -81,7 +81,8 @@ def record_inputs(
         boundary = boundary_of(source.boundary_ratio, source.task)
     with recording_calls(recording, *experts.values()):
         for number, prompt in enumerate(prompts):
-            asked = (prompts_of(prompt, size.batch), negative_prompt, picture)
-            make_latents(pipeline, *asked, sampler, size, boundary, seed + number, stages)
+            texts = prompts_of(prompt, size.batch)
+            asked = Request(texts, negative_prompt, picture, sampler, size, boundary, seed + number)
+            make_latents(pipeline, asked, stages)
     recording.save(out)
     return recording

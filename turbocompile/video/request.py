@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from turbocompile.errors import EngineError, UnsupportedError
-from turbocompile.recipe.presets import boundary_of
+from turbocompile.recipe.presets import SIZES, boundary_of
 from turbocompile.recipe.schema import Recipe, SamplerSpec, Shape
 from turbocompile.report.attentions import untuned
 from turbocompile.report.report import Report
@@ -29,28 +30,50 @@ def recipe_of(engine: Engine) -> Recipe:
     return Recipe.from_dict(engine.manifest["recipe"], f"the recipe of {engine.folder}")
 
 
-def choose_sampler(spec: SamplerSpec, task: str, steps: int | None, guidance: float | None) -> SamplerSpec:
-    """The recipe's sampler with the given steps and guidance, complete for the task. Raises RecipeError."""
-    changes: dict[str, Any] = {"steps": steps, "guidance": guidance}
-    if guidance is not None:  # of both experts
+def choose_sampler(spec: SamplerSpec, task: str, **changes: Any) -> SamplerSpec:
+    """The recipe's sampler, complete for the task. changes: fields to set; None leaves the recipe's value.
+
+    Raises RecipeError for a value that the sampler does not take.
+    """
+    if changes.get("guidance") is not None:  # of both experts
         spec = dataclasses.replace(spec, guidance_2=None)
     changed = dataclasses.replace(spec, **{k: v for k, v in changes.items() if v is not None})
     return changed.for_task(task)
 
 
 def choose_shape(shapes: Sequence[Shape], wanted: Shape | str | None) -> Shape:
-    """The shape of the engine that `wanted` names; the first shape for None. Raises UnsupportedError for another."""
+    """The shape of the engine that `wanted` names; the first shape for None.
+
+    wanted: as in "480x832x81" (height, width, frames; the batch may follow), or a resolution by name and an aspect
+    ratio (width : height), as in "480p" and "720p 9:16". Raises UnsupportedError for another.
+    """
     if wanted is None:
         return shapes[0]
-    name = wanted.name if isinstance(wanted, Shape) else wanted.lower().replace(" ", "")
+    name = wanted.name if isinstance(wanted, Shape) else wanted.lower().strip()
+    found = re.fullmatch(r"(\d+p)(?:[ ,@]?(\d+:\d+))?", name)
+    size = _named_size(found[1], found[2]) if found else None
+    name = name.replace(" ", "")
     for shape in shapes:
-        if name in (shape.name, shape.name.rpartition("x")[0]):
+        if name in (shape.name, shape.name.rpartition("x")[0]) or size == (shape.height, shape.width):
             return shape
     known = ", ".join(shape.name for shape in shapes)
+    named = f" ({size[0]}x{size[1]})" if size else " (height x width x frames, and the batch)"
     raise UnsupportedError(
-        f"the engine has no shape {name} (height x width x frames, and the batch); it has {known}: "
+        f"the engine has no shape {wanted if size else name}{named}; it has {known}: "
         "take one of these or add it to the recipe's shapes and build again"
     )
+
+
+def _named_size(resolution: str, aspect: str | None) -> tuple[int, int]:
+    """Height and width of a resolution by name. Raises UnsupportedError for an unknown one."""
+    sizes = SIZES.get(resolution)
+    if sizes is None:
+        raise UnsupportedError(
+            f"there is no resolution {resolution}; name one of {', '.join(SIZES)}, or the size itself"
+        )
+    if (aspect or "16:9") not in sizes:
+        raise UnsupportedError(f"{resolution} has no aspect ratio {aspect}; name one of {', '.join(sizes)}")
+    return sizes[aspect or "16:9"]
 
 
 def prompts_of(prompt: str | Sequence[str], batch: int) -> list[str]:

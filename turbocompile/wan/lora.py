@@ -83,8 +83,10 @@ def _added(total: Expr, flat: Expr, change: Change, alone: bool) -> Expr:
     if change.kind == "diff":
         return AddDiff(total, _as(change.leaves[0], flat), change.scale)
     if change.kind == "lora":
-        return AddLora(total, *change.leaves, change.scale)
-    made = Dora(flat, *change.leaves, change.scale)
+        a, b = change.leaves
+        return AddLora(total, a, b, change.scale)
+    a, b, magnitude = change.leaves
+    made = Dora(flat, a, b, magnitude, change.scale)
     if alone and change.share == 1.0:
         return made
     return AddDiff(AddDiff(total, made, change.share), flat, -change.share)

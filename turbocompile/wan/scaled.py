@@ -10,7 +10,8 @@ engine takes the scale of activations from themselves.
 
 ComfyUI says beside each weight (`comfy_quant`), in the header of the file (`_quantization_metadata`), or by an empty
 tensor (`scaled_fp8`) that weights are scaled; where one of these says so, a weight without a scale is refused. Bytes
-(uint8) that are described as float8 are float8.
+(uint8) that are described as float8 are float8. INT8 weights that are described as `convrot` were rotated before they
+were quantized: w = (stored * scale) H in groups of columns; H is `regular_hadamard`, which is its own inverse.
 
 A weight whose numbers a kernel reads as they are stored has that kernel's format (`Stored.format`):
 
@@ -25,6 +26,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -76,6 +78,7 @@ class ScaledTensors:
         names = set(raw.keys())
         self._keys = self._weights(names)
         self._bytes: dict[str, torch.dtype] = {}  # weights whose bytes are of another dtype than the file says
+        self._groups: dict[str, int] = {}  # rotated weights, and how many columns are rotated together
         described, comments = self._described(names)
         self._scales = self._find(names)
         # a plain float8 weight, which has no scale, may say of its input what nobody uses
@@ -148,11 +151,15 @@ class ScaledTensors:
             held = {path: self._held(path) for path, _ in layers if not PARTS.match(path)}
             said = {**{held[p]: (f"{METADATA} of {p}", layer) for p, layer in layers if p in held}, **said}
         for path, (name, value) in said.items():
-            dtype = self._described_dtype(name, value)
-            if f"{path}.weight" not in self._keys:
-                raise EngineError(f"{self._where}: {name} describes {path}.weight, which the file does not hold")
-            if self._dtype(f"{path}.weight") == torch.uint8 and dtype in FLOAT8:
-                self._bytes[f"{path}.weight"] = dtype
+            dtype, group = self._description(name, value)
+            weight = f"{path}.weight"
+            if weight not in self._keys:
+                raise EngineError(f"{self._where}: {name} describes {weight}, which the file does not hold")
+            if self._dtype(weight) == torch.uint8 and dtype in FLOAT8:
+                self._bytes[weight] = dtype
+            if group is not None:
+                self._groups[weight] = group
+                self._check_rotated(weight)
         return {f"{path}.weight" for path in said}, comments
 
     def _held(self, path: str) -> str:
@@ -160,22 +167,37 @@ class ScaledTensors:
         prefixes = ("", WHOLE_FILE, WHOLE_FILE.removeprefix("model."))
         return next((p + path for p in prefixes if f"{p}{path}.weight" in self._keys), path)
 
-    def _described_dtype(self, name: str, value: Any) -> torch.dtype:
-        """The dtype of a described weight. Raises EngineError or UnsupportedError."""
+    def _check_rotated(self, name: str) -> None:
+        shape, group = self._raw.spec(self._keys[name])[0], self._groups[name]
+        power = group > 1 and group & (group - 1) == 0 and group.bit_length() % 2 == 1  # of four
+        if not power or len(shape) != 2 or shape[1] % group:
+            raise EngineError(
+                f"{self._where}: {name} of the shape {list(shape)} is said to be rotated in groups of {group} columns, "
+                "which must be a power of four that divides them; download the checkpoint again"
+            )
+
+    def _description(self, name: str, value: Any) -> tuple[torch.dtype, int | None]:
+        """The dtype of a described weight, and the columns that were rotated together, if it is rotated.
+
+        Raises EngineError or UnsupportedError.
+        """
         try:
             text = bytes(value.flatten().tolist()) if isinstance(value, torch.Tensor) else json.dumps(value)
             values = json.loads(text)
             kind = values.pop("format")
+            rotated, group = values.pop("convrot", False), int(values.pop("convrot_groupsize", None) or 256)
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise EngineError(f"{self._where}: {name} describes no weight ({e!r}); download it again") from e
         extra = [key for key, said in values.items() if key not in SAID_BESIDES and said not in (None, False)]
+        if rotated and kind != "int8_tensorwise":
+            extra.append("convrot")
         if extra or kind not in FORMATS:
             raise UnsupportedError(
                 f"{self._where}: {name} says that the weight is stored as {kind}"
                 f"{' with ' + ', '.join(extra) if extra else ''}, which turbocompile does not read; "
                 "give the checkpoint that was not quantized"
             )
-        return FORMATS[kind]
+        return FORMATS[kind], group if rotated else None
 
     def _check_said(self, described: set[str], markers: set[str]) -> None:
         """Raises EngineError where the file says that its 8-bit weights are scaled, and the scales are missing."""
@@ -224,7 +246,9 @@ class ScaledTensors:
         tiled = sizes == tiles and not (whole and not self._keys[name].endswith(f".{INT8_WEIGHT}"))
         kind = "one scale" if whole else "a scale a row" if by_row else f"a scale a block of {list(blocks)}"
         format = None
-        if len(shape) == 2 and dtype == torch.int8:
+        if name in self._groups:
+            kind += f", rotated in groups of {self._groups[name]}"
+        elif len(shape) == 2 and dtype == torch.int8:
             format = "int8_block" if tiled else "int8" if whole or by_row else None
         elif len(shape) == 2 and dtype == torch.float8_e4m3fn:
             format = "fp8" if whole or by_row else None
@@ -248,7 +272,10 @@ class ScaledTensors:
 
     def get(self, name: str) -> torch.Tensor:
         stored, scale = self.data(name), self._scales.get(name)
-        return stored if scale is None else dequantized(stored, self._scale(name), self._where, scale)
+        if scale is None:
+            return stored
+        values = dequantized(stored, self._scale(name), self._where, scale)
+        return unrotated(values, self._groups[name]) if name in self._groups else values
 
     def _scale(self, name: str) -> torch.Tensor:
         values = self._raw.get(self._scales[name]).float()
@@ -273,6 +300,21 @@ class ScaledTensors:
         if self.stored[name].format == "int8_block":
             return scale.reshape([-(-size // BLOCK) for size in shape])
         return scale.reshape(-1, 1).expand(shape[0], 1).contiguous()
+
+
+@lru_cache
+def regular_hadamard(size: int) -> torch.Tensor:
+    """The symmetric orthogonal matrix (size, size) of ComfyUI's rotations, float32. size: a power of four."""
+    core = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+    made = core
+    while made.shape[0] < size:
+        made = torch.kron(made, core)
+    return made
+
+
+def unrotated(weight: torch.Tensor, group: int) -> torch.Tensor:
+    """A float32 weight (N, K) before each `group` of its columns was multiplied by `regular_hadamard`."""
+    return (weight.reshape(-1, group) @ regular_hadamard(group)).reshape(weight.shape)
 
 
 def _path(name: str) -> str:

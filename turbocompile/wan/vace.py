@@ -47,8 +47,8 @@ def inputs(
 def infer(names: Iterable[str], layers: int, channels: int, where: str) -> dict[str, Any]:
     """The fields of VACE of a checkpoint with these names under diffusers' names; {} of a checkpoint without VACE.
 
-    layers: of the transformer. channels: of vace_patch_embedding, 0 without one. As in the published models, every n-th layer has a
-    block of VACE. Raises EngineError where that cannot be.
+    layers: of the transformer. channels: of vace_patch_embedding, 0 without one. As in the published models, every
+    n-th layer has a block of VACE. Raises EngineError where that cannot be.
     """
     blocks = [int(m[1]) for m in (OF_CONTROL.match(name) for name in names) if m]
     if not blocks or not channels:

@@ -299,7 +299,7 @@ def evaluate(
         check_folder(save)
     tell = progress or (lambda stage, fraction: None)
     made_by = _open_engine(engine, device)
-    sampler = choose_sampler(recipe_of(made_by).sampler, "t2v", steps, guidance)
+    sampler = choose_sampler(recipe_of(made_by).sampler, "t2v", steps=steps, guidance=guidance)
     maker = _engine_maker(made_by, steps, guidance, tell, len(wanted))
     other = _open_reference(Path(reference), sampler, made_by.device) if reference is not None else None
     found = evaluate_videos(
