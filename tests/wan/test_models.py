@@ -19,7 +19,8 @@ import turbocompile
 from turbocompile.build.from_recipe import optimize_recipe
 from turbocompile.cli import main
 from turbocompile.errors import TurbocompileError, UnsupportedError
-from turbocompile.recipe.schema import Recipe
+from turbocompile.recipe.presets import PRESETS
+from turbocompile.recipe.schema import Recipe, load_recipe
 from turbocompile.video.file import write_video
 from turbocompile.video.session import generate
 from turbocompile.wan.keys import diffusers_name
@@ -333,3 +334,83 @@ SHELL = (
     "patch_embedding", "vace_patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0",
     "time_embedding.2", "time_projection.1", "head.head",
 )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RECIPES = {  # of each published model, the preset that it is built of
+    "wan21": "wan2.1-t2v-1.3b",
+    "wan21-t2v-14b": "wan2.1-t2v-14b",
+    "wan21-i2v-480p": "wan2.1-i2v-14b",
+    "wan21-i2v-720p": "wan2.1-i2v-14b-720p",
+    "wan21-flf2v": "wan2.1-flf2v-14b",
+    "wan21-vace-1.3b": "wan2.1-vace-1.3b",
+    "wan21-vace-14b": "wan2.1-vace-14b",
+    "wan22-t2v": "wan2.2-t2v-a14b",
+    "wan22-i2v": "wan2.2-i2v-a14b",
+    "wan22-ti2v-5b": "wan2.2-ti2v-5b",
+}
+
+
+def test_each_published_model_has_a_recipe():
+    assert {name for name, preset in PRESETS.items() if preset.hub_id} == set(RECIPES.values())
+    assert {file.stem for file in EXAMPLES.glob("wan2*.yaml")} == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_of_its_model_and_fits_it(name):
+    """With synthetic weights, of which none is made: the parts fit, and the transformer is built on meta."""
+    preset = PRESETS[RECIPES[name]]
+    recipe = load_recipe(EXAMPLES / f"{name}.yaml", ["model.weights=synthetic", "target=sm90"])
+    assert recipe.model.path == preset.hub_id
+    source = open_source(recipe)
+    assert source.task == preset.task
+    assert source.boundary_ratio == preset.boundary_ratio
+    assert list(source.transformers) == ["transformer", "transformer_2"][: preset.experts]
+    (first, *_) = source.transformers.values()
+    _, call = first.example_inputs(recipe.shapes[0])
+    assert {p.device.type for p in first.build().parameters()} == {"meta"}
+    assert call["timestep"].dim() == (2 if preset.task == "ti2v" else 1)
+
+
+# ---------------------------------------------------------------------------------------- models that no recipe takes
+
+
+def animate():
+    model = diffusers.WanAnimateTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=12, latent_channels=4, out_channels=4, text_dim=16,
+        freq_dim=32, ffn_dim=32, num_layers=2, image_dim=4, added_kv_proj_dim=None, rope_max_seq_len=32,
+        motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16}, motion_encoder_size=16, motion_style_dim=8,
+        motion_dim=4, motion_encoder_dim=16, face_encoder_hidden_dim=16, face_encoder_num_heads=2,
+        inject_face_latents_blocks=2,
+    )  # fmt: skip
+    call = {
+        "hidden_states": torch.randn(1, 12, 21, 16, 16), "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 12, 16), "encoder_hidden_states_image": torch.randn(1, 12, 4),
+        "pose_hidden_states": torch.randn(1, 4, 20, 16, 16), "face_pixel_values": torch.randn(1, 3, 77, 16, 16),
+    }  # fmt: skip
+    return model, call
+
+
+def skyreels():
+    model = diffusers.SkyReelsV2Transformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=256,
+        ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+    )  # fmt: skip
+    call = {
+        "hidden_states": torch.randn(1, 4, 2, 16, 16), "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 12, 16),
+    }  # fmt: skip
+    return model, call
+
+
+@pytest.mark.parametrize("make", [animate, skyreels])
+def test_optimize_takes_wan_animate_and_skyreels(make):
+    torch.manual_seed(0)
+    model, call = make()
+    model = model.eval().requires_grad_(False)
+    engine = turbocompile.optimize(model, (), {**call, "return_dict": False})
+    with torch.no_grad():
+        (found,), (expected,) = engine(**call, return_dict=False), model(**call, return_dict=False)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -157,8 +157,8 @@ class _TransformerBuild:
 
     @property
     def shallow(self) -> TransformerSource:
-        """The transformer with two blocks, which show what repeats."""
-        return self.transformer.shallow(min(2, self.layers))
+        """The transformer with the blocks that show what repeats."""
+        return self.transformer.shallow()
 
     def compiled(self) -> Compiled:
         """Captures each shape once, compares blocks with the model itself, rewrites."""
@@ -246,14 +246,16 @@ class _TransformerBuild:
         return comparison
 
     def _compared_further(self, program: Program) -> int:
-        """Compares the following blocks, two by two, each pair with its own weights, for COMPARED_SHARE of the build's
-        time; how many blocks it were. The whole transformer may be too large to run, and its blocks are one graph.
+        """Compares the following blocks, as many at a time as the shallow transformer has, with their own weights, for
+        COMPARED_SHARE of the build's time; how many blocks it were. The whole transformer may be too large to run, and
+        its blocks are one graph.
         """
         seconds = COMPARED_SHARE * sum(self.stages.seconds.values()) - self.stages.seconds["compare"]
-        done, started = 2, time.perf_counter()
-        while done < self.layers and (time.perf_counter() - started) * (done / max(done - 2, 1)) < seconds:
-            first = min(done, self.layers - 2)
-            pair = replace(self.shallow, tensors=BlocksFrom(self.transformer.tensors, first))
-            self._compared(pair, program)
-            done = first + 2
+        few = self.shallow
+        count = done = int(few.config["num_layers"])
+        started = time.perf_counter()
+        while done < self.layers and (time.perf_counter() - started) * (done / max(done - count, 1)) < seconds:
+            first = min(done, self.layers - count)
+            self._compared(replace(few, tensors=BlocksFrom(self.transformer.tensors, first, count)), program)
+            done = first + count
         return min(done, self.layers)

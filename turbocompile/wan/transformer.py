@@ -140,8 +140,9 @@ class TransformerSource:
         kwargs["return_dict"] = False
         return (), kwargs
 
-    def shallow(self, layers: int) -> TransformerSource:
-        """The transformer with the first layers alone; of VACE's blocks with as many."""
+    def shallow(self) -> TransformerSource:
+        """The transformer with the first layers alone, as many as show what repeats: two, of VACE three."""
+        layers = min(vace.SHOWN if is_vace(self.config) else 2, self.config["num_layers"])
         config = {**self.config, "num_layers": layers}
         return replace(self, config=vace.shallow(config, layers) if is_vace(config) else config)
 
@@ -177,19 +178,19 @@ def images_of(config: Mapping[str, Any]) -> int:
 
 
 class BlocksFrom:
-    """The tensors of a checkpoint with two blocks, `first` and the next, under the names of blocks 0 and 1.
+    """The tensors of a checkpoint with `count` blocks from `first` on, under the names of blocks from 0 on.
 
-    Of VACE's blocks it has those of the first two.
+    Of VACE's blocks it has those of the first layers.
     """
 
-    def __init__(self, tensors: TensorSource, first: int) -> None:
+    def __init__(self, tensors: TensorSource, first: int, count: int = 2) -> None:
         self._tensors = tensors
         self._names: dict[str, str] = {}
         for name in tensors.keys():  # noqa: SIM118 (no mapping)
             block = _OF_BLOCK.fullmatch(name)
             if block is None:
                 self._names[name] = name
-            elif first <= int(block[1]) < first + 2:
+            elif first <= int(block[1]) < first + count:
                 self._names[f"blocks.{int(block[1]) - first}.{block[2]}"] = name
 
     def keys(self) -> Iterable[str]:

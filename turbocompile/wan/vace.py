@@ -15,13 +15,15 @@ import torch
 from turbocompile.errors import EngineError
 
 CLASS = "WanVACETransformer3DModel"
+SHOWN = 3  # blocks that show what repeats
 OF_CONTROL = re.compile(r"vace_blocks\.(\d+)\.(.+)")
 
 
 def shallow(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """The configuration with so many layers and, as far as it has them, as many blocks of VACE.
 
-    The first of VACE's blocks has a projection more than the others, so that two show what repeats.
+    The first of VACE's blocks has a projection more than the others, and the last a result less, so that three show
+    what repeats (SHOWN).
     """
     count = min(layers, len(config["vace_layers"]))
     return {**config, "num_layers": layers, "vace_layers": tuple(range(count))}
