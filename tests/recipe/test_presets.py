@@ -36,7 +36,7 @@ def test_recipe_knows_the_fields_of_the_transformer():
 def test_tiny_presets_have_linears_of_multiples_of_128_in_their_blocks(variant, head_dim):
     preset = tiny_preset(variant, head_dim)
     assert preset.transformer["attention_head_dim"] == head_dim
-    assert preset.task == ("t2v" if variant == "t2v" else "i2v")
+    assert preset.task == variant.partition("-")[0].replace("flf2v", "i2v")
     model = build_transformer(preset.transformer, torch.float32)
     for name, module in model.blocks.named_modules():
         if isinstance(module, torch.nn.Linear):

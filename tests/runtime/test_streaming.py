@@ -184,6 +184,23 @@ def test_strides_survive_the_way_through_memory():
     assert made["b"].is_contiguous()  # it had gaps
 
 
+@pytest.mark.parametrize("blocks", [0, 3])
+def test_a_parked_engine_holds_none_of_the_weights_that_were_placed(engine, blocks):
+    """At once, because the other expert's weights come in their place; the garbage collector may be off."""
+    planned = copy.deepcopy(engine)
+    planned.use_plan(plan_of(planned, blocks))
+    planned(*inputs())
+    placed = [weakref.ref(t) for t in planned._placed.stays.values()]
+    gc.disable()
+    try:
+        planned._forget()
+        kept = {id(t) for t in planned.weights.values()}
+        assert not [t for t in placed if t() is not None and id(t()) not in kept]
+    finally:
+        gc.enable()
+    assert torch.equal(planned(*inputs()), engine(*inputs()))
+
+
 def test_a_weight_written_in_place_is_streamed_or_brought_with_its_new_values(engine):
     planned, plain = copy.deepcopy(engine), copy.deepcopy(engine)
     planned.use_plan(plan_of(planned, 3))

@@ -180,7 +180,7 @@ def test_other_quantizations_of_a_folder_are_named(config, words, state, tmp_pat
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "vace"}, "of the type 'vace'"),
+        ({"model_type": "s2v"}, "of the type 's2v'"),
         ({"dim": 100, "num_heads": 3}, "dim 100 is no multiple of num_heads 3"),
         ({"window_size": [4, 4]}, "window_size"),
         ({"num_layers": "two"}, "num_layers must be"),

@@ -11,6 +11,8 @@ from turbocompile.recipe.schema import load_recipe
 from turbocompile.wan.example import write_example
 from turbocompile.wan.source import open_source
 
+IMAGE = "WanImageToVideoPipeline"
+
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_diffusers_opens_it_and_makes_a_video(example, variant):
@@ -19,9 +21,13 @@ def test_diffusers_opens_it_and_makes_a_video(example, variant):
 
     pipe = DiffusionPipeline.from_pretrained(example(variant))
     pipe.set_progress_bar_config(disable=True)
-    assert type(pipe).__name__ == ("WanPipeline" if variant == "t2v" else "WanImageToVideoPipeline")
-    assert pipe.config.boundary_ratio == (0.9 if variant == "i2v-experts" else None)
-    image = {} if variant == "t2v" else {"image": Image.new("RGB", (40, 30), (200, 30, 90))}
+    assert type(pipe).__name__ == {"i2v": IMAGE, "flf2v": IMAGE, "vace": "WanVACEPipeline"}.get(
+        variant.partition("-")[0], "WanPipeline"
+    )
+    assert pipe.config.boundary_ratio == {"i2v-experts": 0.9, "t2v-experts": 0.875}.get(variant)
+    picture = Image.new("RGB", (40, 30), (200, 30, 90))
+    image = {"image": picture} if type(pipe).__name__ == IMAGE else {}
+    image |= {"last_image": picture} if variant == "flf2v" else {}
     call = {"prompt": "A red cat", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, **image}
     frames = pipe(**call, output_type="np", generator=torch.Generator().manual_seed(0)).frames
     assert frames.shape == (1, 5, 32, 32, 3)

@@ -74,12 +74,12 @@ def test_a_14b_model_is_opened_without_its_memory():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_example_inputs_are_a_call_that_the_model_takes(variant):
     transformer = opened({"preset": tiny_preset(variant).name}).transformers["transformer"]
-    args, kwargs = transformer.example_inputs(Shape(32, 48, 5, 2))
+    args, kwargs = transformer.example_inputs(Shape(32, 64, 5, 2))
     assert args == ()
     real = {k: torch.zeros_like(v, device="cpu") if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
     with torch.no_grad():
         (out,) = transformer.load()(**real)
-    assert out.shape == (2, 16, 2, 4, 6)
+    assert out.shape == ((2, 48, 2, 2, 4) if variant == "ti2v" else (2, 16, 2, 4, 8))
     assert kwargs["encoder_hidden_states"].shape[1] == 512
 
 
@@ -144,7 +144,12 @@ def test_other_models_and_damage_are_refused_in_one_sentence(example, tmp_path):
     with pytest.raises(EngineError, match="has the shape"):
         opened(str(folder)).transformers["transformer"].build()
     config.write_text(json.dumps({**values, "_class_name": "WanVACETransformer3DModel"}))
-    with pytest.raises(UnsupportedError, match="WanVACETransformer3DModel"):
+    with pytest.raises(EngineError, match="vace_layers must be layers rising from 0 to at most 1"):
+        opened(str(folder))
+    config.write_text(json.dumps({**values, "_class_name": "WanAnimateTransformer3DModel"}))
+    with pytest.raises(
+        UnsupportedError, match=r"a WanAnimateTransformer3DModel, .* turbocompile.optimize\(model, ...\)"
+    ):
         opened(str(folder))
     config.write_text("{")
     with pytest.raises(EngineError, match="cannot be read as JSON"):

@@ -104,11 +104,11 @@ def test_patches_of_other_sizes_run(pipeline, tmp_path, patch, measured):
     assert generate(tmp_path / "engine", "a cat", steps=1).video.shape == (1, 9, 64, 96, 3)
 
 
-def test_ti2v_makes_the_video_of_the_diffusers_pipeline(pipeline, tmp_path):
+def test_ti2v_of_text_alone_makes_the_video_of_the_diffusers_pipeline(pipeline, tmp_path):
     """Wan2.2 TI2V 5B: 48 channels at stride 16; diffusers gives each token the same timestep, here there is one."""
     channels = {"in_channels": 48, "out_channels": 48}
     folder = pipeline(small_vae(48, **TI2V), channels, {"expand_timesteps": True})
-    report = optimize_recipe(recipe(folder), tmp_path / "engine")
+    report = optimize_recipe(recipe(folder, model={"path": str(folder), "text_only": True}), tmp_path / "engine")
     assert any("expand_timesteps=False" in warning for warning in report.warnings)
     engine = turbocompile.load(tmp_path / "engine")
     pipe = DiffusionPipeline.from_pretrained(folder)
@@ -171,7 +171,11 @@ def test_sizes_that_make_no_whole_tokens_are_refused_by_name(pipeline, kind, siz
         (lambda p: p(transformer={"in_channels": 33}), r"takes 33 channels .* image-to-video is 36"),
         (lambda p: p(transformer={"in_channels": 12}), r"takes 12 channels .* makes 16"),
         (lambda p: p(small_vae(**VAES["8 frames"][0]), {"in_channels": 40}), "one latent frame of 8, and diffusers"),
-        (lambda p: p(index={"expand_timesteps": True, "_class_name": "WanImageToVideoPipeline"}), "expand_timesteps"),
+        (
+            lambda p: p(transformer={"in_channels": 36}, index={"expand_timesteps": True}),
+            "takes 36 channels .* makes 16",
+        ),
+        (lambda p: p(transformer={"patch_size": [3, 2, 1]}, index={"expand_timesteps": True}), "tokens of its own"),
         (lambda p: p(small_vae(latents_mean=[0.0] * 3)), "latents_mean has 3 values for the 16 channels"),
         (lambda p: p(small_vae(temperal_downsample=[False, True, True, True])), "more entries than dim_mult has steps"),
     ],

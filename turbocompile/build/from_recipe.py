@@ -26,7 +26,7 @@ from turbocompile.ir.program import Program
 from turbocompile.numerics.original import NOT_COMPARED, Comparison, Original
 from turbocompile.numerics.recording import Recorded, read_inputs
 from turbocompile.recipe.options import CompileOptions, resolve
-from turbocompile.recipe.presets import Geometry, boundary_of
+from turbocompile.recipe.presets import Geometry, boundary_of, is_vace
 from turbocompile.recipe.schema import Recipe, Shape
 from turbocompile.report.report import Report
 from turbocompile.runtime.folder import new_folder
@@ -158,9 +158,8 @@ class _TransformerBuild:
 
     @property
     def shallow(self) -> TransformerSource:
-        """The transformer with two blocks, which show what repeats."""
-        config = {**self.transformer.config, "num_layers": min(2, self.layers)}
-        return replace(self.transformer, config=config)
+        """The transformer with the blocks that show what repeats."""
+        return self.transformer.shallow()
 
     def compiled(self) -> Compiled:
         """Captures each shape once, compares blocks with the model itself, rewrites."""
@@ -230,7 +229,7 @@ class _TransformerBuild:
         with self.stages("capture"):
             args, kwargs = transformer.example_inputs(shape)
             model = transformer.build()  # checks that there are weights for all layers
-            if layers > CAPTURED:
+            if layers > CAPTURED and not is_vace(transformer.config):
                 few = replace(transformer, config={**transformer.config, "num_layers": CAPTURED})
                 made = deepened(capture(few.build(), args, kwargs), "blocks", layers)
                 if made is not None:
@@ -248,14 +247,16 @@ class _TransformerBuild:
         return comparison
 
     def _compared_further(self, program: Program) -> int:
-        """Compares the following blocks, two by two, each pair with its own weights, for COMPARED_SHARE of the build's
-        time; how many blocks it were. The whole transformer may be too large to run, and its blocks are one graph.
+        """Compares the following blocks, as many at a time as the shallow transformer has, with their own weights, for
+        COMPARED_SHARE of the build's time; how many blocks it were. The whole transformer may be too large to run, and
+        its blocks are one graph.
         """
         seconds = COMPARED_SHARE * sum(self.stages.seconds.values()) - self.stages.seconds["compare"]
-        done, started = 2, time.perf_counter()
-        while done < self.layers and (time.perf_counter() - started) * (done / max(done - 2, 1)) < seconds:
-            first = min(done, self.layers - 2)
-            pair = replace(self.shallow, tensors=BlocksFrom(self.transformer.tensors, first))
-            self._compared(pair, program)
-            done = first + 2
+        few = self.shallow
+        count = done = int(few.config["num_layers"])
+        started = time.perf_counter()
+        while done < self.layers and (time.perf_counter() - started) * (done / max(done - count, 1)) < seconds:
+            first = min(done, self.layers - count)
+            self._compared(replace(few, tensors=BlocksFrom(self.transformer.tensors, first, count)), program)
+            done = first + count
         return min(done, self.layers)

@@ -53,6 +53,13 @@ class Runner:
         for bound in self.bindings:
             bound.refresh(self.weights, names)
 
+    def release(self) -> None:
+        """Drops the weights; the runner cannot be called any more. Its code is a circle of references, which would hold
+        the weights' memory until the garbage collector comes by."""
+        for bound in self.bindings:
+            bound.operands.clear()
+        self.weights = {}
+
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with torch.no_grad(), _supported():
             return self.shell.run(tensors)

@@ -13,7 +13,8 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 TEXT_TOKENS = 512  # Wan pads or cuts every prompt to this many tokens
-BOUNDARY = {"i2v": 0.9, "t2v": 0.875}  # flow time of Wan2.2, by task, below which its second expert denoises
+# flow time of Wan2.2, by task, below which its second expert denoises
+BOUNDARY = {"i2v": 0.9, "t2v": 0.875, "ti2v": 0.875, "vace": 0.875}
 
 # Height and width by the name of a resolution and the aspect ratio (width : height), as Wan and rCM publish them.
 SIZES: Mapping[str, Mapping[str, tuple[int, int]]] = {
@@ -40,6 +41,9 @@ TRANSFORMER_FIELDS = (
     "rope_max_seq_len",
     "pos_embed_seq_len",
 )
+VACE_FIELDS = ("vace_layers", "vace_in_channels")  # what WanVACETransformer3DModel takes besides
+TI2V_CHANNELS = 48  # of the latents of Wan2.2 TI2V 5B; those of every other Wan have 16
+CLIP_TOKENS = 257  # tokens of an image from the CLIP encoder of Wan2.1 I2V: 16 x 16 patches and the class token
 
 _COUNTS = (
     "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "freq_dim", "ffn_dim",
@@ -66,6 +70,31 @@ def wrong_field(config: Mapping[str, Any]) -> str | None:
         return f"eps must be a number between 0 and 1, not {eps!r}"
     if type(config.get("cross_attn_norm", True)) is not bool:
         return f"cross_attn_norm must be true or false, not {config['cross_attn_norm']!r}"
+    return _wrong_vace(config) if is_vace(config) else None
+
+
+def is_vace(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration is that of diffusers' WanVACETransformer3DModel."""
+    return "vace_layers" in config
+
+
+def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with some fields changed. VACE's blocks of layers that are left out are left out."""
+    made = {**config, **changes}
+    layers, given = made["num_layers"], made.get("vace_layers")
+    if given is not None and "vace_layers" not in changes and type(layers) is int:
+        made["vace_layers"] = tuple(layer for layer in given if layer < layers)
+    return made
+
+
+def _wrong_vace(config: Mapping[str, Any]) -> str | None:
+    layers, channels = config["vace_layers"], config.get("vace_in_channels", 96)
+    if type(channels) is not int or channels < 1:
+        return f"vace_in_channels must be a whole number of at least 1, not {channels!r}"
+    last = config.get("num_layers", 40) - 1
+    whole = isinstance(layers, (list, tuple)) and all(type(i) is int and 0 <= i <= last for i in layers)
+    if not whole or 0 not in layers or sorted(set(layers)) != list(layers):
+        return f"vace_layers must be layers rising from 0 to at most {last} (num_layers - 1), not {layers!r}"
     return None
 
 
@@ -82,8 +111,8 @@ class Geometry:
     patch: tuple[int, int, int] = (1, 2, 2)
 
     def latent(self, shape: Size) -> tuple[int, int, int]:
-        """Latent frames, height and width of a video."""
-        frames = (shape.num_frames - 1) // self.temporal + 1
+        """Latent frames, height and width of a video. Each reference image of VACE takes a latent frame, too."""
+        frames = (shape.num_frames - 1) // self.temporal + 1 + shape.references
         return frames, shape.height // self.spatial, shape.width // self.spatial
 
     def tokens(self, shape: Size) -> int:
@@ -114,7 +143,7 @@ class Geometry:
 
 
 class Size(Protocol):
-    """A size of video: pixels and frames."""
+    """A size of video: pixels and frames, and the reference images that VACE takes beside it."""
 
     @property
     def height(self) -> int: ...
@@ -124,6 +153,9 @@ class Size(Protocol):
 
     @property
     def num_frames(self) -> int: ...
+
+    @property
+    def references(self) -> int: ...
 
 
 def vae_strides(vae: Mapping[str, Any]) -> tuple[int, int]:
@@ -189,7 +221,8 @@ class Preset:
         AutoencoderKLWan and of transformers' UMT5Config and CLIPVisionConfig. The text and image encoders of a
         full-size preset are small ones with the true widths at their outputs: they serve synthetic weights alone.
     experts: 2 where a second transformer takes over below `boundary_ratio` (Wan2.2).
-    flow_shift: of the scheduler. hub_id: where the weights are published in diffusers' form.
+    flow_shift: of the scheduler. hub_id: where the weights are published in diffusers' form. expand_timesteps: each
+        token has a timestep of its own (TI2V).
     """
 
     name: str
@@ -204,11 +237,12 @@ class Preset:
     height: int = 480
     width: int = 832
     num_frames: int = 81
+    expand_timesteps: bool = False
 
     @property
     def task(self) -> str:
-        """ "t2v" or "i2v"."""
-        return task_of(self.transformer)
+        """As in `task_of`."""
+        return "ti2v" if self.expand_timesteps else task_of(self.transformer)
 
     @property
     def geometry(self) -> Geometry:
@@ -217,12 +251,21 @@ class Preset:
     @property
     def pipeline(self) -> str:
         """The diffusers pipeline class."""
-        return "WanImageToVideoPipeline" if self.task == "i2v" else "WanPipeline"
+        return {"i2v": "WanImageToVideoPipeline", "vace": "WanVACEPipeline"}.get(self.task, "WanPipeline")
 
 
 def task_of(transformer: Mapping[str, Any]) -> str:
-    """ "i2v" where the transformer takes an image's latent and mask beside the noise, else "t2v"."""
-    return "i2v" if transformer["in_channels"] > transformer["out_channels"] else "t2v"
+    """What a transformer of a configuration makes videos from.
+
+    "vace": a control video, masks and reference images beside the text. "i2v": an image, whose latent and mask are
+    channels beside the noise. "ti2v": text or an image, whose latent stands for the first frame's noise; it is told by
+    TI2V's 48 channels. Else "t2v": text alone.
+    """
+    if is_vace(transformer):
+        return "vace"
+    if transformer["in_channels"] > transformer["out_channels"]:
+        return "i2v"
+    return "ti2v" if transformer["out_channels"] == TI2V_CHANNELS == transformer["in_channels"] else "t2v"
 
 
 def _transformer(heads: int, head_dim: int, ffn_dim: int, layers: int, **more: Any) -> Mapping[str, Any]:
@@ -265,12 +308,12 @@ def _vae(base_dim: int, channels: int = len(LATENTS_MEAN)) -> Mapping[str, Any]:
     )
 
 
-def _vae_of_ti2v() -> Mapping[str, Any]:
+def _vae_of_ti2v(base_dim: int = 160, decoder_base_dim: int = 256) -> Mapping[str, Any]:
     """Wan2.2's VAE for TI2V 5B: 48 channels at stride 16. Its statistics serve synthetic weights alone."""
     return MappingProxyType(
-        dict(_vae(160, 48))
+        dict(_vae(base_dim, TI2V_CHANNELS))
         | {
-            "decoder_base_dim": 256,
+            "decoder_base_dim": decoder_base_dim,
             "is_residual": True,
             "in_channels": 12,
             "out_channels": 12,
@@ -283,7 +326,7 @@ def _vae_of_ti2v() -> Mapping[str, Any]:
 
 def published_vae(channels: int) -> Mapping[str, Any]:
     """The VAE that Wan's transformers of so many latent channels are published with: stride 16 for 48, else 8."""
-    return _vae_of_ti2v() if channels == 48 else _vae(96, channels)
+    return _vae_of_ti2v() if channels == TI2V_CHANNELS else _vae(96, channels)
 
 
 def _text_encoder(width: int) -> Mapping[str, Any]:
@@ -322,24 +365,35 @@ def _image_encoder(width: int, image_size: int, patch_size: int) -> Mapping[str,
 
 def _tiny(variant: str, head_dim: int) -> Preset:
     """A tiny pipeline: 2 blocks of 256 channels, so that all linears are multiples of 128 (int8_block needs that)."""
-    more: dict[str, Any] = {"text_dim": 64}
-    if variant != "t2v":
-        more["in_channels"] = 36
-    if variant == "i2v-image":
-        more |= {"image_dim": 32, "added_kv_proj_dim": 256}
-    experts = 2 if variant == "i2v-experts" else 1
+    more: dict[str, Any] = {"text_dim": 64, **_TINY.get(variant, {})}
+    experts = 2 if variant.endswith("-experts") else 1
+    kind = variant.removeprefix("t2v").removeprefix("-")
+    transformer = _transformer(256 // head_dim, head_dim, 512, 2, **more)
     return Preset(
-        name="wan-tiny" + variant.removeprefix("t2v").replace("i2v", "-i2v") + ("-128" if head_dim == 128 else ""),
-        transformer=_transformer(256 // head_dim, head_dim, 512, 2, **more),
-        vae=_vae(8),
+        name="-".join(["wan-tiny", *([kind] if kind else []), *(["128"] if head_dim == 128 else [])]),
+        transformer=transformer,
+        vae=_vae_of_ti2v(8, 8) if variant == "ti2v" else _vae(8),
         text_encoder=_text_encoder(64),
-        image_encoder=_image_encoder(32, 32, 8) if variant == "i2v-image" else None,
+        image_encoder=_image_encoder(32, 32, 8) if transformer["image_dim"] is not None else None,
         experts=experts,
-        boundary_ratio=BOUNDARY["i2v"] if experts == 2 else None,
+        boundary_ratio=BOUNDARY[task_of(transformer)] if experts == 2 else None,
         height=256,
         width=256,
         num_frames=17,
+        expand_timesteps=variant == "ti2v",
     )
+
+
+_IMAGE = {"in_channels": 36, "image_dim": 32, "added_kv_proj_dim": 256}
+# variant of a tiny pipeline -> what its transformer has otherwise
+_TINY: Mapping[str, Mapping[str, Any]] = {
+    "i2v": {"in_channels": 36},
+    "i2v-image": _IMAGE,
+    "i2v-experts": {"in_channels": 36},
+    "flf2v": {**_IMAGE, "pos_embed_seq_len": 2 * 17},  # 2 images of 4 x 4 patches and the class token
+    "ti2v": {"in_channels": TI2V_CHANNELS, "out_channels": TI2V_CHANNELS},
+    "vace": {"vace_layers": (0, 1), "vace_in_channels": 96},
+}
 
 
 # variant of a tiny pipeline -> what it is
@@ -349,6 +403,10 @@ VARIANTS: Mapping[str, str] = MappingProxyType(
         "i2v": "image to video by 36 input channels",
         "i2v-image": "image to video by 36 input channels and CLIP tokens (as Wan2.1 I2V)",
         "i2v-experts": "image to video with a high-noise and a low-noise transformer (as Wan2.2 I2V A14B)",
+        "t2v-experts": "text to video with a high-noise and a low-noise transformer (as Wan2.2 T2V A14B)",
+        "flf2v": "a first and a last image to video (as Wan2.1 FLF2V)",
+        "ti2v": "text or an image to video, with a timestep for each token (as Wan2.2 TI2V 5B)",
+        "vace": "text, a control video, masks and reference images to video (as Wan2.1 VACE)",
     }
 )
 
@@ -361,7 +419,7 @@ def tiny_preset(variant: str = "t2v", head_dim: int = 64) -> Preset:
 def boundary_of(ratio: float | None, task: str) -> float:
     """The flow time in [0, 1] below which the second of two experts denoises. ratio: the model's own, if it has one.
 
-    task: "t2v" or "i2v".
+    task: as `task_of` says it.
     """
     return BOUNDARY[task] if ratio is None else float(ratio)
 
@@ -377,6 +435,7 @@ def preset_for(transformer: Mapping[str, Any], experts: int = 1, boundary_ratio:
         image_encoder=_image_encoder(image_dim, 224, 14) if image_dim is not None else None,
         experts=experts,
         boundary_ratio=boundary_ratio,
+        expand_timesteps=task_of(transformer) == "ti2v",
     )
 
 
@@ -387,7 +446,9 @@ def with_transformer(preset: Preset, transformer: Mapping[str, Any]) -> Preset:
     if text_dim != preset.text_encoder["d_model"]:
         changed = replace(changed, text_encoder=_text_encoder(text_dim))
     if transformer["out_channels"] != preset.vae["z_dim"]:
-        changed = replace(changed, vae=_vae(preset.vae["base_dim"], transformer["out_channels"]))
+        changed = replace(
+            changed, vae=_vae(preset.vae["base_dim"], transformer["out_channels"]), expand_timesteps=False
+        )
     old = preset.image_encoder["hidden_size"] if preset.image_encoder else None
     if image_dim != old:
         changed = replace(changed, image_encoder=None if image_dim is None else _image_encoder(image_dim, 224, 14))
@@ -395,27 +456,76 @@ def with_transformer(preset: Preset, transformer: Mapping[str, Any]) -> Preset:
 
 
 def _full(name: str, hub: str, transformer: Mapping[str, Any], **more: Any) -> Preset:
-    return Preset(name, transformer, _vae(96), _text_encoder(4096), hub_id=f"Wan-AI/{hub}", **more)
+    vae = published_vae(transformer["out_channels"])
+    return Preset(name, transformer, vae, _text_encoder(4096), hub_id=f"Wan-AI/{hub}", **more)
 
+
+_OF_14B = (40, 128, 13824, 40)  # heads, channels of a head, of the feed-forward network, layers
+_OF_1_3B = (12, 128, 8960, 30)
+_CLIP = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+_720P: dict[str, Any] = {"height": 720, "width": 1280, "flow_shift": 5.0}
 
 _PRESETS = (
     *(_tiny(variant, head_dim) for variant in VARIANTS for head_dim in (64, 128)),
-    _full("wan2.1-t2v-1.3b", "Wan2.1-T2V-1.3B-Diffusers", _transformer(12, 128, 8960, 30)),
-    _full("wan2.1-t2v-14b", "Wan2.1-T2V-14B-Diffusers", _transformer(40, 128, 13824, 40)),
+    _full("wan2.1-t2v-1.3b", "Wan2.1-T2V-1.3B-Diffusers", _transformer(*_OF_1_3B)),
+    _full("wan2.1-t2v-14b", "Wan2.1-T2V-14B-Diffusers", _transformer(*_OF_14B)),
     _full(
         "wan2.1-i2v-14b",
         "Wan2.1-I2V-14B-480P-Diffusers",
-        _transformer(40, 128, 13824, 40, in_channels=36, image_dim=1280, added_kv_proj_dim=5120),
+        _transformer(*_OF_14B, **_CLIP),
         image_encoder=_image_encoder(1280, 224, 14),
+    ),
+    _full(
+        "wan2.1-i2v-14b-720p",
+        "Wan2.1-I2V-14B-720P-Diffusers",
+        _transformer(*_OF_14B, **_CLIP),
+        image_encoder=_image_encoder(1280, 224, 14),
+        **_720P,
+    ),
+    _full(
+        "wan2.1-flf2v-14b",
+        "Wan2.1-FLF2V-14B-720P-diffusers",
+        _transformer(*_OF_14B, **_CLIP, pos_embed_seq_len=2 * CLIP_TOKENS),
+        image_encoder=_image_encoder(1280, 224, 14),
+        **_720P,
+    ),
+    _full(
+        "wan2.1-vace-1.3b",
+        "Wan2.1-VACE-1.3B-diffusers",
+        _transformer(*_OF_1_3B, vace_layers=tuple(range(0, 30, 2)), vace_in_channels=96),
+    ),
+    _full(
+        "wan2.1-vace-14b",
+        "Wan2.1-VACE-14B-diffusers",
+        _transformer(*_OF_14B, vace_layers=tuple(range(0, 40, 5)), vace_in_channels=96),
+        **_720P,
+    ),
+    _full(
+        "wan2.2-t2v-a14b",
+        "Wan2.2-T2V-A14B-Diffusers",
+        _transformer(*_OF_14B),
+        experts=2,
+        boundary_ratio=BOUNDARY["t2v"],
+        **_720P,
     ),
     _full(
         "wan2.2-i2v-a14b",
         "Wan2.2-I2V-A14B-Diffusers",
-        _transformer(40, 128, 13824, 40, in_channels=36),
+        _transformer(*_OF_14B, in_channels=36),
         experts=2,
         boundary_ratio=BOUNDARY["i2v"],
         height=720,
         width=1280,
+    ),
+    _full(
+        "wan2.2-ti2v-5b",
+        "Wan2.2-TI2V-5B-Diffusers",
+        _transformer(24, 128, 14336, 30, in_channels=TI2V_CHANNELS, out_channels=TI2V_CHANNELS),
+        height=704,
+        width=1280,
+        num_frames=121,
+        flow_shift=5.0,
+        expand_timesteps=True,
     ),
 )
 

@@ -24,7 +24,14 @@ from turbocompile.errors import RecipeError, UnsupportedError
 from turbocompile.hardware import TARGETS, host_target
 from turbocompile.recipe.fields import FieldError, Section, described, kind_of, nearest, plain
 from turbocompile.recipe.parse import append, from_plain, make, override, parse
-from turbocompile.recipe.presets import PRESETS, TRANSFORMER_FIELDS, Geometry, wrong_field
+from turbocompile.recipe.presets import (
+    PRESETS,
+    TRANSFORMER_FIELDS,
+    VACE_FIELDS,
+    Geometry,
+    with_changes,
+    wrong_field,
+)
 
 FP8_TARGETS = ("cpu", "sm89", "sm90", "sm120")  # Ampere has no FP8 arithmetic; on a CPU the references emulate it
 PLAN_TARGETS = ("sm86", "sm89", "sm120")  # the RTX cards that tensorrt_rtx builds plans for
@@ -58,6 +65,11 @@ class ModelSpec(Section):
         default_factory=dict,
         metadata={"help": "fields of the transformer's configuration to change, as in {num_layers: 4}"},
     )
+    text_only: bool = described(
+        False,
+        "of TI2V 5B: makes videos from text alone, with one timestep for all tokens; else each token has its own, and "
+        "a video may start from an image",
+    )
 
     def check(self) -> None:
         if self.path and self.preset:
@@ -75,11 +87,10 @@ class ModelSpec(Section):
             raise FieldError("weights", f"cannot be checkpoint, none is published for {self.preset}; use synthetic")
         if self.transformer_2 and not self.path:
             raise FieldError("transformer_2", "belongs to a path, not to a preset")
+        known = (*TRANSFORMER_FIELDS, *VACE_FIELDS)
         for name in self.config:
-            if name not in TRANSFORMER_FIELDS:
-                raise FieldError(
-                    f"config.{name}", "is not a field of the transformer" + nearest(name, TRANSFORMER_FIELDS)
-                )
+            if name not in known:
+                raise FieldError(f"config.{name}", "is not a field of the transformer" + nearest(name, known))
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,7 @@ class Shape(Section):
         81, "frames, 4k + 1 (the VAE makes one latent frame of the first, then one of every 4)", minimum=1
     )
     batch: int = described(1, "videos at once", minimum=1)
+    references: int = described(0, "of VACE: reference images, each of which takes a latent frame", minimum=0)
 
     @property
     def latent(self) -> tuple[int, int, int]:
@@ -121,8 +133,9 @@ class Shape(Section):
 
     @property
     def name(self) -> str:
-        """As in `480x832x81x1` (height, width, frames, batch)."""
-        return f"{self.height}x{self.width}x{self.num_frames}x{self.batch}"
+        """As in `480x832x81x1` (height, width, frames, batch); with two references `480x832x81x1r2`."""
+        references = f"r{self.references}" if self.references else ""
+        return f"{self.height}x{self.width}x{self.num_frames}x{self.batch}{references}"
 
 
 @dataclass(frozen=True)
@@ -142,6 +155,9 @@ class SamplerSpec(Section):
         "classifier-free guidance of unipc and euler, 5.0 where not given (1.0: one forward a step); rcm has none",
         minimum=1.0,
     )
+    guidance_2: float | None = described(
+        None, "guidance of the low-noise expert of two (Wan2.2); guidance where not given", minimum=1.0
+    )
     sigma_max: float | None = described(
         None, "rcm: the first noise level; 80 for text-to-video, 200 for image-to-video where not given", above=0.0
     )
@@ -160,6 +176,8 @@ class SamplerSpec(Section):
     def _check_rcm(self) -> None:
         if self.guidance is not None and self.guidance != 1.0:
             raise FieldError("guidance", "belongs to unipc and euler; rcm samples without classifier-free guidance")
+        if self.guidance_2 is not None and self.guidance_2 != 1.0:
+            raise FieldError("guidance_2", "belongs to unipc and euler; rcm samples without classifier-free guidance")
         if self.shift is not None:
             raise FieldError("shift", "belongs to unipc and euler; the times of rcm are sigma_max and mid_steps")
         steps = 4 if self.steps is None else self.steps
@@ -183,8 +201,13 @@ class SamplerSpec(Section):
         self._resolve("guidance", 5.0 if self.guidance is None else self.guidance)
         self._resolve("shift", 5.0 if self.shift is None else self.shift)
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether a step calls the network for the negative prompt, too."""
+        return any(g is not None and g != 1.0 for g in (self.guidance, self.guidance_2))
+
     def for_task(self, task: str) -> SamplerSpec:
-        """With what depends on the task, "t2v" or "i2v", filled in: rCM's sigma_max and mid_steps."""
+        """With what depends on the task (presets.task_of) filled in: rCM's sigma_max and mid_steps."""
         if self.kind != "rcm":
             return self
         sigma_max = (200.0 if task == "i2v" else 80.0) if self.sigma_max is None else self.sigma_max
@@ -453,7 +476,7 @@ class Recipe(Settings):
         if self.model.preset is None or self.components.source not in ("model", "none"):
             return
         preset = PRESETS[self.model.preset]
-        config = {**preset.transformer, **self.model.config}
+        config = with_changes(preset.transformer, self.model.config)
         if wrong_field(config) is None:
             self.check_sizes(dataclasses.replace(preset.geometry, patch=tuple(config["patch_size"])))
 

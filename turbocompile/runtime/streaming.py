@@ -385,6 +385,10 @@ class Streamed:
         """Computes anew what was folded from weights of these names, which stay on the device."""
         self.run.refresh(names)
 
+    def release(self) -> None:
+        """As `Runner.release`."""
+        self.run.release()
+
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         self.step.begin()
         try:

@@ -13,26 +13,28 @@ from typing import Any
 import torch
 
 from turbocompile.errors import UnsupportedError
-from turbocompile.sampling import TRAIN_TIMESTEPS, Denoise, Progress, choose_experts, draw_noise
+from turbocompile.sampling import LOW_NOISE, TRAIN_TIMESTEPS, Denoise, Progress, choose_experts, draw_noise
 
 SOLVERS = ("unipc", "euler")
 # (x, timestep, expert, conditional) -> velocity; conditional: True for the prompt, False for the negative prompt
 Conditioned = Callable[[torch.Tensor, torch.Tensor, str, bool], torch.Tensor]
 
 
-def guided(denoise: Conditioned, guidance: float) -> Denoise:
+def guided(denoise: Conditioned, guidance: float, low_noise: float | None = None) -> Denoise:
     """The velocity with classifier-free guidance: u + guidance (c - u), float32, as a function for a sampler.
 
     c is the velocity for the prompt, u the velocity for the negative prompt. The network is called twice a step, or
-    once if guidance is 1, because the formula then gives c.
+    once if guidance is 1, because the formula then gives c. low_noise: guidance of the low-noise expert; that of the
+    other one where not given.
     """
 
     def velocity(x: torch.Tensor, timestep: torch.Tensor, expert: str) -> torch.Tensor:
         conditional = denoise(x, timestep, expert, True).float()
-        if guidance == 1.0:
+        scale = low_noise if low_noise is not None and expert == LOW_NOISE else guidance
+        if scale == 1.0:
             return conditional
         unconditional = denoise(x, timestep, expert, False).float()
-        return unconditional + guidance * (conditional - unconditional)
+        return unconditional + scale * (conditional - unconditional)
 
     return velocity
 

@@ -19,6 +19,7 @@ from turbocompile.files import check_file, replacing
 
 METADATA = "turbocompile"  # the key of what PNG and safetensors files say of their making
 FPS = 16  # of Wan's training videos
+FPS_OF = {"ti2v": 24}  # by the model's task, where it was trained on others
 QUALITY = 18  # x264's constant rate factor: differences from the frames are hard to see
 BT709, LIMITED_RANGE = 1, 1  # FFmpeg's numbers
 # mbtree=0: with macroblock trees x264 writes one of several files for the same frames (up to 12 in 2000 runs), without

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 from turbocompile.defaults import CALIBRATION_CALLS, SEED
-from turbocompile.errors import RecipeError, UnsupportedError
+from turbocompile.errors import RecipeError
 from turbocompile.files import check_file
 from turbocompile.numerics.recording import MAX_TOKENS, Recording, recording_calls
 from turbocompile.recipe.presets import boundary_of
 from turbocompile.recipe.schema import Recipe
 from turbocompile.video.components import held, placed
-from turbocompile.video.image import open_image
+from turbocompile.video.given import Given, check_given, fitting, sizes_for
 from turbocompile.video.latents import Pipeline, Progress, Request, Stages, make_latents
-from turbocompile.video.request import check_images, choose_sampler, prompts_of
+from turbocompile.video.request import choose_sampler, prompts_of
 from turbocompile.wan.source import open_source
 
 
@@ -29,6 +29,11 @@ def record_inputs(
     *,
     negative_prompt: str | None = None,
     image: Any = None,
+    last_image: Any = None,
+    control: Any = None,
+    mask: Any = None,
+    reference: Any = None,
+    control_scale: float | None = None,
     calls: int = CALIBRATION_CALLS,
     steps: int | None = None,
     guidance: float | None = None,
@@ -39,7 +44,8 @@ def record_inputs(
     """Samples with a recipe's original model, in eager PyTorch, and writes some of its inputs to `out` (recording.py).
 
     prompts: one video each, at the recipe's first shape, with its sampler. calls: how many are kept, spread over all
-    steps of all videos. image, steps, guidance: as for `generate`. device: by default a GPU where there is one.
+    steps of all videos. image, last_image, control, mask, reference, control_scale, steps, guidance: as for
+    `generate`. device: by default a GPU where there is one.
 
     Raises TurbocompileError.
     """
@@ -52,11 +58,10 @@ def record_inputs(
         source = open_source(recipe)
         if not {"tokenizer", "text_encoder", "vae"} <= set(source.components.names):
             raise RecipeError("calibrate: the recipe has no text encoder, and sampling takes one; name its components")
-    if (image is None) == (source.task == "i2v"):
-        what = "needs an image to start from (--image)" if image is None else "makes videos from text alone, no image"
-        raise UnsupportedError(f"calibrate: the model {what}")
-    check_images(source.transformers["transformer"].config)
-    size = recipe.shapes[0]
+    given = Given.of(image, last_image, control, mask, reference, control_scale)
+    check_given(given, source.task, source.transformers["transformer"].config)
+    size = sizes_for(recipe.shapes, len(given.references))[0]
+    picture = fitting(given, size, source.task)
     if (tokens := source.geometry.tokens(size)) > MAX_TOKENS:
         raise RecipeError(
             f"calibrate: the shape {size.name} has {tokens} tokens, and a build measures on {MAX_TOKENS} at most; "
@@ -68,15 +73,16 @@ def record_inputs(
         experts = {name: t.load().to(target) for name, t in source.transformers.items()}
         parts = {name: placed(part, name, target) for name, part in source.components.load().items()}
     first = source.transformers["transformer"]
-    pipeline = Pipeline(experts, first.config, recipe.torch_dtype, target, held(parts), source.geometry)
+    pipeline = Pipeline(
+        experts, first.config, recipe.torch_dtype, target, held(parts), source.geometry, task=source.task
+    )
     boundary = None
     if len(experts) > 1:
         boundary = boundary_of(source.boundary_ratio, source.task)
-    picture = open_image(image) if image is not None else None
     with recording_calls(recording, *experts.values()):
         for number, prompt in enumerate(prompts):
-            given = prompts_of(prompt, size.batch)
-            asked = Request(given, negative_prompt, picture, sampler, size, boundary, seed + number)
+            texts = prompts_of(prompt, size.batch)
+            asked = Request(texts, negative_prompt, picture, sampler, size, boundary, seed + number)
             make_latents(pipeline, asked, stages)
     recording.save(out)
     return recording

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from turbocompile.report.report import Report
 from turbocompile.runtime.engine import Engine
 from turbocompile.sampling import SamplingWarning
 from turbocompile.video.components import check_component
-from turbocompile.wan.transformer import images_of
+from turbocompile.video.given import Given, check_given
 
 
 def recipe_of(engine: Engine) -> Recipe:
@@ -35,6 +35,8 @@ def choose_sampler(spec: SamplerSpec, task: str, **changes: Any) -> SamplerSpec:
 
     Raises RecipeError for a value that the sampler does not take.
     """
+    if changes.get("guidance") is not None:  # of both experts
+        spec = dataclasses.replace(spec, guidance_2=None)
     changed = dataclasses.replace(spec, **{k: v for k, v in changes.items() if v is not None})
     return changed.for_task(task)
 
@@ -81,31 +83,18 @@ def prompts_of(prompt: str | Sequence[str], batch: int) -> list[str]:
     return prompts
 
 
-def check_request(engine: Engine, task: str, sampler: SamplerSpec, negative_prompt: str | None, image: Any) -> None:
-    if negative_prompt and sampler.guidance == 1.0:
+def check_request(engine: Engine, task: str, sampler: SamplerSpec, negative_prompt: str | None, given: Given) -> None:
+    if negative_prompt and not sampler.is_guided:
         raise UnsupportedError(
             f"a negative prompt works through guidance, and the sampler {sampler.kind} has none here; leave it out"
         )
-    if task == "i2v" and image is None:
-        raise UnsupportedError("the engine makes videos from an image; give one with image= (--image)")
-    if task != "i2v" and image is not None:
-        raise UnsupportedError("the engine makes videos from text alone; leave the image out")
-    check_images(engine.config)
+    check_given(given, task, engine.config)
     missing = [n for n in _needed(engine) if n not in engine.manifest["components"]]
     if missing:
         raise EngineError(f"the engine lacks its component {missing[0]}; build it from a complete pipeline")
     for name in _needed(engine):
         if name != "text_encoder":  # the largest, and the first to be read
             check_component(engine, name)
-
-
-def check_images(config: Mapping[str, Any]) -> None:
-    """Raises UnsupportedError for a transformer of first and last frames (FLF2V)."""
-    if images_of(config) != 1:
-        raise UnsupportedError(
-            "the model goes from a first frame to a last one (it has positions for two images: pos_embed_seq_len), and "
-            "here one image is given; call the engine in diffusers' WanImageToVideoPipeline(image=..., last_image=...)"
-        )
 
 
 def check_size(made: torch.Tensor, size: Shape) -> None:

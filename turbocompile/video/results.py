@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class Places:
             said = json.dumps({**result.metadata, "prompt": prompts[index], "video": index}, ensure_ascii=False)
             written: list[Path] = []
             if place.video is not None:
-                written.append(video_file.write_video(place.video, made, metadata=said))
+                written.append(video_file.write_video(place.video, made, fps_of(result.metadata), said))
             if place.frames is not None:
                 video_file.write_frames(place.frames, made, said)
                 written.append(place.frames)
@@ -102,4 +102,11 @@ def metadata_of(engine: Engine, asked: Request) -> dict[str, Any]:
         "negative_prompt": asked.negative_prompt or "",
         "sampler": dataclasses.asdict(asked.sampler),
         "lora": [dataclasses.asdict(spec) for spec in engine.lora],
+        "fps": video_file.FPS_OF.get(str(engine.manifest.get("task")), video_file.FPS),
+        **({"given": asked.picture.names, "control_scale": asked.picture.scale} if asked.picture is not None else {}),
     }
+
+
+def fps_of(metadata: Mapping[str, Any]) -> int:
+    """Frames a second of the videos of a call."""
+    return int(metadata.get("fps", video_file.FPS))

@@ -21,7 +21,7 @@ from turbocompile.recipe.schema import Shape
 from turbocompile.runtime.engine import Engine, load
 from turbocompile.runtime.folder import read_manifest
 from turbocompile.runtime.memory_plan import parse_size
-from turbocompile.video.image import open_image
+from turbocompile.video.given import Given, fitting, sizes_for
 from turbocompile.video.latents import Pipeline, Progress, Request, Stages, make_latents
 from turbocompile.video.memory import decoded, enough_memory, peak_taken, plan_video
 from turbocompile.video.request import (
@@ -59,13 +59,15 @@ def generate(
     say: Callable[[str], None] | None = None,
     progress: Progress | None = None,
     number: int = 0,
+    **images: Any,
 ) -> GenerateResult:
     """Makes the videos of one batch of an engine.
 
     engine: its folder, or the result of `turbocompile.load`. prompt: one for all videos of the batch, or one for each.
     negative_prompt: the text that guidance leads away from; empty by default. shape: one of the engine's, as in
     "480x832x81" (height, width, frames; the batch may follow) or "480p 16:9"; the first by default. image: a PIL image
-    or its path, for image-to-video. steps, guidance, sigma_max, ode: instead of the recipe's. out, frames, latents: an
+    or its path, for image-to-video. images: last_image, control, mask, reference, control_scale, as `Given.of` takes
+    them. steps, guidance, sigma_max, ode: instead of the recipe's. out, frames, latents: an
     .mp4 file, a folder for PNG frames, a .safetensors file, each of which says how it was made. number: of the first
     video; from 1 on it is in the names, as -1. device: by default the engine's; for a folder the GPU, where the engine
     was built for one. lora: adapters for this call, as `Engine.set_lora` takes them. vram: the memory of the GPU that
@@ -81,11 +83,11 @@ def generate(
     recipe = recipe_of(engine)
     task = str(engine.manifest.get("task") or task_of(engine.config))
     sampler = choose_sampler(recipe.sampler, task, steps=steps, guidance=guidance, sigma_max=sigma_max, ode=ode)
-    size = choose_shape(recipe.shapes, shape)
-    prompts = prompts_of(prompt, size.batch)
-    check_request(engine, task, sampler, negative_prompt, image)
+    given = Given.of(image, **images)
+    check_request(engine, task, sampler, negative_prompt, given)
+    size = choose_shape(sizes_for(recipe.shapes, len(given.references)), shape)
+    prompts, picture = prompts_of(prompt, size.batch), fitting(given, size, task)
     tell_quality(recipe, engine.report)
-    picture = open_image(image) if image is not None else None
     if vram is not None or engine.memory is not None:
         with stages("plan"):
             plan_video(engine, vram, size, picture is not None, target, say)
@@ -135,7 +137,8 @@ def generate_all(
     Places.checked(*(options.get(name) for name in ("out", "frames", "latents")))  # before the engine is loaded
     stages = Stages(progress)
     opened, target = _opened(engine, device, vram, stages)
-    batch = choose_shape(recipe_of(opened).shapes, shape).batch
+    references = Given.of(reference=options.get("reference")).references
+    batch = choose_shape(sizes_for(recipe_of(opened).shapes, len(references)), shape).batch
     samples = batch if samples is None else samples
     if samples < 1 or samples % batch:
         raise UnsupportedError(

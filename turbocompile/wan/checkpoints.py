@@ -24,6 +24,7 @@ from turbocompile.capture.module_weights import DATA, SCALE
 from turbocompile.errors import EngineError
 from turbocompile.ir.evaluate import TensorSource
 from turbocompile.kernels.quantize.quantize import BLOCK, FORMATS
+from turbocompile.wan import vace
 from turbocompile.wan.keys import (
     AVERAGE,
     PARTS,
@@ -73,8 +74,8 @@ class CheckpointTensors:
             if name in self.aside:
                 continue
             shape, dtype = scaled.spec(key)
-            if name == "patch_embedding.weight":
-                shape = self._patch(shape, names.get("patch_embedding.bias"))
+            if name in ("patch_embedding.weight", "vace_patch_embedding.weight"):
+                shape = self._patch(shape, names.get(name.replace("weight", "bias")))
             self._entries[name] = _Entry(key, shape, dtype)
         self._parts: dict[str, _Entry] = {}
         self.stored: Mapping[str, Stored] = {
@@ -226,7 +227,9 @@ def infer_config(tensors: TensorSource, where: str, heads: int | None = None) ->
         "rope_max_seq_len": 1024,
         "pos_embed_seq_len": None,
     }
-    return config | _image_config(names, shape, channels)
+    control = shape("vace_patch_embedding.weight") if "vace_patch_embedding.weight" in names else ()
+    more = vace.infer(names, config["num_layers"], control[1] if len(control) == 5 else 0, where)
+    return config | _image_config(names, shape, channels) | more
 
 
 _ESSENTIAL = (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from turbocompile.errors import EngineError, RecipeError, UnsupportedError
-from turbocompile.recipe.presets import Geometry, latent_channels, vae_strides, wrong_latents
+from turbocompile.recipe.presets import Geometry, is_vace, latent_channels, vae_strides, wrong_latents
 from turbocompile.recipe.schema import Recipe
 
 ENCODED = 4  # frames that diffusers' AutoencoderKLWan encodes at a time after the first
@@ -40,10 +40,37 @@ def check_channels(
             f"{2 * channels + geometry.temporal}: {channels} of noise, {channels} of the first frame and a mask of "
             f"{geometry.temporal}; build with components: none and call the engine in the model's own pipeline"
         )
-    if task == "t2v" and given != channels:
+    if task != "i2v" and given != channels:
         raise UnsupportedError(
             f"{where}: the transformer takes {given} channels (in_channels) and makes {made} (out_channels), and "
             "text-to-video is as many; build with components: none and call the engine in the model's own pipeline"
+        )
+    control = 2 * channels + geometry.spatial**2
+    if is_vace(config) and config["vace_in_channels"] != control:
+        raise UnsupportedError(
+            f"{where}: the transformer takes {config['vace_in_channels']} channels of control (vace_in_channels), and "
+            f"VACE with this VAE has {control}: two latents of {channels}, and a mask of {geometry.spatial} x "
+            f"{geometry.spatial} pixels a latent; build with components: none and call the engine in the model's own "
+            "pipeline"
+        )
+
+
+def check_task(recipe: Recipe, task: str, geometry: Geometry, where: str) -> None:
+    """Raises RecipeError for a field of another task than the model's, UnsupportedError for tokens of many frames."""
+    for i, shape in enumerate(recipe.shapes):
+        if shape.references and task != "vace":
+            raise RecipeError(
+                f"shapes.{i}.references belongs to VACE, and {where} takes no reference images; remove it"
+            )
+    if recipe.model.text_only and task != "ti2v":
+        raise RecipeError(
+            f"model.text_only belongs to models of text and images (TI2V 5B), and {where} is none; remove it"
+        )
+    if task in ("ti2v", "vace") and geometry.patch[0] != 1:
+        raise UnsupportedError(
+            f"{where}: a token has {geometry.patch[0]} latent frames (patch_size), and "
+            f"{'the first frame' if task == 'ti2v' else 'a reference image'} needs tokens of its own; build with "
+            "components: none and call the engine in the model's own pipeline"
         )
 
 

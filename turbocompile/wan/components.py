@@ -41,9 +41,17 @@ ALLOWED: Mapping[str, Mapping[str, str]] = {
         "FlowMatchEulerDiscreteScheduler": "diffusers",
     },
     "image_encoder": {"CLIPVisionModel": "transformers"},
-    "image_processor": {"CLIPImageProcessor": "transformers", "CLIPImageProcessorPil": "transformers"},
+    "image_processor": {
+        "CLIPImageProcessor": "transformers",
+        "CLIPImageProcessorPil": "transformers",
+        "CLIPProcessor": "transformers",
+    },
 }
-_ALIASES = {"TokenizersBackend": "PreTrainedTokenizerFast", "CLIPImageProcessorPil": "CLIPImageProcessor"}
+_ALIASES = {
+    "TokenizersBackend": "PreTrainedTokenizerFast",
+    "CLIPImageProcessorPil": "CLIPImageProcessor",
+    "CLIPProcessor": "CLIPImageProcessor",  # of FLF2V's folder, whose tokenizer nothing reads
+}
 
 # Files that a component may consist of. Weights are safetensors only.
 _KEPT = (".json", ".safetensors", ".model", ".txt")

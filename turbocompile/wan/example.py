@@ -16,6 +16,7 @@ from turbocompile.defaults import EXAMPLE_HEAD_DIM, EXAMPLE_VARIANT, SEED
 from turbocompile.errors import RecipeError
 from turbocompile.recipe.presets import VARIANTS, Preset, tiny_preset
 from turbocompile.recipe.schema import Recipe
+from turbocompile.wan import vace
 from turbocompile.wan.source import Source, open_source
 from turbocompile.wan.tensors import SINGLE
 
@@ -91,7 +92,8 @@ def _index(preset: Preset, source: Source) -> dict[str, Any]:
 
     parts: dict[str, Any] = {name: [row["library"], row["class"]] for name, row in source.components.table().items()}
     for name in ("transformer", "transformer_2"):
-        parts[name] = ["diffusers", "WanTransformer3DModel"] if name in source.transformers else [None, None]
+        cls = vace.CLASS if preset.task == "vace" else "WanTransformer3DModel"
+        parts[name] = ["diffusers", cls] if name in source.transformers else [None, None]
     if preset.task == "i2v":
         for name in ("image_encoder", "image_processor"):
             parts.setdefault(name, [None, None])
@@ -99,6 +101,6 @@ def _index(preset: Preset, source: Source) -> dict[str, Any]:
         "_class_name": preset.pipeline,
         "_diffusers_version": diffusers.__version__,
         "boundary_ratio": preset.boundary_ratio,
-        "expand_timesteps": False,
+        "expand_timesteps": preset.expand_timesteps,
         **dict(sorted(parts.items())),
     }

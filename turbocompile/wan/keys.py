@@ -40,8 +40,10 @@ _BLOCK = {
     "norm3": "norm2",  # the affine norm before cross-attention; norm1 and the other one have no parameters
     "norm2": "norm3",
 }
+_VACE_BLOCK = {**_BLOCK, "before_proj": "proj_in", "after_proj": "proj_out"}
 _SHELL = {
     "patch_embedding": "patch_embedding",
+    "vace_patch_embedding": "vace_patch_embedding",
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",
     "text_embedding.2": "condition_embedder.text_embedder.linear_2",
     "time_embedding.0": "condition_embedder.time_embedder.linear_1",
@@ -68,6 +70,8 @@ CONFIG_FIELDS = {
     "eps": "eps",
     "patch_size": "patch_size",
     "cross_attn_norm": "cross_attn_norm",
+    "vace_layers": "vace_layers",
+    "vace_in_dim": "vace_in_channels",
 }
 
 
@@ -86,8 +90,8 @@ def diffusers_name(name: str) -> str | None:
     """diffusers' name of a parameter in Wan's own layout (prefixes stripped); None for a name of no parameter."""
     if name in _WHOLE:
         return _WHOLE[name]
-    block = re.fullmatch(r"(blocks\.\d+\.)(.+)", name)
-    head, rest, table = (block[1], block[2], _BLOCK) if block else ("", name, _SHELL)
+    block = re.fullmatch(r"((vace_)?blocks\.\d+\.)(.+)", name)
+    head, rest, table = (block[1], block[3], _VACE_BLOCK if block[2] else _BLOCK) if block else ("", name, _SHELL)
     if block and rest == "modulation":
         return head + "scale_shift_table"
     path, _, suffix = rest.rpartition(".")

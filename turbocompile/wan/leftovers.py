@@ -41,8 +41,9 @@ _LORA = _Kind(
 )
 _VACE = _Kind(
     re.compile(r"(^|\.)vace_"),
-    "belongs to VACE's blocks, and a recipe compiles Wan's text-to-video and image-to-video transformers",
-    "load the model by diffusers (WanVACETransformer3DModel) and give it to turbocompile.optimize(model, ...)",
+    "belongs to VACE's blocks, and the configuration is of a model without these (vace_layers lists the layers that "
+    "have one)",
+    "give the configuration that belongs to the weights",
     UnsupportedError,
 )
 _SCALE = _Kind(

@@ -16,7 +16,8 @@ import torch
 
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.ir.evaluate import TensorSource
-from turbocompile.recipe.presets import PRESETS, TRANSFORMER_FIELDS, wrong_field
+from turbocompile.recipe.presets import PRESETS, TRANSFORMER_FIELDS, VACE_FIELDS, wrong_field
+from turbocompile.wan import vace
 from turbocompile.wan.checkpoints import CheckpointTensors, infer_config
 from turbocompile.wan.components import read_json
 from turbocompile.wan.keys import CONFIG_FIELDS, listed
@@ -26,6 +27,12 @@ DIFFUSERS = "WanTransformer3DModel"
 PROJECTIONS_FILE, GATES_FILE = "proj_l.safetensors", "vsa.safetensors"  # what a conversion writes beside the weights
 PICKLES = (".pth", ".pt", ".bin")
 DEFAULTS = PRESETS["wan2.1-t2v-14b"].transformer  # of diffusers' class
+_FIELDS = {DIFFUSERS: TRANSFORMER_FIELDS, vace.CLASS: (*TRANSFORMER_FIELDS, *VACE_FIELDS)}
+_VACE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    DIFFUSERS: {},
+    vace.CLASS: {name: PRESETS["wan2.1-vace-14b"].transformer[name] for name in VACE_FIELDS},
+}
+_KINDS = ("t2v", "i2v", "flf2v", "ti2v", "vace")  # model_type of Wan's own layout
 EXPERTS = ("high_noise_model", "low_noise_model")  # folders of Wan2.2's two experts in its own layout
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 _OTHER_PARTS = re.compile(r"(?i)(umt5|t5[-_]|vae|clip|xlm|optimizer|scheduler|rng|training_args)")
@@ -79,17 +86,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     check_quantization(folder, raw)
     if is_original(raw):
         return _check(path, _from_original(path, raw))
-    if raw.get("_class_name") != DIFFUSERS:
+    known = _FIELDS.get(str(raw.get("_class_name")))
+    if known is None:
         raise UnsupportedError(
-            f"{path}: the transformer is a {raw.get('_class_name')}, recipes take "
-            f"{DIFFUSERS}; use turbocompile.optimize(model, ...) for others"
+            f"{path}: the transformer is a {raw.get('_class_name')}, and recipes take {' and '.join(_FIELDS)}; load "
+            "the model by its own library and give it to turbocompile.optimize(model, ...)"
         )
-    return _check(path, {**DEFAULTS, **{k: raw[k] for k in TRANSFORMER_FIELDS if k in raw}})
+    return _check(path, {**DEFAULTS, **_VACE_DEFAULTS[raw["_class_name"]], **{k: raw[k] for k in known if k in raw}})
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of Wan's own layout."""
-    return "dim" in config and "num_heads" in config and config.get("_class_name") != DIFFUSERS
+    return "dim" in config and "num_heads" in config and config.get("_class_name") not in _FIELDS
 
 
 def is_transformer(folder: Path) -> bool:
@@ -102,10 +110,10 @@ def is_transformer(folder: Path) -> bool:
 def _from_original(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     """diffusers' fields of a configuration of Wan's own layout."""
     kind = raw.get("model_type", "t2v")
-    if kind in ("vace", "s2v", "animate"):
+    if kind not in _KINDS:
         raise UnsupportedError(
-            f"{path}: this is a model of the type {kind!r}, and a recipe compiles Wan's text-to-video and "
-            "image-to-video transformers; load it by diffusers and give it to turbocompile.optimize(model, ...)"
+            f"{path}: this is a model of the type {kind!r}, and a recipe compiles Wan's {', '.join(_KINDS)}; load the "
+            "model by its own library and give it to turbocompile.optimize(model, ...)"
         )
     window = raw.get("window_size", (-1, -1))
     if tuple(window if isinstance(window, (list, tuple)) else (window,)) != (-1, -1) or not raw.get("qk_norm", True):
@@ -117,6 +125,8 @@ def _from_original(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     dim, heads = raw["dim"], raw["num_heads"]
     if type(dim) is not int or type(heads) is not int or heads < 1 or dim < 1 or dim % heads:
         raise EngineError(f"{path}: dim {dim!r} is no multiple of num_heads {heads!r}; download it again")
+    if kind == "vace":  # with Wan's own default
+        config.setdefault("vace_layers", tuple(range(0, raw.get("num_layers", 0), 2)))
     return config | {"attention_head_dim": dim // heads}
 
 
@@ -125,8 +135,8 @@ def _check(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     wrong = wrong_field({**DEFAULTS, **config})
     if wrong is not None:
         raise EngineError(f"{path}: {wrong}")
-    if "patch_size" in config:
-        config["patch_size"] = tuple(config["patch_size"])
+    for name in {"patch_size", "vace_layers"} & config.keys():
+        config[name] = tuple(config[name])
     return config
 
 

@@ -16,6 +16,7 @@ from turbocompile.errors import EngineError, RecipeError, UnsupportedError
 from turbocompile.ir.evaluate import TensorSource
 from turbocompile.recipe.parse import HUB_ID
 from turbocompile.recipe.presets import (
+    CLIP_TOKENS,
     HUB_PRESETS,
     PRESETS,
     Geometry,
@@ -24,12 +25,13 @@ from turbocompile.recipe.presets import (
     preset_for,
     published_vae,
     task_of,
+    with_changes,
     with_transformer,
     wrong_field,
 )
 from turbocompile.recipe.schema import Recipe
 from turbocompile.wan.as_stored import parts_of
-from turbocompile.wan.checks import check_channels, check_frames, geometry_of
+from turbocompile.wan.checks import check_channels, check_frames, check_task, geometry_of
 from turbocompile.wan.components import Components, FolderComponents, NoComponents, read_index, read_json
 from turbocompile.wan.hub import fetch
 from turbocompile.wan.lora import with_loras
@@ -46,18 +48,18 @@ from turbocompile.wan.synthetic_components import SyntheticComponents
 from turbocompile.wan.tensors import SyntheticTensors
 from turbocompile.wan.transformer import TransformerSource, build_transformer, images_of
 
-CLIP_TOKENS = 257  # tokens of an image from the CLIP encoder of Wan2.1 I2V: 16 x 16 patches and the class token
 TRANSFORMERS = ("transformer", "transformer_2")
-IMAGE_PIPELINE = "WanImageToVideoPipeline"
 ONE_TIMESTEP = (
-    "the engine takes one timestep for all tokens, which in text-to-video are the same; a diffusers pipeline with "
-    "expand_timesteps gives each token its own, so set expand_timesteps=False in the one that calls the engine"
+    "the engine takes one timestep for all tokens (model.text_only), which in text-to-video are the same; a diffusers "
+    "pipeline with expand_timesteps gives each token its own, so set expand_timesteps=False in the one that calls the "
+    "engine"
 )
 
 
 @dataclass(frozen=True)
 class Source:
-    """An opened model. task: "t2v" or "i2v". boundary_ratio: below it (times 1000) transformer_2 takes over.
+    """An opened model. task: as `presets.task_of` says it. boundary_ratio: below it (times 1000) transformer_2 takes
+    over.
 
     is_synthetic: whether the transformers' weights are random. where: names the model in messages. seed: of synthetic
     weights.
@@ -116,20 +118,21 @@ def _source(
     boundary: float | None,
     synthetic: bool,
     where: str,
+    task: str = "",
 ) -> Source:
     """The opened model, after a check that its parts fit each other and the recipe's sizes. own: its components.
 
-    Raises RecipeError, EngineError, UnsupportedError.
+    task: where something else than the configuration says it. Raises RecipeError, EngineError, UnsupportedError.
     """
     components = _components(recipe, own)
     config = transformers[next(iter(transformers))].config
-    task = task_of(config)
+    task = task or task_of(config)
     for name, other in transformers.items():
-        for key in ("in_channels", "out_channels", "patch_size", "image_dim"):
-            if other.config[key] != config[key]:
+        for key in ("in_channels", "out_channels", "patch_size", "image_dim", "vace_layers"):
+            if other.config.get(key) != config.get(key):
                 raise EngineError(
-                    f"{where}: the {key} of {name} is {other.config[key]}, and that of the first transformer "
-                    f"{config[key]}; two experts work on the same latents, so give two of one model"
+                    f"{where}: the {key} of {name} is {other.config.get(key)}, and that of the first transformer "
+                    f"{config.get(key)}; two experts work on the same latents, so give two of one model"
                 )
     vae = components.vae_config() or own.vae_config()
     made = geometry_of(config, vae if vae is not None else published_vae(config["out_channels"]), where)
@@ -139,16 +142,23 @@ def _source(
         recipe.check_sizes(made)
     except RecipeError as error:
         raise RecipeError(f"{error}, because of the VAE and the patches of {where}") from None
-    if task == "i2v" and vae is not None:
+    check_task(recipe, task, made, where)
+    if task in ("i2v", "vace") and vae is not None:
         check_frames(recipe, made, where)
-    placed = {name: replace(t, geometry=made) for name, t in with_loras(transformers, recipe.lora).items()}
+    each = task == "ti2v" and not recipe.model.text_only
+    notes = (ONE_TIMESTEP,) if task == "ti2v" and not each else ()
+    task = "t2v" if task == "ti2v" and not each else task
+    placed = {
+        name: replace(t, geometry=made, per_token=each, notes=(*t.notes, *notes))
+        for name, t in with_loras(transformers, recipe.lora).items()
+    }
     return Source(placed, components, task, boundary, synthetic, where, recipe.model.seed)
 
 
 def _open_preset(recipe: Recipe, preset: Preset) -> Source:
     if recipe.model.weights == "checkpoint":
         return _open_folder(recipe, fetch(preset.hub_id or "", recipe.model.revision))
-    config = {**preset.transformer, **recipe.model.config}
+    config = with_changes(preset.transformer, recipe.model.config)
     wrong = wrong_field(config)
     if wrong is not None:
         raise RecipeError(f"model.config: {wrong}")
@@ -158,7 +168,8 @@ def _open_preset(recipe: Recipe, preset: Preset) -> Source:
     tokens = _tokens_an_image(config, _image_tokens(preset), preset.name)
     transformers = {name: _synthetic(name, config, recipe, preset.name, tokens) for name in names}
     own = SyntheticComponents(preset, recipe.model.seed, recipe.torch_dtype)
-    return _source(recipe, transformers, own, preset.boundary_ratio, True, f"{preset.name} (synthetic weights)")
+    where = f"{preset.name} (synthetic weights)"
+    return _source(recipe, transformers, own, preset.boundary_ratio, True, where, preset.task)
 
 
 def _image_tokens(preset: Preset) -> int | None:
@@ -205,14 +216,10 @@ def _open_folder(recipe: Recipe, folder: Path) -> Source:
     if synthetic and not (folder / "vae").is_dir():  # configurations alone
         own = SyntheticComponents(preset_for(config, len(names), boundary), recipe.model.seed, recipe.torch_dtype)
     where = f"{folder} (synthetic weights)" if synthetic else str(folder)
-    if index.get("expand_timesteps") and (task_of(config) == "i2v" or index.get("_class_name") == IMAGE_PIPELINE):
-        raise UnsupportedError(
-            f"{folder}: this image-to-video pipeline gives each token a timestep of its own (expand_timesteps), which "
-            "a recipe does not do yet; compile its transformer with turbocompile.optimize(model) inside the pipeline"
-        )
-    if index.get("expand_timesteps"):
-        transformers = {name: replace(t, notes=(*t.notes, ONE_TIMESTEP)) for name, t in transformers.items()}
-    return _source(recipe, transformers, own, boundary, synthetic, where)
+    task = task_of(config)
+    if task != "vace":
+        task = "ti2v" if index.get("expand_timesteps") else task.replace("ti2v", "t2v")
+    return _source(recipe, transformers, own, boundary, synthetic, where, task)
 
 
 def _open_bare(recipe: Recipe, folder: Path) -> Source:
@@ -259,11 +266,12 @@ def _open_transformer(recipe: Recipe, folder: Path, name: str, image_tokens: int
     else:
         opened = open_checkpoint(folder, recipe.torch_dtype)
         config = opened.config
-    config = {**config, **recipe.model.config}
+    config = with_changes(config, recipe.model.config)
     wrong = wrong_field(config)
     if wrong is not None:
         raise EngineError(f"{folder / 'config.json'} (or the recipe's model.config): {wrong}")
-    config["patch_size"] = tuple(config["patch_size"])
+    for field in {"patch_size", "vace_layers"} & config.keys():
+        config[field] = tuple(config[field])
     tokens = _tokens_an_image(config, image_tokens, str(folder))
     if synthetic or opened is None:
         return _synthetic(name, config, recipe, str(folder), tokens)
@@ -322,7 +330,7 @@ def _open_file(recipe: Recipe, path: Path) -> Source:
 
 def _open_checkpoint(recipe: Recipe, path: Path, name: str, image_tokens: int | None) -> TransformerSource:
     opened = open_checkpoint(path, recipe.torch_dtype)
-    config = {**opened.config, **recipe.model.config}
+    config = with_changes(opened.config, recipe.model.config)
     wrong = wrong_field(config)
     if wrong is not None:
         raise RecipeError(f"model.config: {wrong}")
@@ -334,7 +342,8 @@ def _open_checkpoint(recipe: Recipe, path: Path, name: str, image_tokens: int | 
 
 def _components_hint(config: Mapping[str, Any]) -> str:
     """The hub id whose components belong to a transformer of this configuration."""
-    fits = [p for p in HUB_PRESETS.values() if all(p.transformer[k] == config[k] for k in ("in_channels", "image_dim"))]
+    known = ("in_channels", "image_dim", "pos_embed_seq_len", "vace_layers")
+    fits = [p for p in HUB_PRESETS.values() if all(p.transformer.get(k) == config.get(k) for k in known)]
     exact = [p for p in fits if p.transformer["num_layers"] == config["num_layers"]]
     return (exact or fits or list(HUB_PRESETS.values()))[0].hub_id or ""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torch import nn
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.ir.evaluate import TensorSource
 from turbocompile.ir.program import Program
-from turbocompile.recipe.presets import TEXT_TOKENS, Geometry
+from turbocompile.recipe.presets import TEXT_TOKENS, Geometry, is_vace
 from turbocompile.recipe.schema import Shape
+from turbocompile.wan import vace
 from turbocompile.wan.as_stored import with_stored
 from turbocompile.wan.keys import PROJECTIONS, listed
 from turbocompile.wan.leftovers import refusal
@@ -32,7 +33,7 @@ class TransformerSource:
     dtype: as in `from_pretrained(torch_dtype=...)`. image_tokens: CLIP tokens of one image; None for a transformer
     without images. where: names the checkpoint in errors. geometry: maps the size of a video to the size of its latent.
     notes: sentences about the parts of the checkpoint that the build does not use. branches: the ranks of the adapters
-    that stay beside their linears, by `lora_branch.general` name.
+    that stay beside their linears, by `lora_branch.general` name. per_token: each token has its own timestep (TI2V).
     """
 
     name: str
@@ -44,9 +45,10 @@ class TransformerSource:
     geometry: Geometry = PUBLISHED
     notes: tuple[str, ...] = ()
     branches: Mapping[str, int] = field(default_factory=dict)
+    per_token: bool = False
 
     def build(self) -> nn.Module:
-        """diffusers' WanTransformer3DModel with parameters on meta, in from_pretrained's dtypes, and real buffers.
+        """diffusers' transformer with parameters on meta, in from_pretrained's dtypes, and real buffers.
 
         Raises EngineError where the weights do not fit the configuration, or some are left over.
         """
@@ -82,11 +84,12 @@ class TransformerSource:
 
     def _unused(self, available: set[str], parameters: set[str]) -> list[str]:
         """The tensors that are no parameter, and belong to no block that the recipe leaves out (num_layers)."""
-        layers = self.config["num_layers"]
+        layers, control = self.config["num_layers"], len(self.config.get("vace_layers", ()))
 
         def used(name: str) -> bool:
-            block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+            block, beside = re.fullmatch(r"blocks\.(\d+)\.(.+)", name), vace.OF_CONTROL.fullmatch(name)
             like = f"blocks.0.{block[2]}" if block and int(block[1]) >= layers else name
+            like = f"vace_blocks.0.{beside[2]}" if beside and control and int(beside[1]) >= control else like
             return like in parameters or PROJECTIONS.fullmatch(like) is not None
 
         return [name for name in available if not used(name)]
@@ -116,9 +119,10 @@ class TransformerSource:
     def example_inputs(self, shape: Shape) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) of the call that diffusers' pipelines make, as tensors without storage (device meta).
 
-        hidden_states (B, C, T, H, W) with T, H, W the latent's; timestep (B,) float32; encoder_hidden_states
-        (B, 512, text_dim); encoder_hidden_states_image (B, image_tokens, image_dim) where the model takes it;
-        (2 B, image_tokens, image_dim) for a model of first and last frames.
+        hidden_states (B, C, T, H, W) with T, H, W the latent's; timestep (B,) float32, or (B, tokens) where each token
+        has its own; encoder_hidden_states (B, 512, text_dim); encoder_hidden_states_image (B, image_tokens, image_dim)
+        where the model takes it; (2 B, image_tokens, image_dim) for a model of first and last frames; of VACE its
+        control (vace.inputs).
         """
         frames, height, width = self.geometry.latent(shape)
 
@@ -127,26 +131,34 @@ class TransformerSource:
 
         kwargs: dict[str, Any] = {
             "hidden_states": empty(self.config["in_channels"], frames, height, width),
-            "timestep": empty(dtype=torch.float32),
+            "timestep": empty(*([self.geometry.tokens(shape)] if self.per_token else []), dtype=torch.float32),
             "encoder_hidden_states": empty(TEXT_TOKENS, self.config["text_dim"]),
         }
         if self.image_tokens is not None:
             kwargs["encoder_hidden_states_image"] = empty(
                 self.image_tokens, self.config["image_dim"], images=images_of(self.config)
             )
+        if is_vace(self.config):
+            kwargs |= vace.inputs(self.config, shape.batch, (frames, height, width), self.dtype)
         kwargs["return_dict"] = False
         return (), kwargs
 
+    def shallow(self) -> TransformerSource:
+        """The transformer with the first layers alone, as many as show what repeats: two, of VACE three."""
+        layers = min(vace.SHOWN if is_vace(self.config) else 2, self.config["num_layers"])
+        config = {**self.config, "num_layers": layers}
+        return replace(self, config=vace.shallow(config, layers) if is_vace(config) else config)
+
 
 def build_transformer(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
-    """WanTransformer3DModel for inference: parameters on meta, buffers real.
+    """WanTransformer3DModel (of VACE WanVACETransformer3DModel) for inference: parameters on meta, buffers real.
 
     As in diffusers, a parameter stays in float32 if a component of its name is in `_keep_in_fp32_modules`.
     """
-    from diffusers import WanTransformer3DModel
+    from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 
     with torch.device("meta"):
-        model: Any = WanTransformer3DModel(**config)
+        model: Any = (WanVACETransformer3DModel if is_vace(config) else WanTransformer3DModel)(**config)
     # The module of the rotary tables is built on the CPU, because no checkpoint holds the tables.
     model.rope = type(model.rope)(config["attention_head_dim"], tuple(config["patch_size"]), config["rope_max_seq_len"])
     lost = [name for name, buffer in model.named_buffers() if buffer.is_meta]
@@ -154,7 +166,7 @@ def build_transformer(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Modul
         raise UnsupportedError(
             f"this version of diffusers has the table {lost[0]} in its Wan transformer, which is not known"
         )
-    kept = set(WanTransformer3DModel._keep_in_fp32_modules or ())
+    kept = set(model._keep_in_fp32_modules or ())
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if kept.intersection(name.split(".")) else dtype)
     return model.eval().requires_grad_(False)
@@ -169,16 +181,19 @@ def images_of(config: Mapping[str, Any]) -> int:
 
 
 class BlocksFrom:
-    """The tensors of a checkpoint with two blocks, `first` and the next, under the names of blocks 0 and 1."""
+    """The tensors of a checkpoint with `count` blocks from `first` on, under the names of blocks from 0 on.
 
-    def __init__(self, tensors: TensorSource, first: int) -> None:
+    Of VACE's blocks it has those of the first layers.
+    """
+
+    def __init__(self, tensors: TensorSource, first: int, count: int = 2) -> None:
         self._tensors = tensors
         self._names: dict[str, str] = {}
         for name in tensors.keys():  # noqa: SIM118 (no mapping)
             block = _OF_BLOCK.fullmatch(name)
             if block is None:
                 self._names[name] = name
-            elif first <= int(block[1]) < first + 2:
+            elif first <= int(block[1]) < first + count:
                 self._names[f"blocks.{int(block[1]) - first}.{block[2]}"] = name
 
     def keys(self) -> Iterable[str]:
