@@ -138,9 +138,8 @@ class PlannedMemory:
         """Drops compiled code, graphs, and weights that the plan placed, because they hold tensors on the device."""
         self._graphs.clear()
         self._pool = None
-        for runner in self._runners.values():
-            if hasattr(runner, "release"):  # those of ONNX and TensorRT hold their weights otherwise
-                runner.release()
+        for runner in self._runners.values() if self._placed is not None else ():
+            runner.release()  # of the weights that the plan placed; other runners may be a copy's, too
         self._runners.clear()
         self._placed = None
 
