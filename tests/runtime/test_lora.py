@@ -17,7 +17,8 @@ import turbocompile
 from turbocompile.build.from_recipe import optimize_recipe
 from turbocompile.errors import EngineError, RecipeError, UnsupportedError
 from turbocompile.ir.inverse import put_together, unit_name, units
-from turbocompile.recipe.schema import LoraSpec, Recipe
+from turbocompile.recipe.lora import LoraSpec
+from turbocompile.recipe.schema import Recipe
 from turbocompile.runtime import lora as runtime_lora
 from turbocompile.runtime.lora import slots_of
 from turbocompile.runtime.memory_plan import MemoryPlan, ModulePlan

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from turbocompile.errors import EngineError, RecipeError, UnsupportedError
-from turbocompile.recipe.schema import LoraSpec, Recipe
+from turbocompile.recipe.lora import LoraSpec
+from turbocompile.recipe.schema import Recipe
 from turbocompile.wan.lora import LoraTensors, changes_of
 from turbocompile.wan.source import open_source
 from turbocompile.wan.tensors import SyntheticTensors, Tensors

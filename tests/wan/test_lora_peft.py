@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 import turbocompile
 from turbocompile.build.from_recipe import optimize_recipe
-from turbocompile.recipe.schema import LoraSpec, Recipe
+from turbocompile.recipe.lora import LoraSpec
+from turbocompile.recipe.schema import Recipe
 from turbocompile.wan.lora import LoraTensors, changes_of
 from turbocompile.wan.tensors import Tensors
 

@@ -26,8 +26,9 @@ from turbocompile.ir.program import Program
 from turbocompile.numerics.original import NOT_COMPARED, Comparison, Original
 from turbocompile.numerics.recording import Recorded, read_inputs
 from turbocompile.recipe.options import CompileOptions, resolve
-from turbocompile.recipe.presets import Geometry, boundary_of, is_vace
+from turbocompile.recipe.presets import Geometry, boundary_of
 from turbocompile.recipe.schema import Recipe, Shape
+from turbocompile.recipe.transformer_config import is_vace
 from turbocompile.report.report import Report
 from turbocompile.runtime.folder import new_folder
 from turbocompile.runtime.tuning import merge

@@ -23,15 +23,10 @@ import torch
 from turbocompile.errors import RecipeError, UnsupportedError
 from turbocompile.hardware import TARGETS, host_target
 from turbocompile.recipe.fields import FieldError, Section, described, kind_of, nearest, plain
+from turbocompile.recipe.lora import LoraSpec
 from turbocompile.recipe.parse import append, from_plain, make, override, parse
-from turbocompile.recipe.presets import (
-    PRESETS,
-    TRANSFORMER_FIELDS,
-    VACE_FIELDS,
-    Geometry,
-    with_changes,
-    wrong_field,
-)
+from turbocompile.recipe.presets import PRESETS, Geometry
+from turbocompile.recipe.transformer_config import TRANSFORMER_FIELDS, VACE_FIELDS, with_changes, wrong_field
 
 FP8_TARGETS = ("cpu", "sm89", "sm90", "sm120")  # Ampere has no FP8 arithmetic; on a CPU the references emulate it
 PLAN_TARGETS = ("sm86", "sm89", "sm120")  # the RTX cards that tensorrt_rtx builds plans for
@@ -213,46 +208,6 @@ class SamplerSpec(Section):
         sigma_max = (200.0 if task == "i2v" else 80.0) if self.sigma_max is None else self.sigma_max
         mid = RCM_MID_STEPS if self.mid_steps is None else self.mid_steps
         return dataclasses.replace(self, sigma_max=sigma_max, mid_steps=mid)
-
-
-@dataclass(frozen=True)
-class LoraSpec(Section):
-    """An adapter (LoRA) that is added to the weights before anything else is done to them."""
-
-    path: str = field(
-        metadata={"help": "a LoRA's file (.safetensors, .pth), or its folder (PEFT's, diffusers')", "path": True}
-    )
-    weight: float = described(1.0, "how much of it is added; 0 adds nothing")
-    expert: str = described(
-        "both",
-        "of two experts the one that gets it: high (transformer), low (transformer_2); both: each, and of a file that "
-        "holds a LoRA for each, its own",
-        choices=("both", "high", "low", "transformer", "transformer_2"),
-    )
-
-    mode: str = described(
-        "merge",
-        "merge: into the weights, before they are quantized; branch: a LoRA of a linear stays beside it, in the "
-        "engine's dtype, and is computed in each call (anything else is merged)",
-        choices=("merge", "branch"),
-    )
-
-    def check(self) -> None:
-        if not self.path:
-            raise FieldError("path", "is empty; name the LoRA's file or folder")
-        self._resolve("expert", {"transformer": "high", "transformer_2": "low"}.get(self.expert, self.expert))
-
-    @classmethod
-    def of_text(cls, text: str) -> dict[str, str]:
-        """`PATH[:WEIGHT]`: what follows the last colon is the weight where it is a number and no file has that name."""
-        path, colon, weight = text.rpartition(":")
-        try:
-            float(weight)
-        except ValueError:
-            return {"path": text}
-        if not colon or not path or Path(text).expanduser().exists():
-            return {"path": text}
-        return {"path": path, "weight": weight}
 
 
 @dataclass(frozen=True)

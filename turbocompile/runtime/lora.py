@@ -32,7 +32,7 @@ from turbocompile.kernels import ops
 from turbocompile.kernels.quantize.quantize import dequantize, quantize
 
 if TYPE_CHECKING:
-    from turbocompile.recipe.schema import LoraSpec
+    from turbocompile.recipe.lora import LoraSpec
     from turbocompile.wan.lora import Changes
 
 CHUNK = 128 << 20  # bytes of a pinned buffer; two of them let the host and the bus work at the same time
@@ -152,7 +152,7 @@ class Adaptable:
 def specs_of(lora: Any, weight: float = 1.0) -> tuple[LoraSpec, ...]:
     """What a user gave as adapters, checked."""
     from turbocompile.recipe.fields import FieldError
-    from turbocompile.recipe.schema import LoraSpec
+    from turbocompile.recipe.lora import LoraSpec
 
     if lora is None:
         return ()
@@ -175,7 +175,7 @@ def specs_of(lora: Any, weight: float = 1.0) -> tuple[LoraSpec, ...]:
 
 
 def _fields(item: Any) -> Mapping[str, Any]:
-    from turbocompile.recipe.schema import LoraSpec
+    from turbocompile.recipe.lora import LoraSpec
 
     if isinstance(item, LoraSpec):
         return {"path": item.path, "weight": item.weight, "expert": item.expert, "mode": item.mode}

@@ -13,7 +13,7 @@ from turbocompile.errors import RecipeError
 from turbocompile.files import check_file
 from turbocompile.numerics.recording import MAX_TOKENS, Recording, recording_calls
 from turbocompile.recipe.presets import boundary_of
-from turbocompile.recipe.schema import Recipe
+from turbocompile.recipe.schema import Recipe, Shape
 from turbocompile.video.components import held, placed
 from turbocompile.video.given import Given, check_given, fitting, sizes_for
 from turbocompile.video.latents import Pipeline, Progress, Request, Stages, make_latents
@@ -62,12 +62,7 @@ def record_inputs(
     check_given(given, source.task, source.transformers["transformer"].config)
     size = sizes_for(recipe.shapes, len(given.references))[0]
     picture = fitting(given, size, source.task)
-    if (tokens := source.geometry.tokens(size)) > MAX_TOKENS:
-        raise RecipeError(
-            f"calibrate: the shape {size.name} has {tokens} tokens, and a build measures on {MAX_TOKENS} at most; "
-            "record a smaller one, as with "
-            "--set shapes.0.height=256 --set shapes.0.width=256 --set shapes.0.num_frames=33"
-        )
+    _check_tokens(source.geometry.tokens(size), size)
     sampler = choose_sampler(recipe.sampler, source.task, steps=steps, guidance=guidance)
     with stages("load"):
         experts = {name: t.load().to(target) for name, t in source.transformers.items()}
@@ -86,3 +81,13 @@ def record_inputs(
             make_latents(pipeline, asked, stages)
     recording.save(out)
     return recording
+
+
+def _check_tokens(tokens: int, size: Shape) -> None:
+    """Raises RecipeError for more tokens than a build measures on."""
+    if tokens > MAX_TOKENS:
+        raise RecipeError(
+            f"calibrate: the shape {size.name} has {tokens} tokens, and a build measures on {MAX_TOKENS} at most; "
+            "record a smaller one, as with "
+            "--set shapes.0.height=256 --set shapes.0.width=256 --set shapes.0.num_frames=33"
+        )

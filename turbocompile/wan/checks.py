@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from turbocompile.errors import EngineError, RecipeError, UnsupportedError
-from turbocompile.recipe.presets import Geometry, is_vace, latent_channels, vae_strides, wrong_latents
+from turbocompile.recipe.presets import Geometry, latent_channels, vae_strides, wrong_latents
 from turbocompile.recipe.schema import Recipe
+from turbocompile.recipe.transformer_config import is_vace
 
 ENCODED = 4  # frames that diffusers' AutoencoderKLWan encodes at a time after the first
 

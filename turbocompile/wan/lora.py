@@ -21,7 +21,7 @@ import torch
 from turbocompile.errors import EngineError, RecipeError
 from turbocompile.ir.evaluate import Evaluator, TensorSource
 from turbocompile.ir.weights import AddDiff, AddLora, Cast, Dora, Expr, Load, Reshape
-from turbocompile.recipe.schema import LoraSpec
+from turbocompile.recipe.lora import LoraSpec
 from turbocompile.wan.lora_branch import BranchTensors, Factors
 from turbocompile.wan.lora_file import LoraFile, count, listed, number, open_lora
 from turbocompile.wan.lora_keys import HIGH, LOW, Names

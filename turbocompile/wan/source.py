@@ -25,11 +25,10 @@ from turbocompile.recipe.presets import (
     preset_for,
     published_vae,
     task_of,
-    with_changes,
     with_transformer,
-    wrong_field,
 )
 from turbocompile.recipe.schema import Recipe
+from turbocompile.recipe.transformer_config import with_changes, wrong_field
 from turbocompile.wan.as_stored import parts_of
 from turbocompile.wan.checks import check_channels, check_frames, check_task, geometry_of
 from turbocompile.wan.components import Components, FolderComponents, NoComponents, read_index, read_json
