@@ -24,6 +24,7 @@ import click
 from safetensors import SafetensorError
 
 from turbocompile import defaults
+from turbocompile.cli_images import image_options
 from turbocompile.errors import TurbocompileError, UnsupportedError, VerificationError
 from turbocompile.progress import shown_progress
 from turbocompile.recipe.presets import VARIANTS
@@ -103,30 +104,6 @@ def _in_its_place(error: UnicodeError) -> tuple[str, int]:
 def _stopped(number: int, frame: object) -> None:
     """Ends the process by an exception, so that half-written folders are removed."""
     sys.exit(128 + number)
-
-
-_path = click.Path(path_type=Path)
-_OF_IMAGES = (
-    click.option("--image", type=_path, help="The first frame, for image-to-video models."),
-    click.option("--last-image", type=_path, help="The last frame, for models that take one (FLF2V, Wan2.2 I2V)."),
-    click.option(
-        "--control", type=_path, metavar="VIDEO", help="VACE: a video, or a folder of its frames as pictures."
-    ),
-    click.option(
-        "--mask", type=_path, help="VACE: what of the control is made anew (white): a video, folder or picture."
-    ),
-    click.option(
-        "--reference", type=_path, multiple=True, help="VACE: a picture of what the video shows; one or more."
-    ),
-    click.option("--control-scale", type=float, help="VACE: how much the control counts, 1.0 where not given."),
-)
-
-
-def _images(command: Any) -> Any:
-    """The options of a command that makes a video from images."""
-    for option in reversed(_OF_IMAGES):
-        command = option(command)
-    return command
 
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
@@ -209,7 +186,7 @@ def convert(source: Path, out: Path, dtype: str | None, force: bool, as_json: bo
 )
 @click.option("--steps", type=int, help="Steps of the sampler, instead of the recipe's.")
 @click.option("--guidance", type=float, help="Classifier-free guidance, instead of the recipe's.")
-@_images
+@image_options
 @click.option("--seed", type=SEED, default=defaults.SEED, show_default=True, help="Of the first video's noise.")
 @click.option("--device", help="Where to run, as in cpu or cuda:1; by default a GPU where there is one.")
 def calibrate(recipe: Path, out: Path, overrides: tuple[str, ...], prompts: tuple[str, ...], **options: Any) -> None:
@@ -252,7 +229,7 @@ def calibrate(recipe: Path, out: Path, overrides: tuple[str, ...], prompts: tupl
     metavar="HxWxF",
     help="One of the engine's shapes, as in 480x832x81, 480p or '720p 9:16'; the first by default.",
 )
-@_images
+@image_options
 @click.option("--lora", multiple=True, metavar="PATH[:WEIGHT]", help="An adapter for this video; several add up.")
 @click.option("--device", help="Where to run, as in cpu or cuda:1; by default what the engine was built for.")
 @click.option("--vram", metavar="SIZE", help="Memory of the GPU to keep to, as in 12GB, 12GiB or auto (what is free).")

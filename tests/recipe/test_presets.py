@@ -7,7 +7,8 @@ import inspect
 import pytest
 import torch
 
-from turbocompile.recipe.presets import PRESETS, TRANSFORMER_FIELDS, VARIANTS, task_of, tiny_preset
+from turbocompile.recipe.configuration import TRANSFORMER_FIELDS
+from turbocompile.recipe.presets import PRESETS, VARIANTS, task_of, tiny_preset
 from turbocompile.wan.transformer import build_transformer
 
 

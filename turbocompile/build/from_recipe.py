@@ -25,8 +25,9 @@ from turbocompile.ir.evaluate import Evaluator, TensorSource
 from turbocompile.ir.program import Program
 from turbocompile.numerics.original import NOT_COMPARED, Comparison, Original
 from turbocompile.numerics.recording import Recorded, read_inputs
+from turbocompile.recipe.configuration import is_vace
 from turbocompile.recipe.options import CompileOptions, resolve
-from turbocompile.recipe.presets import Geometry, boundary_of, is_vace
+from turbocompile.recipe.presets import Geometry, boundary_of
 from turbocompile.recipe.schema import Recipe, Shape
 from turbocompile.report.report import Report
 from turbocompile.runtime.folder import new_folder

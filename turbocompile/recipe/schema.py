@@ -22,15 +22,12 @@ import torch
 
 from turbocompile.errors import RecipeError, UnsupportedError
 from turbocompile.hardware import TARGETS, host_target
+from turbocompile.recipe.configuration import TRANSFORMER_FIELDS, VACE_FIELDS, with_changes, wrong_field
 from turbocompile.recipe.fields import FieldError, Section, described, kind_of, nearest, plain
 from turbocompile.recipe.parse import append, from_plain, make, override, parse
 from turbocompile.recipe.presets import (
     PRESETS,
-    TRANSFORMER_FIELDS,
-    VACE_FIELDS,
     Geometry,
-    with_changes,
-    wrong_field,
 )
 
 FP8_TARGETS = ("cpu", "sm89", "sm90", "sm120")  # Ampere has no FP8 arithmetic; on a CPU the references emulate it

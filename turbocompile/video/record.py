@@ -29,23 +29,18 @@ def record_inputs(
     *,
     negative_prompt: str | None = None,
     image: Any = None,
-    last_image: Any = None,
-    control: Any = None,
-    mask: Any = None,
-    reference: Any = None,
-    control_scale: float | None = None,
     calls: int = CALIBRATION_CALLS,
     steps: int | None = None,
     guidance: float | None = None,
     seed: int = SEED,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
+    **images: Any,
 ) -> Recording:
     """Samples with a recipe's original model, in eager PyTorch, and writes some of its inputs to `out` (recording.py).
 
     prompts: one video each, at the recipe's first shape, with its sampler. calls: how many are kept, spread over all
-    steps of all videos. image, last_image, control, mask, reference, control_scale, steps, guidance: as for
-    `generate`. device: by default a GPU where there is one.
+    steps of all videos. image, images, steps, guidance: as for `generate`. device: by default a GPU where there is one.
 
     Raises TurbocompileError.
     """
@@ -58,7 +53,7 @@ def record_inputs(
         source = open_source(recipe)
         if not {"tokenizer", "text_encoder", "vae"} <= set(source.components.names):
             raise RecipeError("calibrate: the recipe has no text encoder, and sampling takes one; name its components")
-    given = Given.of(image, last_image, control, mask, reference, control_scale)
+    given = Given.of(image, **images)
     check_given(given, source.task, source.transformers["transformer"].config)
     size = sizes_for(recipe.shapes, len(given.references))[0]
     picture = fitting(given, size, source.task)

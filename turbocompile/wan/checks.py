@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from turbocompile.errors import EngineError, RecipeError, UnsupportedError
-from turbocompile.recipe.presets import Geometry, is_vace, latent_channels, vae_strides, wrong_latents
+from turbocompile.recipe.configuration import is_vace
+from turbocompile.recipe.presets import Geometry, latent_channels, vae_strides, wrong_latents
 from turbocompile.recipe.schema import Recipe
 
 ENCODED = 4  # frames that diffusers' AutoencoderKLWan encodes at a time after the first

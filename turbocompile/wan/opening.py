@@ -16,7 +16,8 @@ import torch
 
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.ir.evaluate import TensorSource
-from turbocompile.recipe.presets import PRESETS, TRANSFORMER_FIELDS, VACE_FIELDS, wrong_field
+from turbocompile.recipe.configuration import TRANSFORMER_FIELDS, VACE_FIELDS, wrong_field
+from turbocompile.recipe.presets import PRESETS
 from turbocompile.wan import vace
 from turbocompile.wan.checkpoints import CheckpointTensors, infer_config
 from turbocompile.wan.components import read_json

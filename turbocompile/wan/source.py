@@ -14,6 +14,7 @@ from typing import Any
 
 from turbocompile.errors import EngineError, RecipeError, UnsupportedError
 from turbocompile.ir.evaluate import TensorSource
+from turbocompile.recipe.configuration import with_changes, wrong_field
 from turbocompile.recipe.parse import HUB_ID
 from turbocompile.recipe.presets import (
     CLIP_TOKENS,
@@ -25,9 +26,7 @@ from turbocompile.recipe.presets import (
     preset_for,
     published_vae,
     task_of,
-    with_changes,
     with_transformer,
-    wrong_field,
 )
 from turbocompile.recipe.schema import Recipe
 from turbocompile.wan.as_stored import parts_of

@@ -13,7 +13,8 @@ from torch import nn
 from turbocompile.errors import EngineError, UnsupportedError
 from turbocompile.ir.evaluate import TensorSource
 from turbocompile.ir.program import Program
-from turbocompile.recipe.presets import TEXT_TOKENS, Geometry, is_vace
+from turbocompile.recipe.configuration import is_vace
+from turbocompile.recipe.presets import TEXT_TOKENS, Geometry
 from turbocompile.recipe.schema import Shape
 from turbocompile.wan import vace
 from turbocompile.wan.as_stored import with_stored
