@@ -39,12 +39,17 @@ from turbocompile.hardware import host_target
 from turbocompile.ir.weights import Constant, full_name
 from turbocompile.recipe.options import resolve
 from turbocompile.recipe.schema import Recipe
+from turbocompile.runtime.cuda_graph import release_cached
 from turbocompile.runtime.engine import Engine
 from turbocompile.tools.bench import example
 from turbocompile.wan.source import open_source
 
 GB = 10**9
 POOL = 1 << 30  # random bytes that all weights are cut from
+TEXT_ENCODER = {
+    "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+    "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+}  # fmt: skip
 
 
 def compiled(preset: str, shape: str, layers: int | None) -> tuple[Compiled, Any]:
@@ -125,7 +130,7 @@ def measured(engine: Engine, tensors: list[torch.Tensor], calls: int) -> tuple[f
 def fresh_peaks() -> None:
     gc.collect()
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()
+    release_cached(torch.device("cuda", torch.cuda.current_device()))
     torch.cuda.reset_peak_memory_stats()
 
 
@@ -134,10 +139,11 @@ def row(
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """One measurement. budget: GB; None is without a plan."""
     fresh_peaks()
+    before = torch.cuda.memory_reserved()  # nothing, if all that was taken before was given back
     torch.cuda.set_per_process_memory_fraction(1.0)
     engine = Engine(item.programs, dict(weights), dtype=dtype)
     engine.cuda_graph = graphs
-    found: dict[str, Any] = {"budget_gb": budget, "graphs": graphs}
+    found: dict[str, Any] = {"budget_gb": budget, "graphs": graphs, "reserved_before_gb": before / GB}
     if budget is None:
         engine.to("cuda")
     else:
@@ -208,7 +214,7 @@ def vae_rows(tell: Callable[[dict[str, Any]], None]) -> None:
                 del vae, latents
 
 
-def whole_pipeline(folder: Path) -> Path:
+def whole_pipeline(folder: Path, layers: int | None, text_layers: int) -> Path:
     """An engine of Wan2.1 1.3B at 480p with components of their published sizes, all random; its folder."""
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -217,19 +223,15 @@ def whole_pipeline(folder: Path) -> Path:
     engine, parts = folder / "engine", folder / "parts"
     if engine.exists():
         return engine
-    model = {"preset": "wan2.1-t2v-1.3b", "weights": "synthetic"}
+    config = {"num_layers": layers} if layers else {}
+    model = {"preset": "wan2.1-t2v-1.3b", "weights": "synthetic", "config": config}
     shape = {"height": 480, "width": 832, "num_frames": 81}
     given = {"model": model, "shapes": [shape], "sampler": {"kind": "rcm", "steps": 4}, "verify": "off"}
     source = open_source(Recipe.from_dict(given))
     table = source.components.save(parts)
     shutil.rmtree(parts / "text_encoder")
-    with torch.device("cuda"):
-        encoder = UMT5EncoderModel(
-            UMT5Config(
-                vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
-                feed_forward_proj="gated-gelu", tie_word_embeddings=False, dtype=torch.bfloat16,
-            )
-        ).to(torch.bfloat16)  # fmt: skip
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        encoder = UMT5EncoderModel(UMT5Config(**{**TEXT_ENCODER, "num_layers": text_layers})).to(torch.bfloat16)
     encoder.cpu().save_pretrained(parts / "text_encoder")
     del encoder
     index = {name: [row["library"], row["class"]] for name, row in table.items()}
@@ -239,12 +241,11 @@ def whole_pipeline(folder: Path) -> Path:
     return engine
 
 
-def pipeline_rows(tell: Callable[[dict[str, Any]], None], folder: Path, budgets: list[float]) -> None:
-    """A video without a plan and within each budget: stages' seconds, predicted and measured peaks."""
+def pipeline_rows(tell: Callable[[dict[str, Any]], None], engine: Path, budgets: list[float | None]) -> None:
+    """A video within each budget (None is without a plan): stages' seconds, predicted and measured peaks."""
     from turbocompile.video.session import generate
 
-    engine = whole_pipeline(folder)
-    for budget in (None, *budgets):
+    for budget in budgets:
         fresh_peaks()
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(1.0 if budget is None else min(1.0, budget * GB / total))
@@ -275,6 +276,8 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=6, help="timed, after two")
     parser.add_argument("--eager", action="store_true", help="launch kernels one by one, without CUDA graphs")
     parser.add_argument("--pipeline", type=Path, metavar="FOLDER", help="the whole pipeline of 1.3B at 480p instead")
+    parser.add_argument("--text-layers", type=int, default=24, help="of the pipeline's text encoder")
+    parser.add_argument("--no-resident", action="store_true", help="leave the pipeline's video without a plan out")
     parser.add_argument("--no-vae", action="store_true", help="leave the VAE's rows out")
     parser.add_argument("--log", type=Path, required=True, help="the file that gets the rows")
     arguments = parser.parse_args()
@@ -289,7 +292,10 @@ def main() -> None:
 
     if arguments.pipeline is not None:
         tell({"about": versions()})
-        pipeline_rows(tell, arguments.pipeline, arguments.budgets)
+        began = time.perf_counter()
+        engine = whole_pipeline(arguments.pipeline, arguments.layers, arguments.text_layers)
+        tell({"built_s": time.perf_counter() - began})
+        pipeline_rows(tell, engine, [*([] if arguments.no_resident else [None]), *arguments.budgets])
         return
     began = time.perf_counter()
     item, dtype = compiled(arguments.preset, arguments.shape, arguments.layers)

@@ -8,6 +8,7 @@ later passes can join it to a norm or a GELU. Linears outside the blocks, and li
 from __future__ import annotations
 
 import operator
+import re
 from typing import Any
 
 from torch import fx
@@ -21,6 +22,8 @@ from turbocompile.recipe.options import W8A8Options
 from turbocompile.rewrite.attention_sites import is_of_heads
 from turbocompile.rewrite.linears import all_linears, dequantized, first_weight, held, rows
 from turbocompile.rewrite.match import Match, Pass, rewrite
+
+_ADAPTER = re.compile(r"(^|\.)lora_[AB]\.")
 
 
 def format_of(options: W8A8Options, expr: Expr | None) -> str:
@@ -45,6 +48,8 @@ def refusal(m: Match, x: fx.Node, weight: fx.Node, expr: Expr | None, format: st
         return f"it does not act on tokens (its input is {list(shape(x))})"
     if expr is None:
         return "its weight is computed in the graph"
+    if _ADAPTER.search(str(first_weight(weight).target)):
+        return "it is a factor of an adapter, which stays wide"
     if m.site in m.options.keep:
         return m.options.keep[m.site]
     channels_out, channels_in = shape(weight)

@@ -111,6 +111,30 @@ def test_run_writes_a_video(engine, tmp_path):
     assert "Warning: the weights are synthetic, so the picture is noise" in result.stderr
 
 
+@pytest.mark.parametrize("command", ["run", "bench"])
+def test_vram_takes_a_size_with_a_unit_for_a_gpu(engine, command, tmp_path):
+    given = (engine, *(("--prompt", "x", "-o", tmp_path / "out.mp4") if command == "run" else ()))
+    wrong = call(command, *given, "--vram", "12")
+    assert wrong.exit_code == 2
+    assert wrong.stderr.splitlines()[-1] == "Error: vram: 12 has no unit; write 12GB, 12GiB or auto"
+    wrong = call(command, *given, "--vram", "12GB", "--device", "cpu")
+    assert wrong.exit_code == 2
+    assert "vram plans the memory of a GPU, and the engine runs on cpu; leave it out there" in wrong.stderr
+
+
+def test_vram_says_what_it_chose(engine, monkeypatch, tmp_path):
+    monkeypatch.setattr("turbocompile.runtime.planned.memory_budget", lambda vram, device: 10**9)
+    monkeypatch.setattr("turbocompile.runtime.planned.host_bandwidth", lambda device: 25e9)
+    result = call("run", engine, "--prompt", "x", "--steps", "1", "-o", tmp_path / "out.mp4", "--vram", "1GB", "--json")
+    assert result.exit_code == 0, result.output
+    said = [line for line in result.stderr.splitlines() if line.startswith("memory: transformer stays on the card")]
+    assert len(said) == 1
+    assert "of 1.0 GB" in said[0]
+    memory = json.loads(result.stdout)["memory"]
+    assert memory["budget"] == 10**9
+    assert memory["parts"] == {"vae": "resident", "text_encoder": "resident"}
+
+
 def test_an_adapter_is_a_part_of_the_engine_or_of_one_video(recipe, engine, tmp_path):
     shape = load_file(engine / "weights-transformer-00001.safetensors")["proj_out.weight"].shape
     lora = tmp_path / "lora.safetensors"

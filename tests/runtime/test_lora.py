@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 
 import pytest
@@ -19,6 +20,8 @@ from turbocompile.ir.inverse import put_together, unit_name, units
 from turbocompile.recipe.schema import LoraSpec, Recipe
 from turbocompile.runtime import lora as runtime_lora
 from turbocompile.runtime.lora import slots_of
+from turbocompile.runtime.memory_plan import MemoryPlan, ModulePlan
+from turbocompile.runtime.streaming import parcels_of
 from turbocompile.video.session import generate
 from turbocompile.wan.lora import LoraTensors, changes_of
 from turbocompile.wan.tensors import Tensors
@@ -184,6 +187,29 @@ def test_an_exchange_gives_the_bits_of_the_new_adapters_alone(built, files):
     assert engine.lora == ()
 
 
+def test_a_file_that_was_written_anew_is_read_anew(built, files, tmp_path):
+    engine, path = built("off"), tmp_path / "a.safetensors"
+    shape = engine.weights["proj_out.weight"].shape
+    weight = engine.weights["proj_out.weight"].clone()
+    for value in (1.0, 2.0):
+        save_file({"proj_out.diff": torch.full(shape, value)}, path)
+        os.utime(path, ns=(0, int(value)))  # a clock may be too coarse to tell two writes
+        engine.set_lora(path)
+        assert torch.equal(engine.weights["proj_out.weight"], weight + value)
+    engine.set_lora(None)
+
+
+def test_an_engine_with_adapters_gets_no_more_shapes(model, call, files):
+    lazy = turbocompile.optimize(model, recipe=recipe("off"))
+    run(lazy, call)
+    with (
+        lazy.engine.with_lora(files["a"]),
+        pytest.raises(EngineError, match="an engine with more shapes would not say"),
+    ):
+        lazy(**call(height=16), return_dict=False)
+    assert lazy(**call(height=16), return_dict=False)[0].shape[-2] == 16
+
+
 def test_two_halves_are_a_whole(built, files, call):
     engine = built("off")
     with engine.with_lora(files["a"]):
@@ -265,6 +291,8 @@ def test_copies_know_of_each_others_adapters_and_moved_ones_do_not(built, files,
         ({"weight": 1.0}, RecipeError, "is no adapter"),
         ({"path": "a", "expert": "medium"}, RecipeError, "expert must be one of"),
         ({"path": "a", "weight": "much"}, RecipeError, "is no adapter"),
+        ({"path": "a", "mode": "branch"}, RecipeError, "mode cannot be branch in an engine that is built"),
+        (LoraSpec("a", mode="branch"), RecipeError, "mode cannot be branch in an engine that is built"),
     ],
 )
 def test_what_is_no_adapter_is_refused(built, lora, error, message):
@@ -314,6 +342,24 @@ def test_a_backend_that_holds_the_weights_itself_is_refused(built, files):
 
 
 # ---------------------------------------------------------------------------------------------------- what else follows
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["", "one expert at a time"])
+@pytest.mark.parametrize("resident", [0, 1, 2])
+def test_an_engine_under_a_memory_plan_gets_them_too(built, files, call, resident, together):
+    engine, planned = built("int8"), copy.deepcopy(built("int8"))
+    out = run(engine, call)
+    prefixes = [p.prefix for p in parcels_of(engine.programs).parcels]
+    module = ModulePlan(frozenset(prefixes[:resident]), 2, 0, 1, len(prefixes), len(prefixes) - resident)
+    planned.use_plan(MemoryPlan(budget=0, modules={"transformer": module}, together=together))
+    for called_before in (False, True):
+        if called_before:
+            assert torch.equal(run(planned, call), out)
+        planned.set_lora(files["a"])
+        with engine.with_lora(files["a"]):
+            assert torch.equal(run(planned, call), run(engine, call))
+        planned.set_lora(None)
+        assert torch.equal(run(planned, call), out)
 
 
 class Folding(nn.Module):
@@ -496,3 +542,22 @@ def test_a_cuda_graph_stays_and_computes_with_the_adapters(model, files, call, g
     engine.set_lora(None)
     assert same_bits(engine, before)
     assert torch.equal(engine(**arguments, return_dict=False)[0], outs[-1])
+
+
+@pytest.mark.parametrize("resident", [0, 1, 2])
+@pytest.mark.parametrize("format", ["off", "int8"])
+def test_weights_that_a_plan_holds_get_them_too(built, files, format, resident, call, tmp_path):
+    folder = built(format).save(tmp_path / "engine")
+    plain, planned = turbocompile.load(folder), turbocompile.load(folder)
+    names = [p.prefix for p in parcels_of(planned.programs).parcels]
+    assert len(names) == 2
+    module = ModulePlan(frozenset(names[:resident]), 2, 0, 1, 2, 2 - resident)
+    planned.use_plan(MemoryPlan(0, {"transformer": module}, together=True, leaves=frozenset({"decode"})))
+    out = run(planned, call)
+    for lora in ([files["a"], files["c"]], files["b"], None):
+        plain.set_lora(lora)
+        planned.set_lora(lora)
+        assert torch.equal(run(planned, call), run(plain, call))
+        planned.park()
+        assert torch.equal(run(planned, call), run(plain, call))
+    assert torch.equal(run(planned, call), out)

@@ -156,7 +156,7 @@ def test_parts_stay_come_stream_or_work_in_tiles():
     assert how[8].tile == 384
     assert all(plan.peak <= size * GB for size, plan in how.items())
     assert "text encoder layer by layer while it works" in how[8].sentences()[0]
-    with pytest.raises(UnsupportedError, match=r"the vae needs 4\.6 GB on the card at this size, and may take 4\.0 GB"):
+    with pytest.raises(UnsupportedError, match=r"the VAE needs 4\.7 GB on the card at this size, and may take 4\.0 GB"):
         make_plan(4 * GB, {"transformer": small}, {"text_encoder": text, "vae": vae})
 
 

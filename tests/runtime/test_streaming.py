@@ -184,6 +184,23 @@ def test_strides_survive_the_way_through_memory():
     assert made["b"].is_contiguous()  # it had gaps
 
 
+@pytest.mark.parametrize("blocks", [0, 3])
+def test_a_parked_engine_holds_none_of_the_weights_that_were_placed(engine, blocks):
+    """At once, because the other expert's weights come in their place; the garbage collector may be off."""
+    planned = copy.deepcopy(engine)
+    planned.use_plan(plan_of(planned, blocks))
+    planned(*inputs())
+    placed = [weakref.ref(t) for t in planned._placed.stays.values()]
+    gc.disable()
+    try:
+        planned._forget()
+        kept = {id(t) for t in planned.weights.values()}
+        assert not [t for t in placed if t() is not None and id(t()) not in kept]
+    finally:
+        gc.enable()
+    assert torch.equal(planned(*inputs()), engine(*inputs()))
+
+
 def test_a_weight_written_in_place_is_streamed_or_brought_with_its_new_values(engine):
     planned, plain = copy.deepcopy(engine), copy.deepcopy(engine)
     planned.use_plan(plan_of(planned, 3))
@@ -269,6 +286,17 @@ def test_a_call_that_finds_no_memory_fails_by_a_sentence_and_the_next_one_runs(e
     assert torch.equal(planned(*inputs()), expected)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_callers_in_inference_mode_and_others_take_turns(engine, first):
+    planned, expected = copy.deepcopy(engine), engine(*inputs())
+    planned.use_plan(plan_of(planned, 2))
+    for mode in (first, not first, first):
+        with torch.inference_mode(mode):
+            assert torch.equal(planned(*inputs()), expected)
+    for weight in planned.weights.values():
+        weight.mul_(1)
+
+
 def test_vram_is_for_a_gpu(engine, tmp_path):
     with pytest.raises(UnsupportedError, match="vram plans the memory of a GPU, and the engine runs on cpu"):
         engine.plan_memory("12GB")
@@ -317,6 +345,13 @@ class TestCuda:
         assert made._host.pinned
         assert [g.recorded for g in made._graphs.values()] == [True] * graphs
         assert torch.cuda.max_memory_reserved() <= plan.budget
+
+    def test_callers_in_inference_mode_and_others(self, wide):
+        made, _ = self.planned(wide, 3)
+        expected = made(*inputs(self.WIDTH, 1, "cuda"))
+        for mode in (True, True, False, True, False):
+            with torch.inference_mode(mode):
+                assert torch.equal(made(*inputs(self.WIDTH, 1, "cuda")), expected)
 
     def test_a_move_away_and_back(self, wide):
         made, _ = self.planned(wide, 3)

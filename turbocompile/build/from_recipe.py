@@ -72,7 +72,8 @@ def optimize_recipe(
     compiled = {name: measured(item, recipe, stages) for name, item in compiled.items()}
     with kept_shards(out, fingerprint(recipe, compiled, places)) as shards:
         check_room(out, shards, compiled, components)
-        evaluate = {name: Evaluator(item.source, item.constants) for name, item in compiled.items()}
+        device = device_of(recipe.target)
+        evaluate = {name: Evaluator(item.source, item.constants, device) for name, item in compiled.items()}
         written = {name: write_recipes_weights(item, evaluate[name], shards, stages) for name, item in compiled.items()}
         with new_folder(out) as folder:
             for path in shards.glob("*.safetensors"):

@@ -64,12 +64,17 @@ class WithVectors:
 class Evaluator:
     """Computes expressions from a source. Values are read and freed one at a time.
 
+    device: where the sums are computed, which the results leave for the CPU again; None: where the source's values are.
+
     The result of the last quantization is kept, because callers ask for its data and then for its scale.
     """
 
-    def __init__(self, source: TensorSource, constants: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, source: TensorSource, constants: Mapping[str, torch.Tensor], device: torch.device | None = None
+    ) -> None:
         self.source = source
         self.constants = constants
+        self.device = device
         self._last: tuple[Any, torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, expr: Expr, prefix: str = "") -> torch.Tensor:
@@ -80,7 +85,11 @@ class Evaluator:
                 f"a weight is {list(value.shape)} {value.dtype} where the graph expects {list(expr.shape)} "
                 f"{expr.dtype}; the checkpoint is of another model"
             )
-        return value.resolve_conj().contiguous()
+        value = value.resolve_conj().contiguous()
+        return value if self.device is None else value.cpu()
+
+    def _placed(self, value: torch.Tensor) -> torch.Tensor:
+        return value if self.device is None else value.to(self.device)
 
     def _value(self, expr: Expr, prefix: str) -> torch.Tensor:
         def of(e: Expr) -> torch.Tensor:
@@ -90,9 +99,9 @@ class Evaluator:
             case Load():
                 return self._load(expr, prefix)
             case Constant():
-                return self.constants[full_name(expr.key, prefix)]
+                return self._placed(self.constants[full_name(expr.key, prefix)])
             case Zeros():
-                return torch.zeros(expr.shape, dtype=expr.dtype)
+                return self._placed(torch.zeros(expr.shape, dtype=expr.dtype))
             case Reshape():
                 return of(expr.of).reshape(expr.shape)
             case Cast():
@@ -135,7 +144,7 @@ class Evaluator:
                 f"the checkpoint's {name!r} has shape {list(value.shape)}, and the model's {list(expr.shape)}; "
                 "it is of another model"
             )
-        return value.to(expr.dtype)
+        return self._placed(value).to(expr.dtype)
 
     def _quantize(self, expr: Quantize, prefix: str) -> torch.Tensor:
         key = (expr.of, expr.format, prefix)

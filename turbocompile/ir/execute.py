@@ -46,12 +46,19 @@ class Runner:
         }
         calls = {c.node.name: self.blocks[c.graph].bound(c.prefix, weights, around(c)) for c in program.calls()}
         self.shell = _Compiled(program.shell, SHELL, device, weights, launcher, calls).bound("", weights)
-        self.bindings = [*calls.values(), self.shell]
+        self.weights, self.bindings = weights, [*calls.values(), self.shell]
 
-    def refresh(self, weights: Mapping[str, torch.Tensor], names: Collection[str]) -> None:
+    def refresh(self, names: Collection[str]) -> None:
         """Computes anew, in place, what was folded from weights that were written to. names: their stored names."""
         for bound in self.bindings:
-            bound.refresh(weights, names)
+            bound.refresh(self.weights, names)
+
+    def release(self) -> None:
+        """Drops the weights; the runner cannot be called any more. Its code is a circle of references, which would hold
+        the weights' memory until the garbage collector comes by."""
+        for bound in self.bindings:
+            bound.operands.clear()
+        self.weights = {}
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with torch.no_grad(), _supported():

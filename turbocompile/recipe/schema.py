@@ -227,6 +227,13 @@ class LoraSpec(Section):
         choices=("both", "high", "low", "transformer", "transformer_2"),
     )
 
+    mode: str = described(
+        "merge",
+        "merge: into the weights, before they are quantized; branch: a LoRA of a linear stays beside it, in the "
+        "engine's dtype, and is computed in each call (anything else is merged)",
+        choices=("merge", "branch"),
+    )
+
     def check(self) -> None:
         if not self.path:
             raise FieldError("path", "is empty; name the LoRA's file or folder")
@@ -456,6 +463,8 @@ class Recipe(Settings):
         for i, shape in enumerate(self.shapes):
             if shape in self.shapes[:i]:
                 raise FieldError(f"shapes.{i}", f"repeats {shape.name}")
+        if any(lora.mode == "branch" for lora in self.lora):
+            self._resolve("passes", dataclasses.replace(self.passes, lora=PassSpec(enabled=False)))
         self._check_sizes()
         super().check()
 

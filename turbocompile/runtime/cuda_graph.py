@@ -22,6 +22,17 @@ Run = Callable[..., tuple[torch.Tensor, ...]]
 _RECORDING = threading.Lock()
 
 
+def release_cached(device: torch.device) -> None:
+    """Gives the card all memory that PyTorch keeps for later, and cuBLAS' workspaces.
+
+    cuBLAS keeps a workspace for each stream that it ran on. One of a recording lies in the graph's memory, where it
+    would hold a block of hundreds of megabytes after the graph is gone. No other thread may be in a call of cuBLAS.
+    """
+    with torch.cuda.device(device):
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+
+
 def restore_generator(device: torch.device) -> None:
     """Lets the device draw random numbers again after a recording that failed.
 
@@ -53,8 +64,9 @@ class CudaGraph:
     follow each other.
     """
 
-    def __init__(self, run: Run, pool: Pool, name: str = "the engine") -> None:
-        self.run, self.pool, self.name = run, pool, name
+    def __init__(self, run: Run, pool: Pool, name: str = "the engine", tight: bool = False) -> None:
+        """tight: the memory is planned, so nothing that the first call took may be in the way of the recording."""
+        self.run, self.pool, self.name, self.tight = run, pool, name, tight
         self.reason: str | None = None  # why there is no graph
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[torch.Tensor] = []
@@ -76,7 +88,7 @@ class CudaGraph:
                     if not self._ran:  # another thread may have made the first call meanwhile
                         out = self.run(*tensors)
                         self._ran = True
-                        return out
+                        return self._apart(out) if self.tight else out
             with self.pool.lock:
                 if self._graph is None and self.reason is None:
                     with _RECORDING:
@@ -85,10 +97,20 @@ class CudaGraph:
                     return self._replay(self._graph, tensors)
             return self.run(*tensors)
 
+    def _apart(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Copies of tensors in memory of their own. A result in a block that the call left would hold all of it."""
+        host = [t.cpu() for t in tensors]
+        del tensors
+        release_cached(self.pool.device)
+        return tuple(t.to(self.pool.device) for t in host)
+
     def _record(self, tensors: tuple[torch.Tensor, ...]) -> None:
         """Records `run` on copies of the tensors; where that fails, sets `reason` and warns."""
+        if self.tight:
+            release_cached(self.pool.device)
         graph = torch.cuda.CUDAGraph(keep_graph=True)  # because its memsets are replaced before it is instantiated
-        self._inputs = [torch.empty_like(t, memory_format=torch.contiguous_format).copy_(t) for t in tensors]
+        with torch.inference_mode(False), torch.no_grad():  # callers in any mode write to them
+            self._inputs = [torch.empty_like(t, memory_format=torch.contiguous_format).copy_(t) for t in tensors]
         try:
             # Other threads may use the GPU meanwhile: their work does not belong to this graph.
             with torch.cuda.graph(graph, self.pool.handle, self.pool.recording, capture_error_mode="thread_local"):
@@ -98,12 +120,18 @@ class CudaGraph:
         except RuntimeError as error:
             restore_generator(self.pool.device)
             self.reason = str(error).strip().splitlines()[0]
-            self._inputs, self._outputs = [], ()
-            warnings.warn(
-                f"{self.name} runs without a CUDA graph, slower by its launches: {self.reason}", RuntimeWarning, 5
-            )
+        if self.reason is None:
+            if self.tight:
+                torch._C._cuda_clearCublasWorkspaces()  # the graph keeps its memory, as long as it lives
+            self._graph = graph
             return
-        self._graph = graph
+        self._inputs, self._outputs = [], ()  # here, because an error's frames hold what was allocated
+        del graph
+        if self.tight:
+            release_cached(self.pool.device)
+        warnings.warn(
+            f"{self.name} runs without a CUDA graph, slower by its launches: {self.reason}", RuntimeWarning, 5
+        )
 
     def _replay(self, graph: torch.cuda.CUDAGraph, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         stream = torch.cuda.current_stream()

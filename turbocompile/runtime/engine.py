@@ -212,6 +212,7 @@ class Engine(Adaptable, FixedWeights, PlannedMemory, nn.Module):
         of them leaves the other where it is. Raises EngineError where a name is taken, a weight is missing, two shapes
         need different values of a weight, or this engine was opened from a folder.
         """
+        self.check_unadapted("an engine with more shapes")
         if self.folder is not None:
             raise EngineError(f"the engine of {self.folder} stays as it was built; build one with all shapes")
         taken = sorted(programs.keys() & self.programs.keys())
@@ -248,7 +249,8 @@ class Engine(Adaptable, FixedWeights, PlannedMemory, nn.Module):
         """The callable that the backend made of a shape, over flat tensors on the engine's device."""
         with self._making:
             if name not in self._runners and self.memory is not None:
-                self._runners[name] = self._placement().compiled(self.programs[name], self.weights, self.tuning)
+                with plain_torch():  # a caller in inference mode would make weights that other callers cannot write to
+                    self._runners[name] = self._placement().compiled(self.programs[name], self.weights, self.tuning)
             if name not in self._runners:
                 backend = get_backend(self.backend)
                 files = tuple(self.files.get(name, ()))
@@ -268,7 +270,8 @@ class Engine(Adaptable, FixedWeights, PlannedMemory, nn.Module):
             return compiled
         with self._making:
             if name not in self._graphs:
-                self._graphs[name] = CudaGraph(compiled, self._graph_pool(), self.model_name)
+                tight = self.memory is not None
+                self._graphs[name] = CudaGraph(compiled, self._graph_pool(), self.model_name, tight)
             return self._graphs[name]
 
     def _graph_pool(self) -> Pool:

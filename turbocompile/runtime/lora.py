@@ -90,17 +90,18 @@ def _dtype(unit: Expr) -> torch.dtype:
 
 @dataclass
 class Adapted:
-    """The adapters of an engine's weights. specs: as they were set; changed: the slots that hold other bytes than the
-    engine was built with; kept: the bytes of these, of an engine without a folder.
+    """The adapters of an engine's weights. specs: as they were set; stamps: when their files were written; changed: the
+    slots that hold other bytes than the engine was built with; kept: the bytes of these, of an engine without a folder.
     """
 
     specs: tuple[LoraSpec, ...] = ()
+    stamps: tuple[object, ...] = ()
     changed: set[Slot] = field(default_factory=set)
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def copied(self) -> Adapted:
         """Of weights that were copied to another place."""
-        return Adapted(self.specs, set(self.changed), dict(self.kept))
+        return Adapted(self.specs, self.stamps, set(self.changed), dict(self.kept))
 
 
 _SETTING = threading.Lock()  # one thread at a time exchanges adapters, because experts are changed together
@@ -162,6 +163,8 @@ def specs_of(lora: Any, weight: float = 1.0) -> tuple[LoraSpec, ...]:
             values = dict(_fields(item))
             values["weight"] = float(values.get("weight", 1.0)) * float(weight)
             found.append(LoraSpec(**values))
+            if found[-1].mode != "merge":
+                raise FieldError("mode", "cannot be branch in an engine that is built; give it to the build")
         except FieldError as error:
             raise RecipeError(f"lora: {error}") from None
         except (TypeError, ValueError) as error:
@@ -175,7 +178,7 @@ def _fields(item: Any) -> Mapping[str, Any]:
     from turbocompile.recipe.schema import LoraSpec
 
     if isinstance(item, LoraSpec):
-        return {"path": item.path, "weight": item.weight, "expert": item.expert}
+        return {"path": item.path, "weight": item.weight, "expert": item.expert, "mode": item.mode}
     if isinstance(item, str):
         return LoraSpec.of_text(item)
     return {"path": str(item)} if isinstance(item, Path) else item
@@ -190,7 +193,8 @@ def set_lora(engines: Mapping[str, Any], specs: Sequence[LoraSpec]) -> None:
                 "them; build the engine with it (lora in the recipe)"
             )
     with _SETTING:
-        if all(engine.adapted.specs == tuple(specs) for engine in engines.values()):
+        wanted = tuple(specs), tuple(_stamp(spec.path) for spec in specs)
+        if all((engine.adapted.specs, engine.adapted.stamps) == wanted for engine in engines.values()):
             return
         slots = {name: slots_of(engine.programs) for name, engine in engines.items()}
         changes: dict[str, Changes] = {}
@@ -204,7 +208,14 @@ def set_lora(engines: Mapping[str, Any], specs: Sequence[LoraSpec]) -> None:
                 stack.enter_context(engine._turns.change())
             for name, exchange in work.items():
                 exchange.run()
-                engines[name].adapted.specs = tuple(specs)
+                engines[name].adapted.specs, engines[name].adapted.stamps = wanted
+
+
+def _stamp(path: str) -> object:
+    """What changes when a LoRA's files are written anew."""
+    place = Path(path).expanduser()
+    files = sorted(place.iterdir()) if place.is_dir() else [place]
+    return tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file())
 
 
 class _Exchange:
@@ -255,7 +266,7 @@ class _Exchange:
             with _Copier(self.device) as copier:
                 self.before = _Before(self.module, self.engine, [n for s in adapted.changed for n in s.names])
                 self._restore(list(adapted.changed), copier)
-            adapted.specs = ()
+            adapted.specs = adapted.stamps = ()
             self._refresh()
             raise
         self._refresh()
@@ -307,10 +318,7 @@ class _Exchange:
     def _refresh(self) -> None:
         """Has what was computed of the weights follow them."""
         names = {name for slot in (*self.wanted, *self.back) for name in slot.names}
-        for runner in self.engine._runners.values():
-            runner.refresh(self.engine.weights, names)
-        if hasattr(self.engine, "changed"):
-            self.engine.changed(names)
+        self.engine.changed(names)
         _synchronize(self.device)  # other streams read the new values
 
 

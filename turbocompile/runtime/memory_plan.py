@@ -34,7 +34,7 @@ GB = 10**9
 AUTO = "auto"
 _UNITS = {"GB": GB, "GIB": 1 << 30, "MB": 10**6, "MIB": MIB}
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*")
-MARGIN = 0.02  # of a peak: what the account leaves out, as small tensors
+MARGIN = 0.03  # of a peak: what the account leaves out, as small tensors
 PCIE = 25e9  # bytes a second from pinned host memory where nothing was measured: PCIe 4.0 with 16 lanes
 
 RESIDENT, ON_DEMAND, STREAMED, TILED = "resident", "on demand", "streamed", "in tiles"
@@ -247,16 +247,21 @@ class MemoryPlan:
             words.append("one expert is there at a time")
         by: dict[str, list[str]] = {}
         for name, how in self.parts.items():
-            by.setdefault(how, []).append(name.replace("_", " "))
-        told = {
-            RESIDENT: "{} there as well", ON_DEMAND: "{} only while it works",
-            STREAMED: "{} layer by layer while it works",
-            TILED: f"{{}} only while it works, in blended tiles of {self.tile} pixels (not a whole's bits)",
-        }  # fmt: skip
-        words += [told[how].format(" and ".join(names)) for how, names in by.items()]
+            by.setdefault(how, []).append(_in_words(name))
+        for how, those in by.items():
+            works = "it works" if len(those) == 1 else "they work"
+            told = {
+                RESIDENT: "there as well", ON_DEMAND: f"only while {works}", STREAMED: f"layer by layer while {works}",
+                TILED: f"only while {works}, in blended tiles of {self.tile} pixels (not a whole's bits)",
+            }  # fmt: skip
+            words.append(f"{' and '.join(those)} {told[how]}")
         if self.leaves:
             words.append(f"the weights leave for {' and '.join(sorted(self.leaves))}")
         return ", ".join(words)
+
+
+def _in_words(part: str) -> str:
+    return "VAE" if part == "vae" else part.replace("_", " ")
 
 
 def spread(count: int, streamed: int) -> list[int]:
@@ -358,8 +363,8 @@ def _placed(name: str, part: PartNeeds, room: int, budget: int) -> tuple[str, in
             return way
     least = rounded(int(min(size for _, size, _ in ways) * (1 + MARGIN)), 10**8)
     raise UnsupportedError(
-        f"the {name.replace('_', ' ')} needs {gigabytes(least)} on the card at this size, and may take "
-        f"{gigabytes(budget)}; give it more memory (--vram), or make a smaller video or fewer frames"
+        f"the {_in_words(name)} needs {gigabytes(least)} on the card at this size, and may take {gigabytes(budget)}; "
+        "give it more memory (--vram), or make a smaller video or fewer frames"
     )
 
 

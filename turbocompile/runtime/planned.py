@@ -11,6 +11,7 @@ import torch
 
 from turbocompile.errors import UnsupportedError
 from turbocompile.hardware import host_gpu
+from turbocompile.runtime.cuda_graph import release_cached
 from turbocompile.runtime.memory_plan import MemoryPlan, PartNeeds, make_plan, memory_budget, module_needs
 from turbocompile.runtime.streaming import Gate, HostWeights, Placement, host_bandwidth, parcels_of, warn_unpinned
 
@@ -85,6 +86,7 @@ class PlannedMemory:
                 engine._forget()
                 engine._host = None
                 engine.weights = {k: v.cpu() for k, v in engine.weights.items()}
+                engine.adapted = engine.adapted.copied()  # copies of the engine keep the tensors on the device
                 engine.memory, engine._module, engine._gate = plan, name, gate
                 engine._device = device or engine._device
             engine.kept.clear()
@@ -107,7 +109,7 @@ class PlannedMemory:
                     warn_unpinned(self.model_name, self._host.reason)
             self._placed = Placement(self.weights, parcels, plan.resident, plan.slots, self._host, self._device)
             if not self.memory.swaps:
-                self.weights = dict(self._placed.stays)
+                self.weights = {**self.weights, **self._placed.stays}  # no graph reads the others, which are small
         return self._placed
 
     def park(self) -> None:
@@ -119,17 +121,26 @@ class PlannedMemory:
                 torch.cuda.synchronize(self._device)
             self._forget()
             if self._device.type == "cuda":
-                torch.cuda.empty_cache()
+                release_cached(self._device)
 
     def changed(self, names: Iterable[str]) -> None:
-        """Brings weights that were written in place, by stored name, to where the plan keeps them on the GPU."""
+        """Has what follows from weights that were written in place follow them. names: their stored names.
+
+        That is what was folded from them, and the copies of them that a plan keeps on the GPU.
+        """
+        names = set(names)
         if self._placed is not None:
             self._placed.refresh({name: self.weights[name] for name in names})
+        for runner in self._runners.values():
+            runner.refresh(names)
 
     def _forget(self) -> None:
         """Drops compiled code, graphs, and weights that the plan placed, because they hold tensors on the device."""
         self._graphs.clear()
         self._pool = None
+        for runner in self._runners.values():
+            if hasattr(runner, "release"):  # those of ONNX and TensorRT hold their weights otherwise
+                runner.release()
         self._runners.clear()
         self._placed = None
 
@@ -139,10 +150,14 @@ class PlannedMemory:
 
     def _out_of_memory(self, reason: str) -> UnsupportedError:
         """The error of a call that found no memory. What the call held is free again, and the engine can be called."""
-        torch.cuda.empty_cache()
         planned = f"planned for {self.memory.peak / 1e9:.1f} GB" if self.memory is not None else "all weights resident"
+        taken = ""
+        if self._device.type == "cuda":
+            most = torch.cuda.max_memory_allocated(self._device) / 1e9
+            taken = f"; {torch.cuda.memory_reserved(self._device) / 1e9:.1f} GB taken, {most:.1f} in use at most"
+            release_cached(self._device)
         sentence = reason.split(". GPU")[0].removesuffix(".")
         return UnsupportedError(
-            f"{self.model_name} ran out of the GPU's memory, {planned} ({sentence}); give it less to do (a smaller "
-            "video, fewer frames), free memory that others use, or plan for less (--vram, engine.plan_memory)"
+            f"{self.model_name} ran out of the GPU's memory, {planned} ({sentence}{taken}); give it less to do (a "
+            "smaller video, fewer frames), free memory that others use, or plan for less (--vram, engine.plan_memory)"
         )

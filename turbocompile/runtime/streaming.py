@@ -17,7 +17,7 @@ import contextlib
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ import torch
 from turbocompile.backends import NO_TUNING, Tuning
 from turbocompile.ir.program import SHELL, Call, Program
 from turbocompile.ir.stored_names import stored_weights
-from turbocompile.ir.weights import Constant, nbytes
+from turbocompile.ir.weights import Constant, is_relative, nbytes
 
 ALIGN = 512  # bytes; PyTorch's own allocations on a card begin at multiples of it
 SLOTS = 2  # one is read while the next is filled
@@ -57,8 +57,8 @@ class Parcel:
 class Parcels:
     """The weights of an engine, by who reads them. shared: the names that stay on the card, and their bytes.
 
-    parcels: in the order in which the calls run. Constants are shared, because layers compute from them when the code
-    is generated, and so is what two calls of a Program read.
+    parcels: in the order in which the calls run. Constants, and what a graph reads by a full name, are shared, because
+    values are folded from them when the code is generated, and so is what two calls of a Program read.
     """
 
     shared: tuple[str, ...]
@@ -88,7 +88,8 @@ def parcels_of(programs: Mapping[str, Program]) -> Parcels:
         shells = {w.name for w in stored_weights(_shell_alone(program))}
         for weight in stored_weights(program):
             sizes[weight.name] = nbytes(weight.expr)
-            fits = weight.prefix in alone and weight.name not in shells and not isinstance(weight.expr, Constant)
+            own = is_relative(weight.expr) and not isinstance(weight.expr, Constant)
+            fits = own and weight.prefix in alone and weight.name not in shells
             known = owner.setdefault(weight.name, weight.prefix if fits else None)
             if not fits or known != weight.prefix:
                 owner[weight.name] = None
@@ -177,6 +178,7 @@ class HostWeights:
         for parcel in self.streamed:
             starts[parcel.prefix], at = at, at + parcel.bytes
 
+        @torch.no_grad()  # a mode of each thread
         def fill(parcel: Parcel) -> None:
             stretch = arena[starts[parcel.prefix] : starts[parcel.prefix] + parcel.bytes]
             made = laid_out({n: self.weights[n] for n in parcel.names}, stretch)
@@ -378,6 +380,14 @@ class Streamed:
     def shell(self) -> Any:
         """The generated code of the shell."""
         return self.run.shell
+
+    def refresh(self, names: Collection[str]) -> None:
+        """Computes anew what was folded from weights of these names, which stay on the device."""
+        self.run.refresh(names)
+
+    def release(self) -> None:
+        """As `Runner.release`."""
+        self.run.release()
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         self.step.begin()

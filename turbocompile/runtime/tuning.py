@@ -55,15 +55,17 @@ def tune(
     programs: Mapping[str, Program],
     device: torch.device,
     progress: Progress = lambda stage, fraction: None,
-    least: int = LEAST_PRODUCTS,
+    least: int | None = None,
 ) -> Tuning:
     """Lets the kernels of each large linear compete on the device, some seconds each. Returns the winners.
 
-    A linear of fewer products than `least` keeps the default. The default of `least` is for a build, because a smaller
-    linear takes some microseconds with any kernel, and the competition would compile a dozen kernels for it.
+    A linear of fewer products than `least` keeps the default configuration. least: None is LEAST_PRODUCTS, for a build,
+    because a smaller linear takes some microseconds with any kernel, and the competition would compile a dozen kernels
+    for it.
     """
     from turbocompile.kernels.linear import linear_choice, linear_triton  # here: a machine may lack Triton
 
+    least = LEAST_PRODUCTS if least is None else least
     # A linear that no kernel takes runs on the reference, where there is nothing to choose.
     large = [one for one in linears(programs) if one.rows * one.n * one.k >= least]
     wanted = [one for one in large if linear_triton.takes(one.format, one.dtype, one.k, device)]

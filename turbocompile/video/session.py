@@ -88,12 +88,11 @@ def generate(
     size = choose_shape(sizes_for(recipe.shapes, len(given.references)), shape)
     prompts, picture = prompts_of(prompt, size.batch), fitting(given, size, task)
     tell_quality(recipe, engine.report)
-
     if vram is not None or engine.memory is not None:
         with stages("plan"):
             plan_video(engine, vram, size, picture is not None, target, say)
     asked = Request(prompts, negative_prompt, picture, sampler, size, expert_boundary(engine, task), seed)
-    with _adapted(engine, lora, stages), enough_memory(engine):
+    with enough_memory(engine), _adapted(engine, lora, stages):
         result = _made(engine, Pipeline.of_engine(engine, kept), asked, stages)
     return result if not places else _written(result, places, prompts, number, stages)
 
@@ -181,6 +180,8 @@ def _adapted(engine: Engine, lora: Any, stages: Stages) -> Iterator[None]:
         return
     before = engine.lora
     with stages("lora"):
+        for expert in engine.experts.values() if engine.memory is not None and engine.memory.streams else ():
+            expert.park()  # the sums take some weights' memory in float32
         engine.set_lora(lora)
     try:
         yield

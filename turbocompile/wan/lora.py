@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from turbocompile.errors import EngineError, RecipeError
 from turbocompile.ir.evaluate import Evaluator, TensorSource
 from turbocompile.ir.weights import AddDiff, AddLora, Cast, Dora, Expr, Load, Reshape
 from turbocompile.recipe.schema import LoraSpec
+from turbocompile.wan.lora_branch import BranchTensors, Factors
 from turbocompile.wan.lora_file import LoraFile, count, listed, number, open_lora
 from turbocompile.wan.lora_keys import HIGH, LOW, Names
 from turbocompile.wan.transformer import TransformerSource
@@ -35,13 +37,15 @@ class Change:
 
     kind: "lora" (leaves: a (rank, columns) and b (rows, rank)), "dora" (a, b and the magnitude, (rows, 1) or
     (1, columns)), "diff" or "set" (the value, whose axes of one element may be left out). scale: of b @ a, or of the
-    difference. share: how much of what a DoRA makes of the weight is taken; with 1 all of it.
+    difference. share: how much of what a DoRA makes of the weight is taken; with 1 all of it. beside: it stays beside
+    its linear (lora_branch.py).
     """
 
     kind: str
     leaves: tuple[Expr, ...]
     scale: float = 1.0
     share: float = 1.0
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,16 @@ class Changes:
 
     of: Mapping[str, Sequence[Change]]
     leaves: TensorSource
+
+    def apart(self) -> tuple[Changes, dict[str, list[Factors]]]:
+        """The changes of weights, and the factors that stay beside their linears, by the linears' names."""
+        inside = {name: [c for c in changes if not c.beside] for name, changes in self.of.items()}
+        beside = {
+            name.rpartition(".")[0]: [(c.leaves[0], c.leaves[1], c.scale) for c in changes if c.beside]
+            for name, changes in self.of.items()
+            if any(c.beside for c in changes)
+        }
+        return Changes({name: changes for name, changes in inside.items() if changes}, self.leaves), beside
 
     def expression(self, name: str, weight: Expr) -> Expr:
         """The tensor `name` with all that is added to it. weight: the tensor itself, in float32 or wider."""
@@ -218,6 +232,7 @@ class _Reader:
 
     def __init__(self, index: int, spec: LoraSpec, file: LoraFile, specs: Mapping[str, Spec], names: Names) -> None:
         self.index, self.weight, self.file, self.specs, self.names = index, spec.weight, file, specs, names
+        self.branch = spec.mode == "branch"
         self.unknown: list[str] = []
         self.wrong: list[str] = []
 
@@ -301,7 +316,8 @@ class _Reader:
         """LoRA or DoRA of a weight."""
         key = parts.get("magnitude") or parts.get("dora_scale")
         if key is None:
-            return [(target, Change("lora", factors, self.weight * scale))]
+            linear = len(self.specs[target][0]) == 2 and target.endswith(".weight")
+            return [(target, Change("lora", factors, self.weight * scale, beside=self.branch and linear))]
         m, wants = self._load(key), self.specs[target][0]
         rows, columns, size = wants[0], _columns(wants), math.prod(m.shape)
         by_columns = "magnitude" not in parts and m.shape[:1] == (1,) and rows > 1 and size == columns
@@ -335,7 +351,13 @@ def with_loras(
         return dict(transformers)
     models = {name: {n: t.tensors.spec(n) for n in t.tensors.keys()} for name, t in transformers.items()}  # noqa: SIM118
     changes = changes_of(specs, models)
-    return {
-        name: replace(t, tensors=LoraTensors(t.tensors, changes[name])) if name in changes else t
-        for name, t in transformers.items()
-    }
+    return {name: _with_changes(t, changes[name]) if name in changes else t for name, t in transformers.items()}
+
+
+def _with_changes(transformer: TransformerSource, changes: Changes) -> TransformerSource:
+    inside, beside = changes.apart()
+    tensors: Any = LoraTensors(transformer.tensors, inside) if inside.of else transformer.tensors
+    if not beside:
+        return replace(transformer, tensors=tensors)
+    branched = BranchTensors(tensors, beside, changes.leaves)
+    return replace(transformer, tensors=branched, branches=branched.ranks)

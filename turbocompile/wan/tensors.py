@@ -48,14 +48,16 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 
 class SafetensorsFiles:
-    """The tensors of some safetensors files. Values are mapped into memory, and read from disk when they are used.
+    """The tensors of some safetensors files. A value is mapped into memory while it is used, and read from disk then.
+
+    Each value has a mapping of its own, because the pages of a mapping count as this process's memory until it is gone:
+    a build would seem to take, and on a small machine press out of memory, as much as its checkpoint has.
 
     places: the file of each tensor. metadata: what the headers say, as text by key.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
         """Reads the headers. Raises EngineError for a missing or damaged file, or a name that two files hold."""
-        self._files: dict[str, Any] = {}
         self.places: dict[str, Path] = {}
         self.metadata: dict[str, str] = {}
         self._specs: dict[str, Spec] = {}
@@ -64,11 +66,10 @@ class SafetensorsFiles:
                 opened = safe_open(path, framework="pt")
                 self.metadata |= opened.metadata() or {}
                 for name in opened.keys():  # noqa: SIM118 (no mapping)
-                    if name in self._files:
+                    if name in self.places:
                         raise EngineError(f"{path}: the tensor {name} is in another file of the checkpoint too")
                     header = opened.get_slice(name)
                     self._specs[name] = (tuple(header.get_shape()), DTYPES[header.get_dtype()])
-                    self._files[name] = opened
                     self.places[name] = path
             except FileNotFoundError:
                 raise EngineError(f"{path}: this part of the checkpoint is missing; download it again") from None
@@ -84,7 +85,12 @@ class SafetensorsFiles:
         return self._specs[name]
 
     def get(self, name: str) -> torch.Tensor:
-        return self._files[name].get_tensor(name)
+        path = self.places[name]
+        try:
+            with safe_open(path, framework="pt") as opened:
+                return opened.get_tensor(name)
+        except (SafetensorError, OSError) as e:
+            raise EngineError(f"{path}: this file changed or went away during the build ({e}); begin again") from e
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from turbocompile.wan import vace
 from turbocompile.wan.as_stored import with_stored
 from turbocompile.wan.keys import PROJECTIONS, listed
 from turbocompile.wan.leftovers import refusal
+from turbocompile.wan.lora_branch import add_branches
 from turbocompile.wan.scaled import Stored
 
 PUBLISHED = Geometry()
@@ -32,8 +33,8 @@ class TransformerSource:
 
     dtype: as in `from_pretrained(torch_dtype=...)`. image_tokens: CLIP tokens of one image; None for a transformer
     without images. where: names the checkpoint in errors. geometry: maps the size of a video to the size of its latent.
-    notes: sentences about the parts of the checkpoint that the build does not use. per_token: each token has a timestep
-    of its own (TI2V).
+    notes: sentences about the parts of the checkpoint that the build does not use. branches: the ranks of the adapters
+    that stay beside their linears, by `lora_branch.general` name. per_token: each token has its own timestep (TI2V).
     """
 
     name: str
@@ -44,6 +45,7 @@ class TransformerSource:
     where: str = ""
     geometry: Geometry = PUBLISHED
     notes: tuple[str, ...] = ()
+    branches: Mapping[str, int] = field(default_factory=dict)
     per_token: bool = False
 
     def build(self) -> nn.Module:
@@ -52,6 +54,7 @@ class TransformerSource:
         Raises EngineError where the weights do not fit the configuration, or some are left over.
         """
         model = build_transformer(self.config, self.dtype)
+        add_branches(model, self.branches)
         wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
         available = set(self.tensors.keys())
         left = self._unused(available, set(wanted))
