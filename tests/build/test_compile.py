@@ -254,6 +254,7 @@ def test_the_attentions_are_timed_on_the_card_that_the_engine_is_for(tmp_path, m
 
     monkeypatch.setattr(measure, "time_attentions", times)
     monkeypatch.setattr(measure, "tune", lambda programs, device: {"linears": {}})  # tests/test_tuning.py
+    monkeypatch.setattr(from_recipe, "device_of", lambda target: torch.device("cpu"))  # where weights are computed
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")

@@ -319,7 +319,7 @@ def test_calibration_without_measuring_is_a_mistake():
     [
         (("--set", "components=none"), "the recipe has no text encoder"),
         (("--image", "a.png"), "makes videos from text alone"),
-        (("--set", "model.preset=wan-tiny-i2v"), "needs an image"),
+        (("--set", "model.preset=wan-tiny-i2v"), "makes videos from an image; give one"),
         (("--steps", "0"), "steps must be at least 1"),
         (
             ("--set", "shapes.0.height=1024", "--set", "shapes.0.width=1040"),

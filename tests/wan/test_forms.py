@@ -192,7 +192,7 @@ def test_ggufs_own_parameter_is_known():
         check_parameters(model)
 
 
-def test_a_model_of_first_and_last_frames_is_built_and_not_run(folder, tmp_path):
+def test_a_model_of_first_and_last_frames_is_built_and_asks_for_both(folder, tmp_path):
     """FLF2V: CLIP tokens of two images, 17 each here, and a table of positions over both."""
     config = json.loads((folder / "transformer" / "config.json").read_text())
     config = {k: v for k, v in config.items() if k[0] != "_"} | {"pos_embed_seq_len": 34}
@@ -206,7 +206,7 @@ def test_a_model_of_first_and_last_frames_is_built_and_not_run(folder, tmp_path)
     assert inputs["encoder_hidden_states_image"].shape == (2, 17, 32)
     optimize_recipe(recipe, tmp_path / "engine")
     assert verify_folder(tmp_path / "engine", numeric=True).errors["transformer"].max_abs == 0
-    with pytest.raises(UnsupportedError, match=r"from a first frame to a last one .* last_image="):
+    with pytest.raises(UnsupportedError, match=r"from a first image to a last one .* last_image="):
         generate(tmp_path / "engine", "a cat", image=Image.new("RGB", (32, 32)))
     path = folder / "image_encoder" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"image_size": 64}))
